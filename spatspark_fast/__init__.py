@@ -1,0 +1,3 @@
+"""Pretrain, finetune and run convolutional radar-nowcasting models."""
+
+__version__ = "0.1.0"
