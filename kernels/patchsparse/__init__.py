@@ -1,0 +1,27 @@
+"""True submanifold sparse convolution for masked image modelling, on packed patches.
+
+See ``kernels/README.md`` for the layout and a ten-line use in a timm model.
+"""
+
+from .functional import (
+    available_backends,
+    explain,
+    patch_avg_pool2d,
+    patch_conv2d,
+    patch_conv_transpose2d,
+    patch_max_pool2d,
+)
+from .grid import PatchGrid
+from .packing import pack, unpack
+
+__all__ = [
+    "PatchGrid",
+    "available_backends",
+    "explain",
+    "pack",
+    "patch_avg_pool2d",
+    "patch_conv2d",
+    "patch_conv_transpose2d",
+    "patch_max_pool2d",
+    "unpack",
+]

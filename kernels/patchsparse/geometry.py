@@ -1,0 +1,122 @@
+"""Geometry of a window operation on packed patches: what it reads beyond a patch, and whether it is aligned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Call", "Window", "pair"]
+
+
+def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
+    """Return ``(vertical, horizontal)`` from an int or a pair; raise ValueError naming the argument."""
+    if isinstance(value, int):
+        return value, value
+    if len(value) != 2:
+        raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
+    return int(value[0]), int(value[1])
+
+
+@dataclass(frozen=True)
+class Window:
+    """Kernel, stride, padding and dilation of a convolution or pooling, each (vertical, horizontal) in pixels."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def before(self) -> tuple[int, int]:
+        """Pixels read above and left of a patch."""
+        return self.padding
+
+    @property
+    def after(self) -> tuple[int, int]:
+        """Pixels read below and right of a patch; negative where the last pixels of a patch are not read."""
+        v, h = (
+            d * (k - 1) - (s - 1) - p
+            for k, s, p, d in zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return v, h
+
+    @property
+    def before_grad(self) -> tuple[int, int]:
+        """Output pixels above and left of a patch that its input gradient reads."""
+        v, h = (
+            (d * (k - 1) - p) // s
+            for k, s, p, d in zip(self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return v, h
+
+    @property
+    def after_grad(self) -> tuple[int, int]:
+        """Output pixels below and right of a patch that its input gradient reads."""
+        v, h = (-(-p // s) for s, p in zip(self.stride, self.padding, strict=True))
+        return v, h
+
+    @property
+    def taps(self) -> int:
+        """Number of positions in the kernel."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def local(self) -> bool:
+        """Whether no output pixel reads beyond its own patch."""
+        return max(*self.before, *self.after) <= 0
+
+    def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the pixels of a patch after the operation."""
+        return size[0] // self.stride[0], size[1] // self.stride[1]
+
+    def check(self, size: tuple[int, int], name: str, ceil_mode: bool = False) -> None:
+        """Raise ValueError unless an image of whole patches of ``size`` pixels maps to whole patches.
+
+        Dense output is ``floor((H + 2 * padding - dilation * (kernel - 1) - 1) / stride) + 1``; it equals
+        ``H / stride`` if and only if ``dilation * (kernel - 1) + 1 - stride <= 2 * padding <= dilation * (kernel - 1)``.
+        With ``ceil_mode`` the quotient is rounded up and both bounds are lower by ``stride - 1``.
+        """
+        for axis, (p, k, s, pad, d) in enumerate(
+            zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        ):
+            side = "height" if axis == 0 else "width"
+            if min(k, s, d) < 1 or pad < 0:
+                raise ValueError(f"{name}: kernel {k}, stride {s}, padding {pad} or dilation {d} is out of range")
+            if p % s:
+                raise ValueError(
+                    f"{name}: stride {s} does not divide the patch {side} of {p} pixels; "
+                    f"use larger patches or fewer strided layers"
+                )
+            most = d * (k - 1) - (s - 1 if ceil_mode else 0)
+            least = most + 1 - s
+            if not least <= 2 * pad <= most:
+                raise ValueError(
+                    f"{name}: kernel {k}, stride {s}, padding {pad}, dilation {d}, ceil_mode {ceil_mode} does not map "
+                    f"patches to patches; twice the padding must lie in [{max(0, least)}, {most}]"
+                )
+
+
+@dataclass(frozen=True)
+class Call:
+    """What an engine needs to know to say whether it can take a call, and what auto dispatch chooses by.
+
+    Attributes:
+        operation: name of the registered operator, such as ``"conv2d"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the packed tensor.
+        num_active: packed rows N.
+        size: pixels of a patch on the input side.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+    """
+
+    operation: str
+    device: str
+    dtype: torch.dtype
+    num_active: int
+    size: tuple[int, int]
+    in_channels: int
+    out_channels: int
+    window: Window
+    groups: int = 1

@@ -1,0 +1,44 @@
+"""Move patches between whole images and the packed layout; the plain functions behind ``pack`` and ``unpack``.
+
+Packed is an ordinary tensor ``(N, C, ph, pw)`` in channels_last memory whose batch dimension is the list of active
+patches. ``(N, C, 1, 1)`` and ``(N, 1, ph, pw)`` are contiguous *and* channels_last, so strides are always set outright.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather_patches", "packed_empty", "packed_like", "scatter_patches"]
+
+
+def packed_empty(like: Tensor, count: int | torch.SymInt, channels: int, height: int, width: int) -> Tensor:
+    """Return an uninitialised packed tensor ``(N, C, ph, pw)`` with channels_last strides, also where sizes are 1."""
+    return like.new_empty(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def packed_like(x: Tensor) -> Tensor:
+    """Return ``x`` ``(N, C, ph, pw)`` with channels_last strides; a view where memory allows."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def gather_patches(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:
+    """Return the active patches ``(N, C, H / Gh, W / Gw)`` of ``image`` ``(B, C, H, W)``."""
+    rows, columns = slot.shape[1:]
+    batch, channels, height, width = image.shape
+    patches = image.permute(0, 2, 3, 1).reshape(
+        batch, rows, height // rows, columns, width // columns, channels
+    )
+    number, row, column = coords.long().unbind(1)
+    return patches.transpose(2, 3)[number, row, column].permute(0, 3, 1, 2)
+
+
+def scatter_patches(packed: Tensor, slot: Tensor, coords: Tensor, fill: Tensor | None = None) -> Tensor:
+    """Return the image ``(B, C, H, W)`` in channels_last memory with ``fill`` ``(C,)`` or 0 at inactive patches."""
+    batch, rows, columns = slot.shape
+    _, channels, height, width = packed.shape
+    shape = (batch, rows, columns, height, width, channels)
+    image = packed.new_zeros(shape) if fill is None else fill.expand(shape).contiguous()
+    number, row, column = coords.long().unbind(1)
+    image[number, row, column] = packed.permute(0, 2, 3, 1)
+    return image.transpose(2, 3).reshape(batch, rows * height, columns * width, channels).permute(0, 3, 1, 2)
