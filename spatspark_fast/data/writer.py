@@ -1,0 +1,147 @@
+"""Write windows as an NL-50 file, completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from spatspark_fast.data.timestamps import format_timestamp
+from spatspark_fast.data.windows import Window
+from spatspark_fast.errors import UserError
+
+__all__ = ["SPLITS", "NL50Writer"]
+
+SPLITS = ("train", "test")
+_GZIP_LEVEL = 4
+_TIMESTAMP_LENGTH = 24
+
+
+class _Chunks(NamedTuple):
+    """One window, compressed: the bytes of one chunk of ``images`` and of ``valid``."""
+
+    split: str
+    index: int
+    images: bytes
+    valid: bytes
+
+
+class NL50Writer:
+    """Write ``(N, T, H, W)`` windows to ``path`` + ``.part``, and rename it when all went well.
+
+    Layout: ``SPLIT/images`` float32 = rain in mm per 5 min / ``scale``, ``SPLIT/valid`` bool, ``SPLIT/timestamps``
+    strings ``(N, T, 1)``. One window is one gzip chunk, so a random read decompresses nothing else. The chunks
+    are compressed in threads, of which few are in flight, and written in order.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], scale: float, threads: int = 1) -> None:
+        self._path = path
+        self._part = path.with_name(path.name + ".part")
+        self._scale = scale
+        self._count = dict.fromkeys(SPLITS, 0)
+        self._waiting: deque[Future[_Chunks]] = deque()
+        self._limit = 2 * max(1, threads)
+        try:
+            self._file = h5py.File(self._part, "w")
+        except OSError as error:
+            raise UserError(f"cannot write {self._part}: {error}") from error
+        self._pool = ThreadPoolExecutor(max(1, threads))
+        for split in SPLITS:
+            self._create(self._file.create_group(split), shape)
+
+    def __enter__(self) -> NL50Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._write_until(0)
+                self._file.flush()
+        except BaseException:
+            kind = SystemError  # a half-written file must not get its name
+            raise
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._file.close()
+            if kind is not None:
+                self._part.unlink(missing_ok=True)
+        _sync(self._part)
+        os.replace(self._part, self._path)
+        _sync(self._path.parent)
+
+    def add(self, window: Window) -> None:
+        """Append a window to its split."""
+        split, index = window.split, self._count[window.split]
+        self._count[split] += 1
+        group = self._file[split]
+        for name in ("images", "valid", "timestamps"):
+            group[name].resize(index + 1, axis=0)
+        stamps = np.array([format_timestamp(time) for time in window.times], dtype=f"S{_TIMESTAMP_LENGTH}")
+        group["timestamps"][index] = stamps[:, None]
+        self._waiting.append(self._pool.submit(self._compress, split, index, window.rain, window.valid))
+        self._write_until(self._limit)
+
+    def set_attributes(self, attributes: Mapping[str, str | float | int]) -> None:
+        """Write attributes of the file."""
+        self._file.attrs.update(attributes)
+
+    def _create(self, group: h5py.Group, shape: tuple[int, int, int]) -> None:
+        for name, dtype in (("images", np.float32), ("valid", np.bool_)):
+            group.create_dataset(
+                name,
+                shape=(0, *shape),
+                maxshape=(None, *shape),
+                dtype=dtype,
+                chunks=(1, *shape),
+                compression="gzip",
+                compression_opts=_GZIP_LEVEL,
+            )
+        group.create_dataset(
+            "timestamps",
+            shape=(0, shape[0], 1),
+            maxshape=(None, shape[0], 1),
+            dtype=h5py.string_dtype("ascii", _TIMESTAMP_LENGTH),
+            chunks=(256, shape[0], 1),
+            compression="gzip",
+        )
+        group["images"].attrs["units"] = "mm per 5 min, divided by scale_mm_per_5min"
+
+    def _compress(
+        self, split: str, index: int, rain: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> _Chunks:
+        images = np.ascontiguousarray(rain / np.float32(self._scale), dtype="<f4")
+        return _Chunks(
+            split,
+            index,
+            zlib.compress(images.tobytes(), _GZIP_LEVEL),
+            zlib.compress(valid.tobytes(), _GZIP_LEVEL),
+        )
+
+    def _write_until(self, left: int) -> None:
+        while len(self._waiting) > left:
+            chunks = self._waiting.popleft().result()
+            group = self._file[chunks.split]
+            group["images"].id.write_direct_chunk((chunks.index, 0, 0, 0), chunks.images)
+            group["valid"].id.write_direct_chunk((chunks.index, 0, 0, 0), chunks.valid)
+
+
+def _sync(path: Path) -> None:
+    """Ask the system to bring a file or folder to the disk; not every file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
