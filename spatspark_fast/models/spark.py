@@ -1,0 +1,155 @@
+"""SparK for radar: pretrain a convolutional encoder by reconstructing the patches that it did not see.
+
+The path of the data, one line each in `SparK.forward`::
+
+    frames (B, T, H, W) --pack--> packed (N, T, p, p)        only visible patches, T frames as channels
+                        --encode--> features [(N, C, p/s, p/s)]   strides s = 4, 8, 16, 32
+                        --densify--> densified [(B, W, H/s, W/s)] mask tokens where nothing was seen
+                        --decoder--> reconstruction (B, T, H, W)  in patch-normalised units
+                        --loss--> scalar                          on the masked patches
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from patchsparse import PatchGrid, bind, pack
+from spatspark_fast.errors import UserError
+from spatspark_fast.losses import LossOn, denormalise_patches, patch_statistics, reconstruction_loss
+from spatspark_fast.models.backbones import build_encoder, encoder_channels
+from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
+from spatspark_fast.models.densify import Densify, NormKind
+from spatspark_fast.models.geometry import check_patch, grid_shape
+
+__all__ = ["DecoderKind", "SparK", "SparKOutput", "build_spark"]
+
+DecoderKind = Literal["unet", "light"]
+
+
+class SparKOutput(NamedTuple):
+    """Hold the scalar ``loss`` and the ``prediction`` ``(B, T, H, W)`` in patch-normalised units."""
+
+    loss: Tensor
+    prediction: Tensor
+
+
+class SparK(nn.Module):
+    """Reconstruct masked patches of radar windows from the visible ones (SparK, arXiv 2301.03580).
+
+    Build one with `build_spark`. Masks come from outside as a grid, so the model holds no random state. Where
+    nothing is masked, `encode_dense` and `forward_dense` run the same parameters as an ordinary dense
+    network.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        densify: Densify,
+        decoder: UNetDecoder | LightDecoder,
+        in_chans: int,
+        patch: int = 32,
+        loss_on: LossOn = "masked",
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.densify = densify
+        self.decoder = decoder
+        self.in_chans = in_chans
+        self.patch = patch
+        self.loss_on: LossOn = loss_on
+
+    def forward(self, frames: Tensor, grid: PatchGrid) -> SparKOutput:
+        """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units) of which ``grid`` is
+        visible.
+
+        Raises UserError if the frames, the grid and the model do not fit together.
+        """
+        self._check(frames, grid)
+        packed = pack(frames, grid)
+        features = self.encode(packed, grid)
+        densified = self.densify(features, grid)
+        prediction = self.decoder(densified)
+        loss = reconstruction_loss(prediction, frames, grid, self.loss_on)
+        return SparKOutput(loss, prediction)
+
+    def encode(self, packed: Tensor, grid: PatchGrid) -> list[Tensor]:
+        """Return packed features ``(N, C, p/s, p/s)``, shallow to deep, of ``packed`` ``(N, T, p, p)``."""
+        with bind(self.encoder, grid):
+            return list(self.encoder(packed))
+
+    def encode_dense(self, frames: Tensor) -> list[Tensor]:
+        """Return features ``(B, C, H/s, W/s)``, shallow to deep, of whole images, by dense layers."""
+        return list(self.encoder(frames))
+
+    def forward_dense(self, frames: Tensor) -> Tensor:
+        """Return the decoder's output ``(B, T, H, W)`` for whole images, by ordinary dense layers only."""
+        return self.decoder(self.densify(self.encode_dense(frames)))
+
+    @torch.no_grad()
+    def reconstruct(self, frames: Tensor, grid: PatchGrid, keep_visible: bool = True) -> Tensor:
+        """Return a picture ``(B, T, H, W)`` in data units: the prediction de-normalised by the true patch
+        statistics.
+
+        With ``keep_visible`` the visible patches are copied from ``frames``; without it they are predicted
+        too, as every patch is. Runs in the mode the model is in: call ``eval()`` before, or batch statistics
+        move.
+        """
+        prediction = self(frames, grid).prediction.to(frames.dtype)
+        pictures = denormalise_patches(prediction, patch_statistics(frames, grid.shape))
+        return torch.where(self.pixels_of(grid.active), frames, pictures) if keep_visible else pictures
+
+    def pixels_of(self, active: Tensor) -> Tensor:
+        """Return ``active`` ``(B, Gh, Gw)`` bool as pixels, ``(B, 1, H, W)`` bool."""
+        return active.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2).unsqueeze(1)
+
+    def _check(self, frames: Tensor, grid: PatchGrid) -> None:
+        if frames.ndim != 4 or frames.shape[1] != self.in_chans:
+            need = f"(B, {self.in_chans}, H, W)"
+            raise UserError(f"frames must be {need} for this model, got {tuple(frames.shape)}")
+        expected = (frames.shape[0], *grid_shape(frames.shape[2:], self.patch))
+        if tuple(grid.active.shape) != expected:
+            raise UserError(
+                f"the grid is {tuple(grid.active.shape)} (images, rows, columns), but frames "
+                f"{tuple(frames.shape)} in patches of {self.patch} need {expected}"
+            )
+        if self.training and grid.num_active < 2:
+            raise UserError(
+                f"{grid.num_active} visible patch in a batch gives a norm no statistics to train with: "
+                "take a larger batch, a larger image or a lower mask ratio"
+            )
+
+
+def build_spark(
+    encoder: str = "resnet18",
+    in_chans: int = 12,
+    patch: int = 32,
+    decoder: DecoderKind = "unet",
+    decoder_width: int = 768,
+    loss_on: LossOn = "masked",
+    backend: str = "auto",
+    levels: int = 4,
+    densify_norm: NormKind | Literal["auto"] = "auto",
+) -> SparK:
+    """Build a SparK model around the timm model ``encoder``.
+
+    ``patch`` is the side of a masked patch in pixels, a multiple of the deepest stride: 32 with all four
+    ``levels``, 16 with three, 8 with two (the encoder is cut off after them). ``in_chans`` is the number of
+    frames. ``densify_norm`` is ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given.
+    The image size is not fixed: any multiple of the patch, rectangular or not. Raises UserError for values
+    that do not fit.
+    """
+    check_patch(patch, levels)
+    if loss_on not in ("masked", "all"):
+        raise UserError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
+    decoders = {"unet": UNetDecoder, "light": LightDecoder}
+    if decoder not in decoders:
+        raise UserError(f"decoder must be 'unet' or 'light', got {decoder!r}")
+    body = build_encoder(encoder, in_chans, backend, levels)
+    if densify_norm == "auto":
+        densify_norm = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in body.modules()) else "layer"
+    head = decoders[decoder](in_chans, decoder_width, levels)
+    densify = Densify(encoder_channels(body), head.in_widths, densify_norm)
+    return SparK(body, densify, head, in_chans, patch, loss_on)
