@@ -1,0 +1,174 @@
+"""Checkpoints that a kill cannot tear, and a clean end on a signal."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from spatspark_fast.errors import UserError
+from spatspark_fast.runs import RunDirectory, RunStopped, atomic_path
+from spatspark_fast.training.module import SparkPretraining
+
+__all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a pretraining checkpoint onto the CPU, plain values and tensors only.
+
+    Raises `UserError` if the file is missing, damaged, or no checkpoint of this command.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # torch raises half a dozen kinds for a file that is damaged or not its own
+        raise UserError(
+            f"{path} is damaged or no checkpoint of this command ({type(error).__name__})"
+        ) from error
+    if not isinstance(checkpoint, dict) or not {"config", "position", "state_dict", "global_step"} <= set(
+        checkpoint
+    ):
+        raise UserError(f"{path} is no checkpoint of pretrain: it lacks the options or the position")
+    return checkpoint
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write to a temporary file beside the target, flush it to disk, then rename.
+
+    Lightning's own way goes through the system's folder for temporary files, and a move from there to
+    another file system is a copy that a kill can cut off.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save so that ``path`` is always a whole checkpoint, the old or the new one."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic_path(target) as temporary:
+                torch.save(checkpoint, temporary)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {target}: {error.strerror or error}; make room, then go on by --resume"
+            ) from error
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Load plain values and tensors only."""
+        return read_checkpoint(Path(path))
+
+
+class Checkpoints(Checkpoint):
+    """Write ``last.ckpt`` after every epoch, at the last step, and on SIGINT or SIGTERM; keep some epochs
+    for good.
+
+    A signal is answered after the current optimiser step, a second one at once. Checkpoint callbacks run
+    after all others, so what is saved is complete.
+    """
+
+    def __init__(self, run: RunDirectory, keep_every: int, poll_every: int) -> None:
+        self.run = run
+        self.keep_every = keep_every
+        self.poll_every = poll_every
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the two signals; only the main thread may."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise RunStopped(signum, "stopped at once; the last whole checkpoint is " + self._last())
+        self.signum = signum
+
+    def _restore(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    def _last(self) -> str:
+        return str(self.run.last) if self.run.last.exists() else "none yet"
+
+    def _stop_asked(self, trainer: L.Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self.signum is not None
+        if trainer.global_step % self.poll_every:
+            return False  # processes must agree, and asking each other costs time
+        return trainer.strategy.reduce_boolean_decision(self.signum is not None, all=False)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop where a signal or the last step asks for it; the end of an epoch has its own hook."""
+        module = _ours(pl_module)
+        if module.epoch_complete or not module.between_steps:
+            return
+        if trainer.global_step >= module.plan.total_steps:
+            self._save(trainer, module)
+            trainer.should_stop = True
+        elif self._stop_asked(trainer):
+            self._save(trainer, module)
+            raise self._stopped(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save; an epoch that was broken off has been saved already."""
+        module = _ours(pl_module)
+        if not module.epoch_complete:
+            return
+        self._save(trainer, module)
+        epoch = round(module.epochs_done)
+        if trainer.is_global_zero and self.keep_every and epoch % self.keep_every == 0:
+            _link(self.run.last, self.run.kept(epoch))
+        if trainer.global_step >= module.plan.total_steps:
+            trainer.should_stop = True
+        elif self._stop_asked(trainer):
+            raise self._stopped(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def _save(self, trainer: L.Trainer, module: SparkPretraining) -> None:
+        module.check_finite()
+        trainer.save_checkpoint(self.run.last)
+
+    def _stopped(self, trainer: L.Trainer) -> RunStopped:
+        signum = self.signum or signal.SIGTERM
+        name = signal.Signals(signum).name
+        message = f"stopped by {name} after step {trainer.global_step}; saved {self.run.last}"
+        return RunStopped(signum, f"{message}; go on with --out {self.run.root} --resume")
+
+
+def _ours(module: L.LightningModule) -> SparkPretraining:
+    if not isinstance(module, SparkPretraining):
+        raise TypeError(f"this callback serves SparkPretraining, got {type(module).__name__}")
+    return module
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name without copying it, where the file system can."""
+    link: Callable[[Path, Path], Any] = os.link
+    with atomic_path(target) as temporary:
+        temporary.unlink()
+        try:
+            link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

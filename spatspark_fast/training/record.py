@@ -1,0 +1,228 @@
+"""What a run writes and shows while it trains: metrics.csv, TensorBoard, the bar, the pictures."""
+
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from spatspark_fast.training.module import SparkPretraining
+from spatspark_fast.training.stream import BatchStream
+
+__all__ = ["COLUMNS", "Bar", "MetricsCsv", "Pictures", "Recorder"]
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "loss",
+    "lr",
+    "weight_decay",
+    "mask_ratio",
+    "grad_norm",
+    "images_per_s",
+    "data_wait_share",
+)
+
+
+class MetricsCsv(Logger):
+    """Append one row per logged step to a CSV file, at once, so that a kill loses none.
+
+    Lightning's own CSV logger starts a file anew when a run goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def name(self) -> str:
+        """Return the name that Lightning asks for."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Return the version that Lightning asks for."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the options are in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row; what is not in `COLUMNS` is left out."""
+        new = not self.path.exists()
+        row = {"step": step, **metrics}
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+class Recorder(L.Callback):
+    """Log a row every so many optimiser steps: loss over them, rates, images/s, and the share of time
+    waiting for data.
+
+    ``newest`` is the last row. The half-filled row is part of a checkpoint, so a resumed run writes the same
+    rows.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.newest: dict[str, float] = {}
+        self._sum: Tensor | float = 0.0
+        self._batches = 0
+        self._timed = 0
+        self._since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the half-filled row."""
+        return {"sum": float(self._sum), "batches": self._batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a half-filled row."""
+        self._sum, self._batches = state_dict["sum"], state_dict["batches"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._restart_clock(_stream_of(trainer))
+
+    def _restart_clock(self, stream: BatchStream) -> None:
+        self._since = time.perf_counter()
+        stream.waited = 0.0
+        self._timed = 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch to the row; write the row when it is full."""
+        module: SparkPretraining = pl_module
+        self._sum = self._sum + module.last["loss"].double()
+        self._batches += 1
+        self._timed += 1
+        ends_step = module.between_steps or module.epoch_complete
+        step = trainer.global_step
+        if ends_step and (step % self.every == 0 or step >= module.plan.total_steps):
+            self._write(trainer, module, step)
+
+    def _write(self, trainer: L.Trainer, module: SparkPretraining, step: int) -> None:
+        module.check_finite()
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        stream = _stream_of(trainer)
+        taken = module.plan.step_of(module.position)
+        row = {
+            "epoch": module.epochs_done,
+            "loss": float(self._sum) / self._batches,
+            "lr": module.plan.lr(taken),
+            "weight_decay": module.plan.wd(taken),
+            "mask_ratio": module.masks.ratio_at(module.plan.progress(taken), module.position),
+            "grad_norm": float(module.last["grad_norm"]),
+            "images_per_s": self._timed * stream.batch_size * stream.world_size / seconds,
+            "data_wait_share": min(stream.waited / seconds, 1.0),
+        }
+        self.newest = row
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step)
+        self._sum, self._batches = 0.0, 0
+        self._restart_clock(stream)
+
+
+def _stream_of(trainer: L.Trainer) -> BatchStream:
+    stream = trainer.train_dataloader
+    if not isinstance(stream, BatchStream):
+        raise TypeError(f"the recorder reads its times off a BatchStream, got {type(stream).__name__}")
+    return stream
+
+
+class Bar(L.Callback):
+    """Show one bar for the whole training on a terminal, and one line per epoch elsewhere."""
+
+    def __init__(self, recorder: Recorder, console: Console) -> None:
+        self.recorder = recorder
+        self.console = console
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Draw the bar."""
+        if not trainer.is_global_zero or not self.console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("{task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        total = pl_module.plan.total_steps
+        self._task = self._progress.add_task(
+            "", total=total, completed=trainer.global_step, epoch="", metrics=""
+        )
+        self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            epoch = (
+                f"epoch {min(int(pl_module.epochs_done) + 1, pl_module.plan.epochs)}/{pl_module.plan.epochs}"
+            )
+            self._progress.update(
+                self._task, completed=trainer.global_step, epoch=epoch, metrics=describe(self.recorder.newest)
+            )
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Say how the epoch went where there is no terminal."""
+        if self._progress is None and trainer.is_global_zero:
+            epoch = f"epoch {pl_module.epochs_done:g}/{pl_module.plan.epochs}"
+            self.console.print(
+                f"{epoch}  step {trainer.global_step}  {describe(self.recorder.newest)}", soft_wrap=True
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Let the bar stand."""
+        self._stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Let the bar stand."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def describe(row: dict[str, float]) -> str:
+    """Say a row of metrics in a few words."""
+    if not row:
+        return ""
+    return (
+        f"loss {row['loss']:.4f}  {row['images_per_s']:.1f} images/s  "
+        f"{100 * row['data_wait_share']:.0f} % waiting for data"
+    )
+
+
+class Pictures(L.Callback):
+    """Draw the reconstruction every so many epochs, and at the end."""
+
+    def __init__(self, draw: Callable[[SparkPretraining, str], None], every: int) -> None:
+        self.draw = draw
+        self.every = every
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Draw, if this epoch is one of them."""
+        epoch = round(pl_module.epochs_done)
+        if trainer.is_global_zero and pl_module.epoch_complete and self.every and epoch % self.every == 0:
+            self.draw(pl_module, f"epoch {epoch}")
