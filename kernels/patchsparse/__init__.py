@@ -3,6 +3,7 @@
 See ``kernels/README.md`` for the layout and a ten-line use in a timm model.
 """
 
+from .binding import bind
 from .functional import (
     available_backends,
     explain,
@@ -13,15 +14,19 @@ from .functional import (
 )
 from .grid import PatchGrid
 from .packing import pack, unpack
+from .sparsify import UnsupportedModuleError, sparsify
 
 __all__ = [
     "PatchGrid",
+    "UnsupportedModuleError",
     "available_backends",
+    "bind",
     "explain",
     "pack",
     "patch_avg_pool2d",
     "patch_conv2d",
     "patch_conv_transpose2d",
     "patch_max_pool2d",
+    "sparsify",
     "unpack",
 ]

@@ -27,6 +27,7 @@ __all__ = [
     "PatchConvTranspose2d",
     "PatchDropout2d",
     "PatchGroupNorm",
+    "PatchImageModule",
     "PatchInstanceNorm2d",
     "PatchMaxPool2d",
     "PatchModule",
@@ -92,6 +93,10 @@ class PatchModule(nn.Module):
         return grid
 
 
+class PatchImageModule(PatchModule):
+    """Base of the modules that act on each image by reducing over all its active pixels."""
+
+
 class _Windowed(PatchModule):
     window: Window
 
@@ -102,11 +107,11 @@ class _Windowed(PatchModule):
 class PatchConv2d(_Windowed, nn.Conv2d):
     """Convolve packed patches ``(N, C, p, p)``, reading neighbours through the grid that is bound."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        grid = self._grid(x)
+    def forward(self, input: Tensor) -> Tensor:
+        grid = self._grid(input)
         if grid is None:
-            return super().forward(x)
-        return self._packed_conv(x, self.weight, grid)
+            return super().forward(input)
+        return self._packed_conv(input, self.weight, grid)
 
     def _packed_conv(self, x: Tensor, weight: Tensor, grid: PatchGrid) -> Tensor:
         w = self.window
@@ -135,7 +140,7 @@ class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):
             grid,
             w.stride,
             w.padding,
-            pair(tuple(self.output_padding), "output_padding"),
+            pair(list(self.output_padding), "output_padding"),
             self.groups,
             w.dilation,
             self.binding.backend,
@@ -145,7 +150,7 @@ class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):
 class PatchMaxPool2d(_Windowed, nn.MaxPool2d):
     """Pool packed patches by maximum: an inactive neighbour counts as 0, the image border as -inf."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
@@ -176,15 +181,15 @@ class PatchAvgPool2d(_Windowed, nn.AvgPool2d):
         )
 
 
-class PatchAdaptiveAvgPool2d(PatchModule, nn.AdaptiveAvgPool2d):
-    """Average the active pixels of each image: ``(N, C, p, p)`` to ``(B, C, 1, 1)``; 0 where there are none."""
+class PatchAdaptiveAvgPool2d(PatchImageModule, nn.AdaptiveAvgPool2d):
+    """Average the active pixels of each image, ``(N, C, p, p)`` to ``(B, C, 1, 1)``; 0 if there are none."""
 
     def forward(self, input: Tensor) -> Tensor:
         grid = self._grid(input)
         return super().forward(input) if grid is None else image_mean(input, grid)
 
 
-class PatchGroupNorm(PatchModule, nn.GroupNorm):
+class PatchGroupNorm(PatchImageModule, nn.GroupNorm):
     """Normalise groups of channels over the active pixels of each image."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -194,7 +199,7 @@ class PatchGroupNorm(PatchModule, nn.GroupNorm):
         return group_norm(input, grid, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class PatchInstanceNorm2d(PatchModule, nn.InstanceNorm2d):
+class PatchInstanceNorm2d(PatchImageModule, nn.InstanceNorm2d):
     """Normalise every channel over the active pixels of each image; running statistics are not supported."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -204,7 +209,7 @@ class PatchInstanceNorm2d(PatchModule, nn.InstanceNorm2d):
         return group_norm(input, grid, self.num_features, self.weight, self.bias, self.eps)
 
 
-class PatchDropout2d(PatchModule, nn.Dropout2d):
+class PatchDropout2d(PatchImageModule, nn.Dropout2d):
     """Drop whole channels of whole images, as the dense module does with the same random state."""
 
     def forward(self, input: Tensor) -> Tensor:

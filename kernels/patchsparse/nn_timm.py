@@ -19,7 +19,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor
 
 from .functional import patch_conv2d
-from .nn import PatchConv2d, PatchModule
+from .nn import PatchConv2d, PatchImageModule, PatchModule
 from .reduce import group_norm, image_mean, image_norm, spread
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-class PatchDropPath(PatchModule, DropPath):
+class PatchDropPath(PatchImageModule, DropPath):
     """Drop the residual branch of whole images, as the dense module does with the same random state."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,8 +57,11 @@ class PatchDropPath(PatchModule, DropPath):
         return x * kept.index_select(0, grid.image)
 
 
-class PatchSqueezeExcite(PatchModule, SEModule):
+class PatchSqueezeExcite(PatchImageModule, SEModule):
     """Gate channels by the mean over the active pixels of each image."""
+
+    act: Any
+    gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self._grid(x)
@@ -68,8 +71,10 @@ class PatchSqueezeExcite(PatchModule, SEModule):
         return x * spread(self.gate(gate), grid)
 
 
-class PatchEffectiveSqueezeExcite(PatchModule, EffectiveSEModule):
+class PatchEffectiveSqueezeExcite(PatchImageModule, EffectiveSEModule):
     """Gate channels by the mean over the active pixels of each image, one layer."""
+
+    gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self._grid(x)
@@ -78,8 +83,11 @@ class PatchEffectiveSqueezeExcite(PatchModule, EffectiveSEModule):
         return x * spread(self.gate(self.fc(image_mean(x, grid))), grid)
 
 
-class PatchEfficientNetSqueezeExcite(PatchModule, SqueezeExcite):
+class PatchEfficientNetSqueezeExcite(PatchImageModule, SqueezeExcite):
     """Gate channels by the mean over the active pixels of each image (EfficientNet, MobileNet, GhostNet)."""
+
+    act1: Any
+    gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self._grid(x)
@@ -89,8 +97,10 @@ class PatchEfficientNetSqueezeExcite(PatchModule, SqueezeExcite):
         return x * spread(self.gate(gate), grid)
 
 
-class PatchEca(PatchModule, EcaModule):
+class PatchEca(PatchImageModule, EcaModule):
     """Gate channels by a 1-D convolution over the channel means of each image's active pixels."""
+
+    gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self._grid(x)
@@ -102,8 +112,10 @@ class PatchEca(PatchModule, EcaModule):
         return x * spread(self.gate(y).view(grid.batch_size, -1, 1, 1), grid)
 
 
-class PatchCeca(PatchModule, CecaModule):
+class PatchCeca(PatchImageModule, CecaModule):
     """Gate channels by a circular 1-D convolution over the channel means of each image's active pixels."""
+
+    gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self._grid(x)
@@ -114,7 +126,7 @@ class PatchCeca(PatchModule, CecaModule):
         return x * spread(self.gate(y).view(grid.batch_size, -1, 1, 1), grid)
 
 
-class PatchGlobalResponseNorm(PatchModule, GlobalResponseNorm):
+class PatchGlobalResponseNorm(PatchImageModule, GlobalResponseNorm):
     """Compare channels by their norm over the active pixels of each image; channels first or last."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +142,7 @@ class PatchGlobalResponseNorm(PatchModule, GlobalResponseNorm):
         return x + torch.addcmul(bias, weight, x * relative)
 
 
-class PatchFastAdaptiveAvgPool(PatchModule, FastAdaptiveAvgPool):
+class PatchFastAdaptiveAvgPool(PatchImageModule, FastAdaptiveAvgPool):
     """Average each image over its active pixels."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,7 +153,7 @@ class PatchFastAdaptiveAvgPool(PatchModule, FastAdaptiveAvgPool):
         return mean.flatten(1) if self.flatten else mean
 
 
-class PatchGroupNormTimm(PatchModule, GroupNorm):
+class PatchGroupNormTimm(PatchImageModule, GroupNorm):
     """Normalise groups of channels over the active pixels of each image."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +163,7 @@ class PatchGroupNormTimm(PatchModule, GroupNorm):
         return group_norm(x, grid, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class PatchGroupNorm1Timm(PatchModule, GroupNorm1):
+class PatchGroupNorm1Timm(PatchImageModule, GroupNorm1):
     """Normalise all channels over the active pixels of each image."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +173,7 @@ class PatchGroupNorm1Timm(PatchModule, GroupNorm1):
         return group_norm(x, grid, self.num_groups, self.weight, self.bias, self.eps)
 
 
-class PatchGroupNormAct(PatchModule, GroupNormAct):
+class PatchGroupNormAct(PatchImageModule, GroupNormAct):
     """Normalise groups of channels over the active pixels of each image, then drop and activate."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +184,7 @@ class PatchGroupNormAct(PatchModule, GroupNormAct):
         return self.act(self.drop(y))
 
 
-class PatchGroupNorm1Act(PatchModule, GroupNorm1Act):
+class PatchGroupNorm1Act(PatchImageModule, GroupNorm1Act):
     """Normalise all channels over the active pixels of each image, then drop and activate."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -211,6 +223,9 @@ def _standardised(conv: Any, gain: Tensor | None) -> Tensor:
 
 class PatchBlurPool2d(PatchModule, BlurPool2d):
     """Blur and subsample packed patches; only with ``pad_mode="constant"``, which is zero padding."""
+
+    filt: Any
+    padding: Any
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self._grid(x)

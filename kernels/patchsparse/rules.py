@@ -1,4 +1,4 @@
-"""The rule table of :func:`patchsparse.sparsify`: what becomes of each module type, and why some are refused."""
+"""The rule table of :func:`patchsparse.sparsify`: what becomes of a type, and why some are refused."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ class Rule:
         return self.make
 
 
+def _pair_of(value: Any) -> tuple[int, int]:
+    return pair(tuple(value) if isinstance(value, (tuple, list)) else value, "output_padding")
+
+
 def _misaligned(window: Window, ceil_mode: bool = False) -> str | None:
     try:
         window.check(window.stride, "its window", ceil_mode)
@@ -66,7 +70,7 @@ def _conv(module: nn.Conv2d) -> str | None:
 
 def _conv_transpose(module: nn.ConvTranspose2d) -> str | None:
     w = window_of(module)
-    extra = pair(tuple(module.output_padding), "output_padding")
+    extra = _pair_of(module.output_padding)
     for k, s, p, d, e in zip(w.kernel, w.stride, w.padding, w.dilation, extra, strict=True):
         if d * (k - 1) + 1 + e - 2 * p != s:
             return (
@@ -156,7 +160,7 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
         "pixelshuffle.PixelUnshuffle channelshuffle.ChannelShuffle container.Sequential container.ModuleList "
         "container.ModuleDict container.ParameterList container.ParameterDict flatten.Flatten"
     )
-    rules = dict.fromkeys(stay.split(), Rule())
+    rules: dict[str, Rule] = dict.fromkeys(stay.split(), Rule())
     rules |= dict.fromkeys(
         ("activation.GLU", "activation.Softmax", "activation.LogSoftmax", "activation.Softmin"),
         Rule(refuse=_channel_dim),
@@ -190,25 +194,48 @@ def _timm_rules() -> Iterator[tuple[str, Rule]]:
         "layers.linear.Linear layers.space_to_depth.SpaceToDepth layers.space_to_depth.DepthToSpace "
         "models.selecsls.SelectSeq models.hrnet.SequentialList"
     )
-    rules = dict.fromkeys(stay.split(), Rule())
-    for (
-        name
-    ) in "Swish Mish Sigmoid Tanh HardSwish HardSigmoid HardMish PReLU GELU GELUTanh QuickGELU".split():
+    rules: dict[str, Rule] = dict.fromkeys(stay.split(), Rule())
+    for name in [
+        "Swish",
+        "Mish",
+        "Sigmoid",
+        "Tanh",
+        "HardSwish",
+        "HardSigmoid",
+        "HardMish",
+        "PReLU",
+        "GELU",
+        "GELUTanh",
+        "QuickGELU",
+    ]:
         rules[f"layers.activations.{name}"] = Rule()
-    for name in "SwishMe MishMe HardSigmoidMe HardSwishMe HardMishMe".split():
+    for name in ["SwishMe", "MishMe", "HardSigmoidMe", "HardSwishMe", "HardMishMe"]:
         rules[f"layers.activations_me.{name}"] = Rule()
-    for name in "LayerNorm LayerNormFp32 LayerNorm2d LayerNorm2dFp32 LayerNormExp2d".split():
+    for name in ["LayerNorm", "LayerNormFp32", "LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d"]:
         rules[f"layers.norm.{name}"] = Rule(refuse=_layer_norm)
-    for name in "RmsNorm RmsNormFp32 RmsNorm2d RmsNorm2dFp32 SimpleNorm SimpleNormFp32 SimpleNorm2d".split():
+    for name in [
+        "RmsNorm",
+        "RmsNormFp32",
+        "RmsNorm2d",
+        "RmsNorm2dFp32",
+        "SimpleNorm",
+        "SimpleNormFp32",
+        "SimpleNorm2d",
+    ]:
         rules[f"layers.norm.{name}"] = Rule(refuse=_layer_norm)
-    for (
-        name
-    ) in "LayerNormAct LayerNormActFp32 LayerNormAct2d LayerNormAct2dFp32 RmsNormAct RmsNormAct2d".split():
+    for name in [
+        "LayerNormAct",
+        "LayerNormActFp32",
+        "LayerNormAct2d",
+        "LayerNormAct2dFp32",
+        "RmsNormAct",
+        "RmsNormAct2d",
+    ]:
         rules[f"layers.norm_act.{name}"] = Rule(refuse=_layer_norm)
     same = "TensorFlow's dynamic same padding depends on the size of the image; use the variant without 'tf_'"
-    for name in "conv2d_same.Conv2dSame std_conv.StdConv2dSame std_conv.ScaledStdConv2dSame".split():
+    for name in ["conv2d_same.Conv2dSame", "std_conv.StdConv2dSame", "std_conv.ScaledStdConv2dSame"]:
         rules[f"layers.{name}"] = _because(same)
-    for name in "pool2d_same.AvgPool2dSame pool2d_same.MaxPool2dSame".split():
+    for name in ["pool2d_same.AvgPool2dSame", "pool2d_same.MaxPool2dSame"]:
         rules[f"layers.{name}"] = _because(same)
     excite = Rule("PatchSqueezeExcite", _squeeze_excite, whole=True)
     effective = Rule("PatchEffectiveSqueezeExcite", _squeeze_excite, whole=True)

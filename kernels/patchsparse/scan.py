@@ -30,7 +30,10 @@ _MIXING = (
     "max_pool1d max_pool2d avg_pool1d avg_pool2d lp_pool2d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_max_pool2d group_norm instance_norm batch_norm meshgrid linspace arange"
 )
-_PER_SAMPLE = "drop_path drop_block_2d dropout2d feature_dropout alpha_dropout bernoulli bernoulli_ rand randn rand_like"
+_PER_SAMPLE = (
+    "drop_path drop_block_2d dropout2d feature_dropout alpha_dropout bernoulli bernoulli_ "
+    "rand randn rand_like"
+)
 _SUSPICIOUS = frozenset(f"{_REDUCTIONS} {_MIXING} {_PER_SAMPLE}".split())
 _BUILTINS = frozenset({"sum", "max", "min"})
 

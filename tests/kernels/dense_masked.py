@@ -117,14 +117,14 @@ def _global_pool(ref: DenseMasked, module: Any, x: Tensor) -> Tensor:
 
 
 def _squeeze_excite(ref: DenseMasked, module: Any, x: Tensor) -> Tensor:
-    y = _mean(ref, x)
-    if isinstance(module, SEModule):
+    gate, y = module.gate, _mean(ref, x)
+    if hasattr(module, "fc2"):  # SEModule
         y = module.fc2(module.act(module.bn(module.fc1(y))))
-    elif isinstance(module, EffectiveSEModule):
+    elif hasattr(module, "fc"):  # EffectiveSEModule
         y = module.fc(y)
     else:
         y = module.conv_expand(module.act1(module.conv_reduce(y)))
-    return x * module.gate(y)
+    return x * gate(y)
 
 
 def _eca(ref: DenseMasked, module: Any, x: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ def _response_norm(ref: DenseMasked, module: Any, x: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1) if last else y
 
 
-def _group_norm(ref: DenseMasked, module: Any, x: Tensor, groups: int | None = None) -> Tensor:
-    groups = groups or module.num_groups
+def _group_norm(ref: DenseMasked, module: Any, x: Tensor, groups: int = 0) -> Tensor:
+    groups = groups or int(module.num_groups)
     where = ref.map_of(x).unsqueeze(1)
     parts = x.unflatten(1, (groups, -1))
     count = where.sum((2, 3, 4), keepdim=True).clamp(min=1) * parts.shape[2]
