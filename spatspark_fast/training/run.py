@@ -52,7 +52,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    windows = open_windows(config.data)
+    windows = open_windows(config.data, config.trainer.seed)
     masks = build_masks(config)
     sample = _sample(windows, config)
     torch.manual_seed(config.trainer.seed)
@@ -104,7 +104,7 @@ def known_warnings_off() -> Iterator[None]:
         yield
 
 
-def open_windows(config: DataConfig) -> Windows:
+def open_windows(config: DataConfig, seed: int = 0) -> Windows:
     """Open the data set, or the synthetic radar where no file is named."""
     if config.path is None:
         return SyntheticRadar(
@@ -122,6 +122,7 @@ def open_windows(config: DataConfig) -> Windows:
         crop=config.crop,
         flip=config.flip,
         quarter_turns=config.quarter_turns,
+        seed=seed,
     )
 
 
@@ -272,7 +273,7 @@ def _announce(
 
 def _sample(windows: Windows, config: PretrainConfig) -> Tensor:
     """Return the wettest of the first windows, ``(1, T, H, W)``; reading it checks the file and the shape."""
-    grid_shape(windows.image_size if config.data.crop is None else [config.data.crop] * 2, config.model.patch)
+    grid_shape(windows.image_size, config.model.patch)
     windows.set_epoch(0)
     frames = [torch.as_tensor(windows[i]["input"]) for i in range(min(len(windows), SAMPLE_OF))]
     return max(frames, key=lambda window: float(window.mean())).unsqueeze(0)
