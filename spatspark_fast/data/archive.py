@@ -64,9 +64,7 @@ def scan_times(source: Source, paths: Sequence[str], workers: int) -> Iterator[E
     return ordered_map(partial(_scan, source), paths, workers, batch=64)
 
 
-def read_frames(
-    source: Source, entries: Sequence[Entry], crop: Crop | None, workers: int
-) -> Iterator[Frame | Skipped]:
+def read_frames(source: Source, entries: Sequence[Entry], crop: Crop | None, workers: int) -> Iterator[Frame | Skipped]:
     """Read every file once, in their order, holding only a few frames at a time."""
     return ordered_map(partial(_read, source, crop), (entry.path for entry in entries), workers, batch=8)
 
@@ -85,9 +83,7 @@ def put_in_order(entries: list[Entry], interval: timedelta) -> tuple[list[Entry]
     return kept, skipped
 
 
-def choose_split(
-    times: Sequence[datetime], interval: timedelta, window: int, fraction: float
-) -> datetime | None:
+def choose_split(times: Sequence[datetime], interval: timedelta, window: int, fraction: float) -> datetime | None:
     """Choose the time from which frames belong to the test split; None = nothing does.
 
     Of the windows of ``window`` frames that lie wholly on one side of that time, the share on the later side

@@ -59,9 +59,7 @@ def parse_crop(text: str) -> Crop:
         raise UserError(f"--crop {text!r} is not of the form r0:r1,c0:c1, e.g. 282:570,225:513")
     crop = Crop(*(int(number) for number in match.groups()))
     if crop.bottom <= crop.top or crop.right <= crop.left:
-        raise UserError(
-            f"--crop {text!r} keeps no pixel; rows and columns must increase, as in 282:570,225:513"
-        )
+        raise UserError(f"--crop {text!r} keeps no pixel; rows and columns must increase, as in 282:570,225:513")
     return crop
 
 

@@ -148,9 +148,7 @@ def _pixels(file: h5py.File) -> NDArray[np.integer]:
     if not isinstance(dataset, h5py.Dataset):
         raise FrameError("no data set 'image1/image_data': not a KNMI radar image")
     if dataset.ndim != 2 or dataset.dtype.kind not in "ui":
-        raise FrameError(
-            f"image1/image_data is {dataset.dtype} of shape {dataset.shape}, not a 2-D integer image"
-        )
+        raise FrameError(f"image1/image_data is {dataset.dtype} of shape {dataset.shape}, not a 2-D integer image")
     return dataset[()]
 
 
@@ -197,7 +195,5 @@ def _describe(file: h5py.File) -> _Product:
     if not is_reflectivity and "product_datetime_start" in _group(file, "overview").attrs:
         minutes = (end - _time(file, "product_datetime_start")).total_seconds() / 60.0
     if minutes != units.FRAME_MINUTES:
-        raise FrameError(
-            f"accumulated over {minutes:g} minutes, not {units.FRAME_MINUTES:g}: another product"
-        )
+        raise FrameError(f"accumulated over {minutes:g} minutes, not {units.FRAME_MINUTES:g}: another product")
     return _Product(end, minutes, is_reflectivity)

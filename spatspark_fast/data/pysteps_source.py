@@ -27,9 +27,7 @@ __all__ = ["pysteps_source", "time_from_name"]
 
 _DIRECTIVES = {"%Y": r"\d{4}", "%m": r"\d{2}", "%d": r"\d{2}", "%H": r"\d{2}", "%M": r"\d{2}", "%S": r"\d{2}"}
 _DIRECTIVES |= {"%y": r"\d{2}", "%j": r"\d{3}"}
-_COMMON = tuple(
-    f"%Y%m%d{between}%H%M{seconds}" for seconds in ("%S", "") for between in ("", "_", "-", "T", ".", "-T")
-)
+_COMMON = tuple(f"%Y%m%d{between}%H%M{seconds}" for seconds in ("%S", "") for between in ("", "_", "-", "T", ".", "-T"))
 
 
 def time_from_name(name: str, pattern: str | None = None) -> datetime:
@@ -90,9 +88,7 @@ def _importer(name: str) -> Callable[..., tuple]:
         ) from error
 
 
-def _import(
-    path: Path, importer: str, options: Mapping[str, Any]
-) -> tuple[NDArray[np.float64], dict[str, Any]]:
+def _import(path: Path, importer: str, options: Mapping[str, Any]) -> tuple[NDArray[np.float64], dict[str, Any]]:
     function = _importer(importer)
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

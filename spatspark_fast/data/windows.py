@@ -24,9 +24,10 @@ WetRule = Literal["target-mean", "target-last", "frame-after"]
 class WindowRules:
     """Say which windows are kept.
 
-    ``wet_rule`` compares with ``wet_fraction`` the wet share of: all target frames on average (``target-mean``),
-    the last target frame (``target-last``), or the frame that follows the window (``frame-after``, as the
-    published NL-50 files were made). A pixel is wet above ``wet_threshold`` mm/h; no data counts as dry.
+    ``wet_rule`` compares with ``wet_fraction`` the wet share of: all target frames on average
+    (``target-mean``), the last target frame (``target-last``), or the frame that follows the window
+    (``frame-after``, as the published NL-50 files were made). A pixel is wet above ``wet_threshold`` mm/h; no
+    data counts as dry.
     ``stride`` counts frames between the starts of windows, from the start of a gapless run.
     """
 
@@ -45,9 +46,7 @@ class WindowRules:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("wet_fraction", "min_valid"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"--{name.replace('_', '-')} is a share from 0 to 1, got {getattr(self, name)}"
-                )
+                raise UserError(f"--{name.replace('_', '-')} is a share from 0 to 1, got {getattr(self, name)}")
         if self.wet_rule not in get_args(WetRule):
             raise UserError(f"--wet-rule {self.wet_rule!r} is none of {', '.join(get_args(WetRule))}")
         if not self.wet_threshold >= 0:
@@ -93,12 +92,11 @@ class WindowCutter:
     """Take frames in order of time and emit the windows that the rules keep.
 
     A gap in time, and the time ``test_from`` at which the test split starts, end the run of frames: no window
-    reaches across, and no frame is in both splits. A frame with less valid pixels than ``min_valid`` is a gap.
+    reaches across, and no frame is in both splits. A frame with fewer valid pixels than ``min_valid`` is a
+    gap.
     """
 
-    def __init__(
-        self, rules: WindowRules, test_from: datetime | None, emit: Callable[[Window], None]
-    ) -> None:
+    def __init__(self, rules: WindowRules, test_from: datetime | None, emit: Callable[[Window], None]) -> None:
         self._rules = rules
         self._test_from = test_from
         self._emit = emit

@@ -31,7 +31,7 @@ class _Chunks(NamedTuple):
     """One window, compressed: the bytes of one chunk of ``images`` and of ``valid``."""
 
     split: str
-    index: int
+    position: int
     images: bytes
     valid: bytes
 
@@ -39,16 +39,17 @@ class _Chunks(NamedTuple):
 class NL50Writer:
     """Write ``(N, T, H, W)`` windows to ``path`` + ``.part``, and rename it when all went well.
 
-    Layout: ``SPLIT/images`` float32 = rain in mm per 5 min / ``scale``, ``SPLIT/valid`` bool, ``SPLIT/timestamps``
-    strings ``(N, T, 1)``. One window is one gzip chunk, so a random read decompresses nothing else. The chunks
-    are compressed in threads, of which few are in flight, and written in order.
+    Layout: ``SPLIT/images`` float32 = rain in mm per 5 min / ``scale``, ``SPLIT/valid`` bool,
+    ``SPLIT/timestamps`` strings ``(N, T, 1)``. One window is one gzip chunk, so a random read decompresses
+    nothing else. Threads compress the chunks, few at a time; they are written in order.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], scale: float, threads: int = 1) -> None:
         self._path = path
         self._part = path.with_name(path.name + ".part")
         self._scale = scale
-        self._count = dict.fromkeys(SPLITS, 0)
+        self._count: dict[str, int] = dict.fromkeys(SPLITS, 0)
+        self._data: dict[tuple[str, str], h5py.Dataset] = {}
         self._waiting: deque[Future[_Chunks]] = deque()
         self._limit = 2 * max(1, threads)
         try:
@@ -57,7 +58,7 @@ class NL50Writer:
             raise UserError(f"cannot write {self._part}: {error}") from error
         self._pool = ThreadPoolExecutor(max(1, threads))
         for split in SPLITS:
-            self._create(self._file.create_group(split), shape)
+            self._create(split, shape)
 
     def __enter__(self) -> NL50Writer:
         return self
@@ -65,31 +66,29 @@ class NL50Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        complete = False
         try:
             if kind is None:
                 self._write_until(0)
-                self._file.flush()
-        except BaseException:
-            kind = SystemError  # a half-written file must not get its name
-            raise
+                complete = True
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._file.close()
-            if kind is not None:
+            if not complete:
                 self._part.unlink(missing_ok=True)
-        _sync(self._part)
-        os.replace(self._part, self._path)
-        _sync(self._path.parent)
+        if complete:
+            _sync(self._part)
+            os.replace(self._part, self._path)
+            _sync(self._path.parent)
 
     def add(self, window: Window) -> None:
         """Append a window to its split."""
         split, index = window.split, self._count[window.split]
         self._count[split] += 1
-        group = self._file[split]
         for name in ("images", "valid", "timestamps"):
-            group[name].resize(index + 1, axis=0)
+            self._data[split, name].resize(index + 1, axis=0)
         stamps = np.array([format_timestamp(time) for time in window.times], dtype=f"S{_TIMESTAMP_LENGTH}")
-        group["timestamps"][index] = stamps[:, None]
+        self._data[split, "timestamps"][index] = stamps[:, None]
         self._waiting.append(self._pool.submit(self._compress, split, index, window.rain, window.valid))
         self._write_until(self._limit)
 
@@ -97,9 +96,10 @@ class NL50Writer:
         """Write attributes of the file."""
         self._file.attrs.update(attributes)
 
-    def _create(self, group: h5py.Group, shape: tuple[int, int, int]) -> None:
+    def _create(self, split: str, shape: tuple[int, int, int]) -> None:
+        group = self._file.create_group(split)
         for name, dtype in (("images", np.float32), ("valid", np.bool_)):
-            group.create_dataset(
+            self._data[split, name] = group.create_dataset(
                 name,
                 shape=(0, *shape),
                 maxshape=(None, *shape),
@@ -108,7 +108,7 @@ class NL50Writer:
                 compression="gzip",
                 compression_opts=_GZIP_LEVEL,
             )
-        group.create_dataset(
+        self._data[split, "timestamps"] = group.create_dataset(
             "timestamps",
             shape=(0, shape[0], 1),
             maxshape=(None, shape[0], 1),
@@ -116,11 +116,9 @@ class NL50Writer:
             chunks=(256, shape[0], 1),
             compression="gzip",
         )
-        group["images"].attrs["units"] = "mm per 5 min, divided by scale_mm_per_5min"
+        self._data[split, "images"].attrs["units"] = "mm per 5 min, divided by scale_mm_per_5min"
 
-    def _compress(
-        self, split: str, index: int, rain: NDArray[np.float32], valid: NDArray[np.bool_]
-    ) -> _Chunks:
+    def _compress(self, split: str, index: int, rain: NDArray[np.float32], valid: NDArray[np.bool_]) -> _Chunks:
         images = np.ascontiguousarray(rain / np.float32(self._scale), dtype="<f4")
         return _Chunks(
             split,
@@ -132,9 +130,8 @@ class NL50Writer:
     def _write_until(self, left: int) -> None:
         while len(self._waiting) > left:
             chunks = self._waiting.popleft().result()
-            group = self._file[chunks.split]
-            group["images"].id.write_direct_chunk((chunks.index, 0, 0, 0), chunks.images)
-            group["valid"].id.write_direct_chunk((chunks.index, 0, 0, 0), chunks.valid)
+            for name, content in (("images", chunks.images), ("valid", chunks.valid)):
+                self._data[chunks.split, name].id.write_direct_chunk((chunks.position, 0, 0, 0), content)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,234 @@
+"""Read windows of radar rain from HDF5 files in the layout of NL-50."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from spatspark_fast import units
+from spatspark_fast.data.augment import Augmentation
+from spatspark_fast.data.timestamps import parse_timestamp
+from spatspark_fast.errors import UserError
+
+__all__ = ["NowcastDataset"]
+
+_logger = logging.getLogger(__name__)
+
+
+class NowcastDataset(Dataset[dict[str, Any]]):
+    """Serve the windows of one split of a file of ``prepare``, SmaAt-UNet or SpaT-SparK.
+
+    An item is ``{"input": (T_in, H, W) float32, "target": (T_out, H, W) float32, "index": int}``, values =
+    rain in mm per 5 min / ``scale``; with ``include_valid`` also ``"valid": (T_in + T_out, H, W) bool``. The
+    input are the first ``input_length`` frames of a window, the target the ``output_length`` frames after
+    them (None = all others; 0 = none).
+
+    ``crop`` (pixels, one number or height and width) cuts at random, ``flip`` mirrors rows and columns,
+    ``quarter_turns`` turns: each a pure function of (``seed``, epoch, index), see ``set_epoch``.
+
+    The file is opened by each process on first use, so workers may be forked or spawned, and the data set
+    pickled.
+
+    Raises:
+        UserError: the file is missing, truncated or not HDF5, has no such split or no windows in it, or its
+            windows are too short or too small; and, when it is read, a window that holds NaN, infinite or
+            negative values or cannot be decompressed.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        input_length: int = 12,
+        output_length: int | None = None,
+        crop: int | tuple[int, int] | None = None,
+        flip: bool = False,
+        quarter_turns: bool = False,
+        seed: int = 0,
+        include_valid: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.split = split
+        self.include_valid = include_valid
+        self._augmentation = Augmentation((crop, crop) if isinstance(crop, int) else crop, flip, quarter_turns, seed)
+        # In shared memory: workers that live on over epochs see what the main process sets.
+        self._shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._worker_epoch: int | None = None
+        self._file: h5py.File | None = None
+        self._pid = -1
+        with _open(self.path) as file:
+            images = _images(file, self.path, split)
+            self._length, frames, height, width = (int(length) for length in images.shape)
+            self.attributes = {name: _plain(value) for name, value in file.attrs.items()}
+        self.input_length = input_length
+        self.output_length = frames - input_length if output_length is None else output_length
+        self._check_lengths(frames)
+        try:
+            self.image_size = self._augmentation.check((height, width))
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        self.scale = self._read_scale()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = self._checked(index)
+        total = self.input_length + self.output_length
+        window = self._read("images", index, total).astype(np.float32, copy=False)
+        self._check_values(window, index)
+        stacks: tuple[Any, ...] = (window,)
+        if self.include_valid:
+            stacks += (self.valid(index)[:total],)
+        window, *valid = self._augmentation.apply(stacks, self._epoch, index)
+        frames = torch.from_numpy(window)
+        item: dict[str, Any] = {
+            "input": frames[: self.input_length],
+            "target": frames[self.input_length :],
+            "index": index,
+        }
+        if valid:
+            item["valid"] = torch.from_numpy(valid[0])
+        return item
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": None, "_pid": -1}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentation of an epoch.
+
+        Set in the main process it holds there and in all its workers; set in a worker, in that worker.
+        """
+        if get_worker_info() is None:
+            self._shared_epoch.fill_(epoch)
+        else:
+            self._worker_epoch = epoch
+
+    def timestamps(self, index: int) -> list[str]:
+        """Return the times of all frames of a window as the file spells them; empty if it has none."""
+        group = self._opened()[self.split]
+        if not isinstance(group, h5py.Group) or not isinstance(group.get("timestamps"), h5py.Dataset):
+            return []
+        stamps = self._read("timestamps", self._checked(index)).reshape(-1)
+        return [stamp.decode(errors="replace") if isinstance(stamp, bytes) else str(stamp) for stamp in stamps]
+
+    def times(self, index: int) -> list[datetime | None]:
+        """Return the times of all frames of a window, naive UTC; None for those that do not parse."""
+        return [parse_timestamp(stamp) for stamp in self.timestamps(index)]
+
+    def valid(self, index: int) -> np.ndarray:
+        """Return ``(T, H, W)`` bool, False where the radar gave no data; True if the file does not say."""
+        index = self._checked(index)
+        if "valid" in self._opened()[self.split]:  # pyright: ignore[reportOperatorIssue]
+            return self._read("valid", index).astype(np.bool_, copy=False)
+        return np.ones(self._read("images", index).shape, dtype=np.bool_)
+
+    def close(self) -> None:
+        """Close the file; the next access opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def _epoch(self) -> int:
+        return int(self._shared_epoch) if self._worker_epoch is None else self._worker_epoch
+
+    def _checked(self, index: int) -> int:
+        if not -self._length <= index < self._length:
+            raise IndexError(f"window {index} of {self._length}")
+        return int(index) % self._length
+
+    def _opened(self) -> h5py.File:
+        if self._file is None or self._pid != os.getpid():
+            # A handle that came with a fork shares the parent's place in the file.
+            self.close()
+            self._file, self._pid = _open(self.path), os.getpid()
+        return self._file
+
+    def _read(self, name: str, index: int, frames: int | None = None) -> np.ndarray:
+        dataset: Any = self._opened()[f"{self.split}/{name}"]
+        try:
+            return dataset[index] if frames is None else dataset[index, :frames]
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{self.path}, {self.split} window {index}: {name} cannot be read ({error}); "
+                f"the file is damaged, prepare or download it again"
+            ) from error
+
+    def _check_values(self, window: np.ndarray, index: int) -> None:
+        if window.size == 0:
+            return
+        # NaN compares false, so this finds it too.
+        if window.min() >= 0 and window.max() < np.inf:
+            return
+        what = "negative values" if np.isfinite(window).all() else "values that are not finite (NaN or Inf)"
+        raise UserError(f"{self.path}, {self.split} window {index} holds {what}; prepare the file again")
+
+    def _check_lengths(self, frames: int) -> None:
+        if self.input_length < 1:
+            raise UserError(f"input_length must be at least 1, got {self.input_length}")
+        if self.input_length > frames or self.input_length + self.output_length > frames:
+            asked = f"{self.input_length} + {max(self.output_length, 0)}"
+            raise UserError(
+                f"{self.path}: windows of {self.split} have {frames} frames, fewer than {asked} asked for; "
+                "give smaller input and output lengths"
+            )
+        if self.output_length < 0:
+            raise UserError(f"output_length must be 0 or more, got {self.output_length}")
+
+    def _read_scale(self) -> float:
+        scale = self.attributes.get("scale_mm_per_5min")
+        if scale is None:
+            _logger.warning(
+                "%s does not say its scale; taking that of NL-50, %s mm per 5 min",
+                self.path,
+                units.NL50_SCALE,
+            )
+            return units.NL50_SCALE
+        if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
+            raise UserError(f"{self.path}: attribute scale_mm_per_5min is {scale!r}, not a positive number")
+        return float(scale)
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        kind = "truncated" if "truncated" in str(error) else "not a readable HDF5 file"
+        raise UserError(f"{path} is {kind} ({error}); prepare or download it again") from error
+
+
+def _images(file: h5py.File, path: Path, split: str) -> h5py.Dataset:
+    if split not in file:
+        raise UserError(f"{path} has no split {split!r}; it holds {', '.join(file) or 'nothing'}")
+    images = file.get(f"{split}/images")
+    if not isinstance(images, h5py.Dataset):
+        raise UserError(f"{path} has no data set {split}/images, so it is not in the layout of NL-50")
+    if images.ndim != 4 or images.dtype.kind != "f":
+        raise UserError(
+            f"{path}: {split}/images is {images.dtype} of shape {images.shape}, not floating point of shape "
+            f"(windows, frames, height, width); python -m spatspark_fast.prepare makes such files"
+        )
+    if images.shape[0] == 0:
+        raise UserError(f"{path}: split {split!r} is empty; prepare it with more data or another --test-fraction")
+    return images
+
+
+def _plain(value: object) -> str | int | float | object:
+    """Turn what h5py gives for an attribute into a plain Python value."""
+    array = np.asarray(value)
+    if array.size != 1:
+        return array.tolist()
+    item = array.reshape(-1)[0]
+    item = item.item() if isinstance(item, np.generic) else item
+    return item.decode(errors="replace") if isinstance(item, bytes) else item
