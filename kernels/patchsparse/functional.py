@@ -74,7 +74,10 @@ def patch_conv2d(
     window.check((packed.shape[2], packed.shape[3]), "patch_conv2d")
     if window.local:
         return F.conv2d(packed, weight, bias, window.stride, 0, window.dilation, groups)
-    grid_maps, options = (grid.slot, grid.coords), (window.stride, window.padding, window.dilation, groups, backend)
+    grid_maps, options = (
+        (grid.slot, grid.coords),
+        (window.stride, window.padding, window.dilation, groups, backend),
+    )
     return ops.conv2d(packed, weight, bias, *grid_maps, *options)
 
 
@@ -109,8 +112,8 @@ def patch_conv_transpose2d(
 
     Equivalent to::
 
-        dense = F.conv_transpose2d(unpack(packed, grid), weight, bias, stride, padding, output_padding, groups, dilation)
-        y = pack(dense, grid)
+        x = unpack(packed, grid)
+        y = pack(F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation), grid)
     """
     check_packed(packed, grid)
     packed, weight, bias = _autocast(packed, weight, bias)
@@ -119,8 +122,8 @@ def patch_conv_transpose2d(
     for k, s, p, d, e in zip(window.kernel, window.stride, window.padding, window.dilation, extra, strict=True):
         if d * (k - 1) + 1 + e - 2 * p != s:
             raise ValueError(
-                f"patch_conv_transpose2d: kernel {k}, stride {s}, padding {p}, output_padding {e}, dilation {d} gives an "
-                f"image that is not {s} times the input; choose dilation * (kernel - 1) + 1 + output_padding - "
+                f"patch_conv_transpose2d: kernel {k}, stride {s}, padding {p}, output_padding {e}, dilation {d} gives "
+                f"an image that is not {s} times the input; choose dilation * (kernel - 1) + 1 + output_padding - "
                 f"2 * padding = stride"
             )
     options = (window.stride, window.padding, window.dilation, groups, backend)
@@ -159,7 +162,10 @@ def patch_max_pool2d(
     check_packed(packed, grid)
     kernel = pair(kernel_size, "kernel_size")
     window = Window(
-        kernel, pair(kernel if stride is None else stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+        kernel,
+        pair(kernel if stride is None else stride, "stride"),
+        pair(padding, "padding"),
+        pair(dilation, "dilation"),
     )
     window.check((packed.shape[2], packed.shape[3]), "patch_max_pool2d", ceil_mode)
     if window.taps > 255:
@@ -260,7 +266,7 @@ def explain(
         f"{call.device}, {grid.num_active} of {grid.active.numel()} patches active"
     )
     if window.local:
-        return f"{what}\n  no engine: the window never leaves its patch, so PyTorch's own conv2d runs on the packed tensor"
+        return f"{what}\n  no engine: the window never leaves its patch, so PyTorch's conv2d runs on the packed tensor"
     taken = choose(call, backend)
     lines = [what]
     for name in ENGINES:

@@ -73,8 +73,8 @@ class Window:
     def check(self, size: tuple[int, int], name: str, ceil_mode: bool = False) -> None:
         """Raise ValueError unless an image of whole patches of ``size`` pixels maps to whole patches.
 
-        Dense output is ``floor((H + 2 * padding - dilation * (kernel - 1) - 1) / stride) + 1``; it equals
-        ``H / stride`` if and only if ``dilation * (kernel - 1) + 1 - stride <= 2 * padding <= dilation * (kernel - 1)``.
+        With ``reach = dilation * (kernel - 1)``, dense output is ``floor((H + 2 * padding - reach - 1) / stride) + 1``;
+        it equals ``H / stride`` if and only if ``reach + 1 - stride <= 2 * padding <= reach``.
         With ``ceil_mode`` the quotient is rounded up and both bounds are lower by ``stride - 1``.
         """
         for axis, (p, k, s, pad, d) in enumerate(

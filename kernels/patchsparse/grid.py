@@ -138,9 +138,7 @@ class PatchGrid:
 
     def to(self, device: torch.device | str) -> PatchGrid:
         """Return the grid on another device."""
-        return PatchGrid(
-            self.active.to(device), self.coords.to(device), self.slot.to(device), self._per_image
-        )
+        return PatchGrid(self.active.to(device), self.coords.to(device), self.slot.to(device), self._per_image)
 
     def __repr__(self) -> str:
         share = self.num_active / max(1, self.active.numel())

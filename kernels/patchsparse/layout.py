@@ -26,9 +26,7 @@ def gather_patches(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:
     """Return the active patches ``(N, C, H / Gh, W / Gw)`` of ``image`` ``(B, C, H, W)``."""
     rows, columns = slot.shape[1:]
     batch, channels, height, width = image.shape
-    patches = image.permute(0, 2, 3, 1).reshape(
-        batch, rows, height // rows, columns, width // columns, channels
-    )
+    patches = image.permute(0, 2, 3, 1).reshape(batch, rows, height // rows, columns, width // columns, channels)
     number, row, column = coords.long().unbind(1)
     return patches.transpose(2, 3)[number, row, column].permute(0, 3, 1, 2)
 
@@ -38,7 +36,7 @@ def scatter_patches(packed: Tensor, slot: Tensor, coords: Tensor, fill: Tensor |
     batch, rows, columns = slot.shape
     _, channels, height, width = packed.shape
     shape = (batch, rows, columns, height, width, channels)
-    image = packed.new_zeros(shape) if fill is None else fill.expand(shape).contiguous()
+    image = packed.new_zeros(shape) if fill is None else fill.expand(shape).clone(memory_format=torch.contiguous_format)
     number, row, column = coords.long().unbind(1)
     image[number, row, column] = packed.permute(0, 2, 3, 1)
     return image.transpose(2, 3).reshape(batch, rows * height, columns * width, channels).permute(0, 3, 1, 2)

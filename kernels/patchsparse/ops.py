@@ -27,9 +27,7 @@ def _window(kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Window
     return Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))  # pyright: ignore[reportArgumentType]
 
 
-def _call(
-    name: str, x: Tensor, size: Ints, window: Window, channels: tuple[int, int], groups: int = 1
-) -> Call:
+def _call(name: str, x: Tensor, size: Ints, window: Window, channels: tuple[int, int], groups: int = 1) -> Call:
     return Call(name, x.device.type, x.dtype, x.shape[0], (size[0], size[1]), *channels, window, groups)
 
 
@@ -220,9 +218,7 @@ def max_pool2d_grad(
 
 @max_pool2d_grad.register_fake
 def _(grad, tap, slot, coords, kernel, stride, padding, dilation, backend):
-    return packed_empty(
-        grad, grad.shape[0], grad.shape[1], grad.shape[2] * stride[0], grad.shape[3] * stride[1]
-    )
+    return packed_empty(grad, grad.shape[0], grad.shape[1], grad.shape[2] * stride[0], grad.shape[3] * stride[1])
 
 
 def _max_pool2d_context(ctx, inputs, output):

@@ -47,9 +47,7 @@ def conv2d_dgrad(
     return gather_patches(_backward(image, x, weight, window, groups, [True, False, False])[0], slot, coords)
 
 
-def conv2d_wgrad(
-    x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int
-) -> Tensor:
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
     """Return the weight gradient."""
     weight = x.new_empty(grad.shape[1], x.shape[1] // groups, *window.kernel)
     images = (scatter_patches(grad, slot, coords), scatter_patches(x, slot, coords))
@@ -59,18 +57,14 @@ def conv2d_wgrad(
 def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """Pool the zero-filled image; return the maxima and the winning taps (uint8) of the active patches."""
     image = _pad_after(scatter_patches(x, slot, coords), window, -torch.inf)
-    pooled, at = F.max_pool2d(
-        image, window.kernel, window.stride, window.padding, window.dilation, return_indices=True
-    )
+    pooled, at = F.max_pool2d(image, window.kernel, window.stride, window.padding, window.dilation, return_indices=True)
     top, left = _window_origins(pooled, window)
     row, column = at // image.shape[3] - top, at % image.shape[3] - left
     tap = row // window.dilation[0] * window.kernel[1] + column // window.dilation[1]
     return gather_patches(pooled, slot, coords), gather_patches(tap.to(torch.uint8), slot, coords)
 
 
-def max_pool2d_grad(
-    grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window
-) -> Tensor:
+def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
     """Send the gradient of each active output to its winning tap."""
     image, taps = scatter_patches(grad, slot, coords), scatter_patches(tap, slot, coords).long()
     batch, rows, columns = slot.shape

@@ -64,9 +64,7 @@ def _patch_size(x: Tensor) -> Size:
     return x.shape[2], x.shape[3]
 
 
-def halo(
-    x: Tensor, slot: Tensor, coords: Tensor, before: Size, after: Size, outside: float = 0.0
-) -> Tensor:
+def halo(x: Tensor, slot: Tensor, coords: Tensor, before: Size, after: Size, outside: float = 0.0) -> Tensor:
     """Return ``(N, C, before + ph + after, before + pw + after)``: each patch with its halo.
 
     Pixels of inactive patches read as 0, pixels beyond the image as ``outside``.
@@ -159,9 +157,7 @@ def _crop_transposed(tile: Tensor, weight: Tensor, size: Size, window: Window, g
     return out[:, :, top : top + size[0], left : left + size[1]].contiguous(memory_format=torch.channels_last)
 
 
-def conv2d_wgrad(
-    x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int
-) -> Tensor:
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
     shape = (grad.shape[1], x.shape[1] // groups, *window.kernel)
     if method(x, x.shape[1], grad.shape[1], window, groups) == "rows":
@@ -175,7 +171,17 @@ def conv2d_wgrad(
     tile = halo(x, slot, coords, window.before, window.after)
     weight = x.new_empty(shape)
     return torch.ops.aten.convolution_backward(
-        grad, tile, weight, None, window.stride, [0, 0], window.dilation, False, [0, 0], groups, [False, True, False]
+        grad,
+        tile,
+        weight,
+        None,
+        window.stride,
+        [0, 0],
+        window.dilation,
+        False,
+        [0, 0],
+        groups,
+        [False, True, False],
     )[1]
 
 
@@ -193,9 +199,7 @@ def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple
     return pooled, tap.to(torch.uint8)
 
 
-def max_pool2d_grad(
-    grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window
-) -> Tensor:
+def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
     """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
     tile_size = [s + b + a for s, b, a in zip(size, window.before, window.after, strict=True)]
     tile = grad.new_empty(grad.shape[0], grad.shape[1], *tile_size).contiguous(memory_format=torch.channels_last)

@@ -29,10 +29,10 @@ _memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def remember(slot: Tensor, key: tuple[Any, ...], build: Callable[[], T]) -> T:
     """Return ``build()``, computed once per slot map and key."""
-    version, tables = _memo.get(slot, (None, {}))
-    if version != slot._version:
-        tables = {}
-        _memo[slot] = (slot._version, tables)
+    entry = _memo.get(slot)
+    if entry is None or entry[0] != slot._version:
+        entry = _memo[slot] = (slot._version, {})
+    tables = entry[1]
     if key not in tables:
         tables[key] = build()
     return tables[key]

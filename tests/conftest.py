@@ -1,0 +1,25 @@
+"""What all tests share: the place of the real radar files and a hypothesis profile without time limits."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "project",
+    deadline=None,
+    max_examples=40,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def radar() -> Path:
+    """Return the folder of real radar files named by SPATSPARK_RADAR; skip the test, saying so, without it."""
+    folder = os.environ.get("SPATSPARK_RADAR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("no real radar files: set SPATSPARK_RADAR to a folder with knmi_201008/ and the others")
+    return Path(folder)
