@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import (
+    ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
+    ArgumentParser,
+)
 
 from spatspark_fast.config import GROUPS, PretrainConfig, from_plain, to_plain, validate
 from spatspark_fast.errors import UserError
@@ -96,9 +99,7 @@ def _parser(preset: Path | None, prog: str) -> ArgumentParser:
         exit_on_error=False,
         default_config_files=[] if preset is None else [str(preset)],
     )
-    parser.add_argument(
-        "--config", action=ActionConfigFile, help="YAML file with options; wins over the preset"
-    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options; wins over the preset")
     parser.add_argument(
         "--preset",
         help=f"options to start from: {', '.join(preset_names())} "
@@ -168,9 +169,7 @@ def _asked(argv: Sequence[str], option: str) -> str | None:
     return None if value in (None, "null", "") else str(value)
 
 
-def parse_pretrain(
-    argv: Sequence[str], base: dict[str, Any] | None = None, prog: str = "pretrain"
-) -> Request:
+def parse_pretrain(argv: Sequence[str], base: dict[str, Any] | None = None, prog: str = "pretrain") -> Request:
     """Read the command line of `pretrain`.
 
     ``base`` (nested dicts) takes the place of the preset unless one is asked for: a resumed run starts from

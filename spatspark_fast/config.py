@@ -265,9 +265,7 @@ def validate(config: PretrainConfig) -> None:
         "give a decay of at least 0 and below 1, for example 0.9999",
     )
     betas = optim.betas
-    _need(
-        len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)"
-    )
+    _need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)")
     devices = config.trainer.devices
     _need(devices == "auto" or devices.isdigit(), "trainer.devices", devices, 'give a number or "auto"')
     _need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')

@@ -70,8 +70,8 @@ def _versions() -> Iterable[str]:
 def _devices() -> Iterable[str]:
     import torch
 
-    capability = torch.backends.cpu.get_cpu_capability()
-    yield f"cpu: {_cpu_name()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads and {capability}"
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    yield f"cpu: {_cpu_name()}, {os.cpu_count()} cores, torch uses {threads} threads and {capability}"
     if flags := _cpu_flags():
         yield f"     instructions: {' '.join(flags)}"
     if not torch.cuda.is_available():
@@ -109,6 +109,7 @@ def _cpuinfo() -> list[str]:
 
 def _engines() -> Iterable[str]:
     import torch
+
     from patchsparse import PatchGrid, available_backends, explain
 
     yield f"available: {', '.join(available_backends())}"
@@ -129,20 +130,21 @@ def _macs(options: Namespace) -> Iterable[str]:
     from spatspark_fast.models.spark import build_spark
 
     size, patch, width = options.size, options.patch, options.decoder_width
-    rows, columns = grid_shape((size, size), patch)
-    visible = num_visible(rows * columns, options.ratio) / (rows * columns)
+    rows, cols = grid_shape((size, size), patch)
+    visible = num_visible(rows * cols, options.ratio) / (rows * cols)
     model = build_spark(options.model, in_chans=options.frames, patch=patch, decoder_width=width)
     macs = count_macs(model, (size, size), visible)
     giga = 1e9
     encoder = macs.encoder
-    yield "multiply-adds of one window, forward, in G    dense-and-mask   visible patches   active pairs only"
-    yield f"{'encoder':44s}{encoder.dense / giga:16.2f}{encoder.visible / giga:18.2f}{encoder.pairs / giga:20.2f}"
-    yield f"{'densify':44s}{macs.densify / giga:16.2f}{macs.densify / giga:18.2f}"
-    yield f"{f'decoder (unet, width {width})':44s}{macs.decoder / giga:16.2f}{macs.decoder / giga:18.2f}"
-    yield f"{'whole model':44s}{macs.dense_step / giga:16.2f}{macs.sparse_step / giga:18.2f}"
+    yield "multiply-adds of one window, forward, in G    dense-and-mask   visible patches      active pairs"
+    columns = (encoder.dense, encoder.visible, encoder.pairs)
+    yield f"{'encoder':42s}" + "".join(f"{value / giga:18.2f}" for value in columns)
+    yield f"{'densify':42s}{macs.densify / giga:18.2f}{macs.densify / giga:18.2f}"
+    yield f"{f'decoder (unet, width {width})':42s}{macs.decoder / giga:18.2f}{macs.decoder / giga:18.2f}"
+    yield f"{'whole model':42s}{macs.dense_step / giga:18.2f}{macs.sparse_step / giga:18.2f}"
     yield (
-        f"saving: encoder {encoder.dense / encoder.visible:.2f}x, whole model {macs.saving:.2f}x; a backward pass "
-        "costs twice the forward, in the same proportions"
+        f"saving: encoder {encoder.dense / encoder.visible:.2f}x, whole model {macs.saving:.2f}x; "
+        "a backward pass costs twice the forward, in the same proportions"
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -24,7 +24,7 @@ RAIN_COLOURS = ("#cfe8f5", "#8fc7e8", "#4a9bd4", "#1f62ad", "#f7df4e", "#f5a42c"
 DRY, EXTREME, MISSING, HIDDEN = "#f4f4f1", "#4b0a45", "#b9b9b9", "#8d8d88"
 
 
-def rain_colours() -> tuple[ListedColormap, BoundaryNorm]:
+def rain_colours() -> tuple[Colormap, BoundaryNorm]:
     """Return the colour map and its classes for rates in mm/h; dry is nearly white, missing (NaN) is grey."""
     colours = ListedColormap(RAIN_COLOURS, name="rain").with_extremes(under=DRY, over=EXTREME, bad=MISSING)
     return colours, BoundaryNorm(RAIN_LEVELS, len(RAIN_COLOURS))
@@ -70,9 +70,7 @@ def reconstruction_figure(
     times = _some_frames(len(rates))
     height, width = rates.shape[1:]
     side = 2.3
-    figure = Figure(
-        figsize=(3 * side + 1.5, len(times) * side * height / width + 0.9), dpi=130, layout="constrained"
-    )
+    figure = Figure(figsize=(3 * side + 1.5, len(times) * side * height / width + 0.9), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(times), 3, squeeze=False)
     for row, time in zip(grid, times, strict=True):
@@ -80,9 +78,7 @@ def reconstruction_figure(
         draw_rain(row[1], rates[time], seen)
         draw_rain(row[2], made[time])
         minutes = (time - len(rates) + 1) * FRAME_MINUTES
-        row[0].set_ylabel(
-            f"frame {time + 1}, {minutes:+.0f} min" if minutes else f"frame {time + 1}, now", fontsize=9
-        )
+        row[0].set_ylabel(f"frame {time + 1}, {minutes:+.0f} min" if minutes else f"frame {time + 1}, now", fontsize=9)
     headings = ("input", f"visible to the encoder ({100 * seen.mean():.0f} %)", "reconstruction")
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)

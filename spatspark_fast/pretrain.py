@@ -47,15 +47,11 @@ def _out(request: Request) -> Path:
     if request.out is not None:
         return Path(request.out)
     if request.resume == "auto":
-        raise UserError(
-            "--resume needs --out with the folder of the run to go on with, or the path of a checkpoint"
-        )
+        raise UserError("--resume needs --out with the folder of the run to go on with, or the path of a checkpoint")
     if request.resume is not None:
         root = Path(request.resume).absolute().parent.parent
         if not RunDirectory(root).config.exists():
-            raise UserError(
-                f"--resume {request.resume} lies in no run directory: say by --out where to write"
-            )
+            raise UserError(f"--resume {request.resume} lies in no run directory: say by --out where to write")
         return root
     return default_out(request.preset)
 

@@ -129,9 +129,7 @@ class RunDirectory:
             raise UserError(f"--out {self.root} is no readable folder: {error.strerror}") from error
         if used and not resume:
             what = "already holds a run" if self.config.exists() else "is not empty"
-            raise UserError(
-                f"--out {self.root} {what}: choose another folder, or go on with that run by --resume"
-            )
+            raise UserError(f"--out {self.root} {what}: choose another folder, or go on with that run by --resume")
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         if not existing.is_dir():
             raise UserError(f"--out {self.root} cannot be made: {existing} is a file")
@@ -146,9 +144,7 @@ class RunDirectory:
                 for stale in folder.glob(".*.tmp"):
                     stale.unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(
-                f"--out {self.root} cannot be written: {error.strerror} ({error.filename})"
-            ) from error
+            raise UserError(f"--out {self.root} cannot be written: {error.strerror} ({error.filename})") from error
 
     def stored_config(self) -> dict[str, Any] | None:
         """Return the options of the run in this folder, or None where there is none."""

@@ -32,12 +32,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except Exception as error:  # torch raises half a dozen kinds for a file that is damaged or not its own
-        raise UserError(
-            f"{path} is damaged or no checkpoint of this command ({type(error).__name__})"
-        ) from error
-    if not isinstance(checkpoint, dict) or not {"config", "position", "state_dict", "global_step"} <= set(
-        checkpoint
-    ):
+        raise UserError(f"{path} is damaged or no checkpoint of this command ({type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or not {"config", "position", "state_dict", "global_step"} <= set(checkpoint):
         raise UserError(f"{path} is no checkpoint of pretrain: it lacks the options or the position")
     return checkpoint
 
@@ -61,9 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"cannot write {target}: {error.strerror or error}; make room, then go on by --resume"
             ) from error
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load plain values and tensors only."""
         return read_checkpoint(Path(path))
 
@@ -140,9 +134,7 @@ class Checkpoints(Checkpoint):
         """Give the signals back."""
         self._restore()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
         self._restore()
 

@@ -40,9 +40,7 @@ class SparkPretraining(L.LightningModule):
         self.plan = plan
         self.ema: AveragedModel | None = None
         if config.optim.ema > 0:
-            self.ema = AveragedModel(
-                spark, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema), use_buffers=True
-            )
+            self.ema = AveragedModel(spark, multi_avg_fn=get_ema_multi_avg_fn(config.optim.ema), use_buffers=True)
             self.ema.requires_grad_(False)
         self.last: dict[str, Tensor] = {}
         self.position = -1
@@ -104,8 +102,8 @@ class SparkPretraining(L.LightningModule):
             step = self.plan.step_of(self.position)
             raise UserError(
                 f"the loss is no longer finite at step {step} (epoch {self.epochs_done:.2f}): lower "
-                "--optim.base_lr or --optim.clip, take --trainer.precision fp32, or look for odd values in the data; "
-                "the last checkpoint is from before and stays"
+                "--optim.base_lr or --optim.clip, take --trainer.precision fp32, or look for odd values in "
+                "the data; the last checkpoint is from before and stays"
             )
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.optim import Lamb
+from timm.optim.lamb import Lamb
 from torch import nn
 
 from spatspark_fast.config import OptimConfig
@@ -28,9 +28,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr: float
-) -> torch.optim.Optimizer:
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """Build LAMB or AdamW over `parameter_groups`; rates are set anew before each step by `set_rates`.
 
     Gradient clipping is left to the training loop, so LAMB's own is off.

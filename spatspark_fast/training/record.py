@@ -18,7 +18,7 @@ from spatspark_fast.training.stream import BatchStream
 
 __all__ = ["COLUMNS", "Bar", "MetricsCsv", "Pictures", "Recorder"]
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "step",
     "epoch",
     "loss",
@@ -100,9 +100,7 @@ class Recorder(L.Callback):
         stream.waited = 0.0
         self._timed = 0
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the batch to the row; write the row when it is full."""
         module: SparkPretraining = pl_module
         self._sum = self._sum + module.last["loss"].double()
@@ -156,7 +154,7 @@ class Bar(L.Callback):
         """Draw the bar."""
         if not trainer.is_global_zero or not self.console.is_terminal:
             return
-        self._progress = Progress(
+        progress = Progress(
             TextColumn("{task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -165,19 +163,14 @@ class Bar(L.Callback):
             console=self.console,
         )
         total = pl_module.plan.total_steps
-        self._task = self._progress.add_task(
-            "", total=total, completed=trainer.global_step, epoch="", metrics=""
-        )
-        self._progress.start()
+        self._task = progress.add_task("", total=total, completed=trainer.global_step, epoch="", metrics="")
+        progress.start()
+        self._progress = progress
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Move the bar."""
         if self._progress is not None:
-            epoch = (
-                f"epoch {min(int(pl_module.epochs_done) + 1, pl_module.plan.epochs)}/{pl_module.plan.epochs}"
-            )
+            epoch = f"epoch {min(int(pl_module.epochs_done) + 1, pl_module.plan.epochs)}/{pl_module.plan.epochs}"
             self._progress.update(
                 self._task, completed=trainer.global_step, epoch=epoch, metrics=describe(self.recorder.newest)
             )
@@ -186,9 +179,7 @@ class Bar(L.Callback):
         """Say how the epoch went where there is no terminal."""
         if self._progress is None and trainer.is_global_zero:
             epoch = f"epoch {pl_module.epochs_done:g}/{pl_module.plan.epochs}"
-            self.console.print(
-                f"{epoch}  step {trainer.global_step}  {describe(self.recorder.newest)}", soft_wrap=True
-            )
+            self.console.print(f"{epoch}  step {trainer.global_step}  {describe(self.recorder.newest)}", soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Let the bar stand."""

@@ -7,12 +7,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from spatspark_fast.training.stream import BatchStream
 
 __all__ = ["build_masks", "build_model", "open_windows", "train"]
 
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 SAMPLE_OF = 16  # windows among which the wettest is drawn
 MEASURED_WINDOWS = 4
 SYNTHETIC_SEED = 0  # the built-in data set is always the same; the seed of a run does not change its data
@@ -107,10 +107,12 @@ def known_warnings_off() -> Iterator[None]:
 def open_windows(config: DataConfig, seed: int = 0) -> Windows:
     """Open the data set, or the synthetic radar where no file is named."""
     if config.path is None:
+        if config.crop is not None or config.flip or config.quarter_turns:
+            raise UserError("--data.crop, --data.flip and --data.quarter_turns need a file: give --data.path")
         return SyntheticRadar(
             config.synthetic_windows,
             input_length=config.input_length,
-            output_length=1,
+            output_length=0,
             image_size=config.synthetic_size,
             seed=SYNTHETIC_SEED,
         )
@@ -251,7 +253,8 @@ def _announce(
     source = config.data.path or f"synthetic radar ({len(stream.windows)} windows)"
     lines = [
         f"Pretraining {config.model.encoder} on {source}: {plan.total_steps} steps of "
-        f"{stream.batch_size} windows ({plan.epochs} epochs of {plan.batches_per_epoch} batches), peak learning rate {plan.peak_lr:.2g}"
+        f"{stream.batch_size} windows ({plan.epochs} epochs of {plan.batches_per_epoch} batches), "
+        f"peak learning rate {plan.peak_lr:.2g}"
     ]
     if stream.batch_size < config.data.batch_size:
         lines.append(
@@ -260,9 +263,7 @@ def _announce(
         )
     asked = config.optim.warmup_epochs * plan.steps_per_epoch
     if plan.warmup_steps < asked:
-        lines.append(
-            f"Note: warm-up is a quarter of this training, {plan.warmup_steps:g} steps instead of {asked:g}"
-        )
+        lines.append(f"Note: warm-up is a quarter of this training, {plan.warmup_steps:g} steps instead of {asked:g}")
     if state is not None:
         lines.append(f"Going on after step {state['global_step']}")
         if changed := differences(to_plain(config), state["config"]):
@@ -310,7 +311,7 @@ def _result(module: SparkPretraining, run: RunDirectory, seconds: float) -> str:
     part = max(len(losses) // 5, 1)
     first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
     return (
-        f"Trained {module.plan.total_steps} steps ({module.epochs_done:g} epochs), {seconds:.0f} s this time; "
+        f"Trained {module.plan.total_steps} steps ({module.epochs_done:g} epochs), {seconds:.0f} s; "
         f"loss {first:.4f} -> {last:.4f} (means over the first and the last fifth)"
     )
 

@@ -22,9 +22,7 @@ from spatspark_fast.models.spark import SparK
 
 __all__ = ["DenseAndMask", "Measurement", "describe_savings", "measure_encoder"]
 
-PARITY = (
-    1e-3  # largest difference of features, as a share of the largest feature, at which times are compared
-)
+PARITY = 1e-3  # largest difference of features, as a share of the largest feature, at which times are compared
 
 
 class _OnActive(nn.Module):
@@ -140,9 +138,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe_savings(
-    model: SparK, frames: Tensor, ratio: float, precision: torch.dtype = torch.float32
-) -> str:
+def describe_savings(model: SparK, frames: Tensor, ratio: float, precision: torch.dtype = torch.float32) -> str:
     """Say in two lines what this configuration saves: multiply-adds, and seconds measured here and now."""
     size = (frames.shape[2], frames.shape[3])
     shape = grid_shape(size, model.patch)
@@ -154,14 +150,13 @@ def describe_savings(
     on_cpu = frames.device.type == "cpu"
     found = measure_encoder(model, frames, grid, rounds=3 if on_cpu else 20, precision=precision)
     if found.rounds == 0:
-        return (
-            f"{counted}\nNot measured: dense-and-mask gives other features here (by {found.difference:.1g})."
-        )
+        return f"{counted}\nNot measured: dense-and-mask gives other features here (by {found.difference:.1g})."
     where = f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name(frames.device)
     return (
         f"{counted}\nMeasured here and now ({where}, {str(precision).removeprefix('torch.')}, batch "
         f"{found.batch}, encoder forward + backward, median of {found.rounds}): {found.sparse:.3g} s "
-        f"instead of {found.dense:.3g} s dense-and-mask, {found.ratio:.2f}x as fast; features equal to {found.difference:.0e}."
+        f"instead of {found.dense:.3g} s dense-and-mask, {found.ratio:.2f}x as fast; features equal to "
+        f"{found.difference:.0e}."
     )
 
 
@@ -171,6 +166,7 @@ def _counted(model: SparK, size: tuple[int, int], visible: float) -> str:
     return (
         f"Counted, one {size[0]}x{size[1]} window, {100 * (1 - visible):.0f} % hidden, forward: the "
         f"encoder does {encoder.visible / giga:.2f} G multiply-adds on visible patches instead of "
-        f"{encoder.dense / giga:.2f} G dense-and-mask, {encoder.dense / encoder.visible:.2f}x fewer; the whole "
-        f"model {macs.sparse_step / giga:.2f} instead of {macs.dense_step / giga:.2f} G, {macs.saving:.2f}x fewer."
+        f"{encoder.dense / giga:.2f} G dense-and-mask, {encoder.dense / encoder.visible:.2f}x fewer; "
+        f"the whole model {macs.sparse_step / giga:.2f} instead of {macs.dense_step / giga:.2f} G, "
+        f"{macs.saving:.2f}x fewer."
     )

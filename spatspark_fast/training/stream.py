@@ -43,9 +43,7 @@ def windows_per_batch(length: int, batch_size: int, world_size: int = 1) -> int:
     Raises UserError if there are fewer windows than devices.
     """
     if length < world_size:
-        raise UserError(
-            f"{length} windows cannot be shared by {world_size} devices: give more data or fewer devices"
-        )
+        raise UserError(f"{length} windows cannot be shared by {world_size} devices: give more data or fewer devices")
     return min(batch_size, length // world_size)
 
 

@@ -1,5 +1,6 @@
 """Pictures: colours mean what they say, masks cover what they should, and nothing global is touched."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def rgb(colour: str) -> list[int]:
 
 def test_each_class_of_rain_has_its_colour() -> None:
     colours, classes = rain_colours()
-    middles = [(a + b) / 2 for a, b in zip(RAIN_LEVELS, RAIN_LEVELS[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(RAIN_LEVELS)]
     drawn = [matplotlib.colors.to_hex(colours(classes(rate))) for rate in middles]
     assert drawn == list(RAIN_COLOURS)
     assert matplotlib.colors.to_hex(colours(classes(0.0))) == DRY

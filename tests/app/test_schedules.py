@@ -1,6 +1,7 @@
 """Schedules against their closed forms, and the optimisers that follow them."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from spatspark_fast.training.optim import build_optimizer, parameter_groups, set
 from spatspark_fast.training.schedules import Plan, cosine, make_plan, scaled_lr, warmup_cosine
 
 
-def plan(**changes: object) -> Plan:
-    options: dict = {
+def plan(**changes: Any) -> Plan:
+    options: dict[str, Any] = {
         "batches_per_epoch": 10,
         "epochs": 100,
         "max_steps": None,
@@ -105,7 +106,7 @@ def test_rates_reach_the_optimiser_and_weights_move_by_them(name: str) -> None:
     model = Tiny()
     optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name), lr=1.0)  # type: ignore[arg-type]
     before = {key: value.clone() for key, value in model.named_parameters()}
-    sum(p.sum() for p in model.parameters() if p.requires_grad).backward()
+    torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum().backward()
     set_rates(optimizer.param_groups, lr=0.0, weight_decay=0.5)
     optimizer.step()
     assert all(torch.equal(before[key], value) for key, value in model.named_parameters())
