@@ -198,21 +198,21 @@ class PatchGroupNorm1Act(PatchImageModule, GroupNorm1Act):
 class PatchStdConv2d(PatchConv2d, StdConv2d):
     """Convolve packed patches with a standardised weight (BiT ResNetV2)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        grid = self._grid(x)
+    def forward(self, input: Tensor) -> Tensor:
+        grid = self._grid(input)
         if grid is None:
-            return StdConv2d.forward(self, x)
-        return self._packed_conv(x, _standardised(self, None), grid)
+            return StdConv2d.forward(self, input)
+        return self._packed_conv(input, _standardised(self, None), grid)
 
 
 class PatchScaledStdConv2d(PatchConv2d, ScaledStdConv2d):
     """Convolve packed patches with a scaled standardised weight (NFNet)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        grid = self._grid(x)
+    def forward(self, input: Tensor) -> Tensor:
+        grid = self._grid(input)
         if grid is None:
-            return ScaledStdConv2d.forward(self, x)
-        return self._packed_conv(x, _standardised(self, (self.gain * self.scale).view(-1)), grid)
+            return ScaledStdConv2d.forward(self, input)
+        return self._packed_conv(input, _standardised(self, (self.gain * self.scale).view(-1)), grid)
 
 
 def _standardised(conv: Any, gain: Tensor | None) -> Tensor:

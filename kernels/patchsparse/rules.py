@@ -182,6 +182,9 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
             "attention mixes all pixels of an image; it has no packed form here"
         ),
     }
+    apart = _because("padding apart from its convolution is not aligned with the patches; give it to the convolution")
+    for name in ("ZeroPad2d", "ConstantPad2d", "ReflectionPad2d", "ReplicationPad2d", "CircularPad2d"):
+        rules[f"padding.{name}"] = apart
     for name, rule in rules.items():
         yield f"torch.nn.modules.{name}", rule
 
@@ -192,7 +195,7 @@ def _timm_rules() -> Iterator[tuple[str, Rule]]:
         "layers.norm_act.FrozenBatchNormAct2d "
         "layers.layer_scale.LayerScale layers.layer_scale.LayerScale2d models.fastvit.LayerScale2d "
         "layers.linear.Linear layers.space_to_depth.SpaceToDepth layers.space_to_depth.DepthToSpace "
-        "models.selecsls.SelectSeq models.hrnet.SequentialList"
+        "models.selecsls.SelectSeq models.hrnet.SequentialList models.metaformer.Scale"
     )
     rules: dict[str, Rule] = dict.fromkeys(stay.split(), Rule())
     for name in [

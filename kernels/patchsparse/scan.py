@@ -56,7 +56,7 @@ def suspicious_call(module: nn.Module) -> str | None:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError, SyntaxError):
             return f"{function.__qualname__}, whose source cannot be read"
-        for node in ast.walk(tree):
+        for node in sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0)):
             found = _judge(node)
             if found is not None:
                 return f"{found} in {function.__qualname__}"

@@ -24,10 +24,8 @@ __all__ = ["check_parity"]
 Forward = Callable[..., Tensor]
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
-_ACTIVE = (
-    ((1, 0, 1), (0, 1, 1)),
-    ((0, 1, 0), (0, 0, 1)),
-)  # 4 and 2 of 2x3 patches, one of them without neighbours
+# Three patches of each image, so that images can be stacked as columns of pixels; one has no active neighbour.
+_ACTIVE = (((1, 1, 0), (0, 1, 0)), ((1, 0, 1), (0, 0, 1)))
 
 
 def check_parity(
@@ -109,7 +107,8 @@ def _compare(source: nn.Module, x: Tensor, tolerance: float) -> None:
     reference = copy.deepcopy(source)
     mask = _Mask(grid.active)
     for path, module in reference.named_modules():
-        mask.install(module, kinds.get(path))
+        if path not in opaque:
+            mask.install(module, kinds.get(path))
     with _recording(reference, opaque) as dense:
         try:
             reference(x * mask.of(x))
@@ -233,8 +232,9 @@ def _recording(model: nn.Module, opaque: set[str]) -> Iterator[_Record]:
 class _Mask:
     """Gives the modules of a dense model the meaning of dense-and-mask, through their own ``forward``.
 
-    Spatial modules read and write zeros at inactive pixels. Batch norms see the active pixels as one column,
-    and per-image modules those of each image as a one-pixel-high image.
+    Spatial modules read and write zeros at inactive pixels. Batch norms see the active pixels as one column, and
+    per-image modules those of each image as a one-pixel-high image. What has no room for the grid (one value per
+    image, say) is left alone.
     """
 
     def __init__(self, active: Tensor):
@@ -257,11 +257,19 @@ class _Mask:
         elif isinstance(module, _BATCH_NORM):
             target.forward = partial(self._pixels, forward)
 
+    def _fits(self, x: Tensor) -> bool:
+        batch, rows, columns = self.active.shape
+        return x.dim() == 4 and x.shape[0] == batch and not (x.shape[2] % rows or x.shape[3] % columns)
+
     def _spatial(self, forward: Forward, x: Tensor) -> Tensor:
+        if not self._fits(x):
+            return forward(x)
         y = forward(x * self.of(x))
-        return y * self.of(y)
+        return y * self.of(y) if self._fits(y) else y
 
     def _pixels(self, forward: Forward, x: Tensor) -> Tensor:
+        if not self._fits(x):
+            return forward(x)
         where = self.of(x)[:, 0]
         column = forward(x.permute(0, 2, 3, 1)[where][:, :, None, None])
         y = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
@@ -270,14 +278,14 @@ class _Mask:
 
     def _per_image(self, forward: Forward, channels_last: bool, x: Tensor) -> Tensor:
         image = x.permute(0, 3, 1, 2) if channels_last else x
-        results = []
-        for one, where in zip(image, self.of(image)[:, 0], strict=True):
-            line = one[:, where][None, :, None, :]
-            out = forward(line.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if channels_last else forward(line)
-            if out.shape == line.shape:
-                whole = torch.zeros_like(one)
-                whole[:, where] = out[0, :, 0, :]
-                out = whole[None]
-            results.append(out)
-        y = torch.cat(results)
-        return y.permute(0, 2, 3, 1) if channels_last else y
+        if not self._fits(image):
+            return forward(x)
+        where = self.of(image)[:, 0]
+        pixels = image.permute(0, 2, 3, 1)[where].unflatten(0, (image.shape[0], -1)).unsqueeze(1)
+        lines = pixels if channels_last else pixels.permute(0, 3, 1, 2)
+        out = forward(lines)
+        if out.shape != lines.shape:  # pooled
+            return out
+        y = torch.zeros_like(image.permute(0, 2, 3, 1))
+        y[where] = (out if channels_last else out.permute(0, 2, 3, 1)).flatten(0, 2)
+        return y if channels_last else y.permute(0, 3, 1, 2)

@@ -83,6 +83,8 @@ def _spatial(ref: DenseMasked, original: Callable[..., Tensor], module: Any, x: 
 
 
 def _batch_norm(ref: DenseMasked, module: Any, x: Tensor) -> Tensor:
+    if x.shape[2:] == (1, 1) and ref.active.shape[1:] != (1, 1):
+        return nn.BatchNorm2d.forward(module, x)  # one value per image, inside squeeze-and-excite
     where = ref.map_of(x)[:, 0]
     rows = x.permute(0, 2, 3, 1)[where]
     momentum = module.momentum
