@@ -13,7 +13,6 @@ from spatspark_fast import __version__, units
 from spatspark_fast.data.archive import Entry, Skipped, choose_split, find_files, put_in_order, read_frames
 from spatspark_fast.data.archive import scan_times as scan
 from spatspark_fast.data.frames import Crop, Frame, FrameError, Georeference, Source, centre_crop
-from spatspark_fast.data.timestamps import format_timestamp
 from spatspark_fast.data.windows import Cut, WindowCutter, WindowRules
 from spatspark_fast.data.writer import NL50Writer
 from spatspark_fast.errors import UserError
@@ -87,11 +86,11 @@ def prepare_archive(plan: Plan, track: Track | None = None) -> Report:
         cutter = WindowCutter(plan.rules, report.test_from, writer.add)
         report.cut = cutter.cut
         frames = read_frames(plan.source, entries, crop, workers)
-        for frame in track(frames, "reading", len(entries)):
+        for entry, frame in zip(entries, track(frames, "reading", len(entries)), strict=True):
             if isinstance(frame, Skipped):
                 report.skipped.append(frame)
             elif frame.image_shape != image_shape:
-                report.skipped.append(Skipped(format_timestamp(frame.time), _other_shape(frame, image_shape)))
+                report.skipped.append(Skipped(entry.path, _other_shape(frame, image_shape)))
             else:
                 report.frames += 1
                 cutter.push(frame)
