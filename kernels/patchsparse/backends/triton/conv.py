@@ -1,0 +1,194 @@
+"""Convolution on the Triton engine: what is computed is in ``kernels.py``, here it is cut into launches."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from ...geometry import Window
+from . import tuning
+from .configs import Tile, conv_tiles, wgrad_tiles
+from .kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
+from .launch import Launch, as_rows, processors, rows_like
+from .orders import active_share, order_of, pairs_of
+
+__all__ = ["MOST_TAPS", "axes", "conv2d", "conv2d_dgrad", "conv2d_wgrad", "forward_launch", "wgrad_launches"]
+
+Size = tuple[int, int]
+MOST_TAPS = 62  # the taps of a tile are bits of an int64
+
+
+def axes(source: Size, target: Size, window: Window) -> dict[str, tuple[int, ...]]:
+    """Return the constants V and H of a kernel that reads patches of ``source`` and writes ``target`` pixels."""
+    parts = zip(source, target, window.kernel, window.stride, window.padding, window.dilation, strict=True)
+    return dict(zip("VH", parts, strict=True))
+
+
+def precision_of(x: Tensor) -> str:
+    """Return ``"tf32"`` if PyTorch allows it for convolutions of float32, else ``"ieee"``; as cuDNN does."""
+    if x.dtype != torch.float32 or x.device.type == "cpu":
+        return "ieee"
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    allowed = torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def _density(slot: Tensor, coords: Tensor) -> float:
+    return coords.shape[0] / max(1, slot.numel())
+
+
+def _key(name: str, x: Tensor, size: Size, window: Window, channels: Size, groups: int, density: float):
+    """Return what tuned configurations are remembered by; density and rows in coarse steps."""
+    rows = (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
+    where = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu"
+    bucket = round(density * 8)
+    return name, where, x.dtype, precision_of(x), size, window, channels, groups, rows, bucket
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
+) -> Tensor:
+    """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
+    taps = as_rows(weight)
+    c_out, c_in = taps.shape[0] // groups, taps.shape[3]
+    strides = {"w_out": window.taps * c_in, "w_tap": c_in, "w_in": 1, "w_first": 0}
+    return _run_forward("conv2d", x, taps, bias, slot, coords, window, groups, (c_in, c_out), strides)
+
+
+def conv2d_dgrad(
+    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
+) -> Tensor:
+    """Return the gradient at the input ``(N, C_in, ph, pw)``.
+
+    At stride 1 this is the forward kernel with the weights read in the other direction; else each input pixel asks
+    the outputs that read it. No atomics.
+    """
+    taps = as_rows(weight)
+    c_out, c_in = taps.shape[0] // groups, taps.shape[3]
+    strides = {"w_out": 1, "w_tap": c_in, "w_in": window.taps * c_in, "w_first": 0}
+    reach = [d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True)]
+    if window.stride != (1, 1) or min(reach) < 0:
+        options = (slot, coords, window, groups, (c_out, c_in), strides, size)
+        return _run_forward("conv2d_dgrad", grad, taps, None, *options)
+    strides |= {"w_tap": -c_in, "w_first": (window.taps - 1) * c_in}
+    turned = Window(window.kernel, (1, 1), (reach[0], reach[1]), window.dilation)
+    return _run_forward("conv2d_dgrad", grad, taps, None, slot, coords, turned, groups, (c_out, c_in), strides)
+
+
+def _run_forward(
+    name: str,
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    slot: Tensor,
+    coords: Tensor,
+    window: Window,
+    groups: int,
+    channels: Size,
+    strides: dict[str, int],
+    target: Size | None = None,
+) -> Tensor:
+    """Choose a configuration and run; ``target`` is given if the convolution is transposed."""
+    source = (x.shape[2], x.shape[3])
+    density = _density(slot, coords)
+    share = active_share(source, window, density) if target is None else 1.0
+    size = target or window.output_size(source)
+    tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
+    count = x.shape[0] * size[0] * size[1]
+    tiles = conv_tiles(count, *channels, x.element_size(), tensor_cores, share, target is None)
+    rows = as_rows(x)
+
+    def run(tile: Tile) -> Tensor:
+        y = rows_like(x, x.shape[0], size, groups * channels[1])
+        maps = (slot, coords, window, groups, channels, strides, target is not None)
+        forward_launch(rows, taps, bias, y, *maps, tile).run()
+        return y
+
+    return tuning.best(_key(name, x, size, window, channels, groups, density), tiles, run)
+
+
+def forward_launch(
+    rows: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    slot: Tensor,
+    coords: Tensor,
+    window: Window,
+    groups: int,
+    channels: Size,
+    strides: dict[str, int],
+    transposed: bool,
+    tile: Tile,
+) -> Launch:
+    """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` ``(N, ph, pw, C)`` and weights ``taps``."""
+    source, size = (rows.shape[1], rows.shape[2]), (y.shape[2], y.shape[3])
+    kinds = window.stride if transposed else (1, 1)
+    count = y.shape[0] * size[0] * size[1] // (kinds[0] * kinds[1])
+    order = order_of(slot, coords, source, window) if tile.sorted else (None, None)
+    programs = ceil(count / tile.m) * ceil(channels[1] / tile.n)
+    scalars = (count, slot.shape[1], slot.shape[2], *channels, groups, taps.numel() // groups)
+    return Launch(
+        patch_conv2d_fwd_kernel,
+        (programs, groups, kinds[0] * kinds[1]),
+        (rows, taps, bias, y, slot, coords, *order, *scalars, *(strides[s] for s in _STRIDES)),
+        axes(source, size, window)
+        | {"TRANSPOSED": transposed, "KINDS_V": kinds[0], "KINDS_H": kinds[1], "ORDERED": tile.sorted}
+        | {"PRECISION": precision_of(rows), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+        tile.warps,
+        tile.stages,
+    )
+
+
+_STRIDES = ("w_first", "w_out", "w_tap", "w_in")
+
+
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
+    """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed in an order that never changes."""
+    size, density = (x.shape[2], x.shape[3]), _density(slot, coords)
+    channels = (x.shape[1] // groups, grad.shape[1] // groups)
+    tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
+    tiles = wgrad_tiles(*channels, x.element_size(), tensor_cores, active_share(size, window, density))
+    operands = (as_rows(x), as_rows(grad))
+
+    def run(tile: Tile) -> Tensor:
+        weight = rows_like(x, grad.shape[1], window.kernel, channels[0])
+        for launch in wgrad_launches(*operands, weight, slot, coords, window, groups, tile):
+            launch.run()
+        return weight
+
+    return tuning.best(_key("conv2d_wgrad", x, size, window, channels, groups, density), tiles, run)
+
+
+def wgrad_launches(
+    x: Tensor, grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int, tile: Tile
+) -> list[Launch]:
+    """Return the launches that fill ``weight`` from ``x`` and ``grad``, both ``(N, ph, pw, C)``."""
+    source, size = (x.shape[1], x.shape[2]), (grad.shape[1], grad.shape[2])
+    c_in, c_out = x.shape[3] // groups, grad.shape[3] // groups
+    count = grad.shape[0] * size[0] * size[1]
+    tiles = window.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
+    wanted = ceil(processors(x.device) * tile.waves / (tiles * groups))
+    splits = max(1, min(wanted, ceil(count / (4 * tile.k))))
+    parts = x.new_empty(splits, weight.numel(), dtype=torch.float32)
+    pairs = pairs_of(slot, coords, source, window) if tile.sorted else (None, None, None)
+    partial = Launch(
+        patch_conv2d_wgrad_kernel,
+        (tiles * splits, groups, 1),
+        (x, grad, parts, slot, coords, *pairs, count, slot.shape[1], slot.shape[2], c_in, c_out, groups, splits),
+        axes(source, size, window)
+        | {"LISTED": tile.sorted, "PRECISION": precision_of(x)}
+        | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+        tile.warps,
+        tile.stages,
+    )
+    return [partial, sum_launch(parts, weight)]
+
+
+def sum_launch(parts: Tensor, weight: Tensor) -> Launch:
+    """Return the launch that sums ``parts`` ``(splits, weight.numel())`` into ``weight``."""
+    block = 512
+    arguments = (parts, weight, weight.numel(), parts.shape[0])
+    return Launch(sum_splits_kernel, (ceil(weight.numel() / block),), arguments, {"BLOCK": block}, 4, 1)
