@@ -69,6 +69,8 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     stream = _stream(config, windows, trainer)
     plan = _plan(config, stream)
     _check_plan(state, plan, checkpoint)
+    if state is not None:  # Lightning restores a loader only within an epoch
+        stream.load_state_dict(state)
     if trainer.is_global_zero:
         _open_run(config, run, state, checkpoint, str(trainer.strategy.root_device))
         _announce(console, config, stream, plan, state)
