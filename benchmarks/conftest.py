@@ -6,16 +6,16 @@ import csv
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from .timing import Timing
+from .timing import Ratio
 
 COLUMNS = (
-    "suite", "case", "way", "against", "ratio", "low", "high", "seconds", "against_seconds",
+    "suite", "case", "way", "against", "ratio", "low", "high", "value", "against_value", "unit",
     "device", "threads", "torch", "commit",
 )  # fmt: skip
 
@@ -44,20 +44,21 @@ def _commit() -> str:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Iterator[Recorder]:
-    """Return a function that notes how ``way`` compares with ``against`` in a :class:`Timing`."""
+def record(request: pytest.FixtureRequest) -> Recorder:
+    """Return a function that notes the ratio ``against`` / ``way`` of two measured values."""
     rows = request.config.stash[_rows]
 
-    def note(suite: str, case: str, timing: Timing, way: str, against: str) -> None:
-        ratio = timing.ratio(against, way)
-        values = (
+    def note(
+        suite: str, case: str, way: str, against: str, ratio: Ratio, values: tuple[float, float], unit: str
+    ) -> None:
+        fields = (
             suite, case, way, against, round(ratio.median, 3), round(ratio.low, 3), round(ratio.high, 3),
-            f"{timing.median(way):.4g}", f"{timing.median(against):.4g}",
+            f"{values[0]:.4g}", f"{values[1]:.4g}", unit,
             device_name(), torch.get_num_threads(), torch.__version__, _commit(),
         )  # fmt: skip
-        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        rows.append(dict(zip(COLUMNS, fields, strict=True)))
 
-    yield note
+    return note
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
