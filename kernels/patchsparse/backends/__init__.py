@@ -10,7 +10,7 @@ from ..geometry import Call
 
 __all__ = ["ENGINES", "OVERRIDE", "choose", "engine", "order", "why_not"]
 
-ENGINES = ("gather", "dense")
+ENGINES = ("triton", "cpp", "gather", "dense")
 OVERRIDE = "PATCHSPARSE_BACKEND"
 
 

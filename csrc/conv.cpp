@@ -1,0 +1,133 @@
+// Forward and input gradient: every (panel of target channels, unit of target rows) is computed by one thread.
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "plan.h"
+#include "scratch.h"
+
+namespace patchsparse {
+namespace {
+
+// Where each unit's cost begins, in row * tap products; ties between threads are cut there.
+std::vector<int64_t> unit_costs(const ps_plan& plan) {
+    std::vector<int64_t> start{0};
+    for (const Unit& unit : plan.units) {
+        int64_t cost = unit.row_count;
+        for (int32_t g = unit.first; g < unit.last; ++g)
+            cost += int64_t(plan.groups[g].rows) * (plan.groups[g].tap_count + 1);
+        start.push_back(start.back() + cost);
+    }
+    return start;
+}
+
+template <class T>
+class Conv {
+  public:
+    Conv(const ps_conv_args& args, const Kernels<T>& kernels)
+        : args_(args), plan_(*args.plan), kernels_(kernels), start_(unit_costs(plan_)) {}
+
+    bool run() {
+        const int64_t panels = (args_.target_channels + kernels_.columns - 1) / kernels_.columns;
+        std::atomic<bool> failed{false};
+        auto share = [&](int thread, int team) {
+            const int64_t total = panels * start_.back();
+            if (!compute(total * thread / team, total * (thread + 1) / team, panels)) failed = true;
+        };
+        parallel(args_.threads, share);
+        return !failed;
+    }
+
+  private:
+    // Compute the groups' tiles whose cost begins in [first, last) of the panels laid end to end.
+    bool compute(int64_t first, int64_t last, int64_t panels) {
+        static thread_local Scratch scratch;
+        T* panel = scratch.get<T>(plan_.taps() * args_.source_channels * kernels_.columns);
+        if (panel == nullptr) return false;
+        const int64_t per_panel = start_.back();
+        for (int64_t p = 0; p < panels; ++p) {
+            if ((p + 1) * per_panel <= first || p * per_panel >= last) continue;
+            const int64_t column = p * kernels_.columns;
+            pack_panel(panel, column);
+            for (size_t u = 0; u < plan_.units.size(); ++u)
+                compute_unit(plan_.units[u], panel, column, first - p * per_panel - start_[u],
+                             last - p * per_panel - start_[u]);
+        }
+        return true;
+    }
+
+    int32_t columns_at(int64_t column) const {
+        return int32_t(std::min<int64_t>(kernels_.columns, args_.target_channels - column));
+    }
+
+    void pack_panel(T* panel, int64_t column) const {
+        const ps_geometry& g = plan_.geometry;
+        kernels_.pack({static_cast<const T*>(args_.weight) + column * args_.weight_stride[0], args_.weight_stride,
+                       {g.kernel[0], g.kernel[1]}, args_.source_channels, columns_at(column), panel});
+    }
+
+    // [first, last) is this thread's share, counted from the unit's own start.
+    void compute_unit(const Unit& unit, const T* panel, int64_t column, int64_t first, int64_t last) const {
+        if (!unit.shared) {
+            group_tiles(plan_.groups[unit.first], panel, column, first, last, false);
+        } else if (first <= 0 && 0 < last) {
+            initialise(unit, column);
+            for (int32_t g = unit.first; g < unit.last; ++g)
+                group_tiles(plan_.groups[g], panel, column, 0, INT64_MAX, true);
+        }
+    }
+
+    void initialise(const Unit& unit, int64_t column) const {
+        const T* bias = static_cast<const T*>(args_.bias);
+        const int32_t count = columns_at(column);
+        for (int64_t i = 0; i < unit.row_count; ++i) {
+            T* to = static_cast<T*>(args_.target) + plan_.out_rows[unit.rows + i] * args_.target_channels + column;
+            for (int32_t n = 0; n < count; ++n) to[n] = bias == nullptr ? T(0) : bias[column + n];
+        }
+    }
+
+    // Cut a group into tiles of nearly equal height, so that none is too low to keep the arithmetic units busy.
+    void group_tiles(const Group& group, const T* panel, int64_t column, int64_t first, int64_t last, bool add) const {
+        const int64_t tiles = (group.rows + kernels_.rows - 1) / kernels_.rows;
+        const T* bias = static_cast<const T*>(args_.bias);
+        TileArgs<T> a{static_cast<const T*>(args_.source), args_.source_channels, nullptr, group.rows,
+                      plan_.tap_ids.data() + group.taps, group.tap_count, panel, args_.source_channels, nullptr,
+                      static_cast<T*>(args_.target) + column, args_.target_channels,
+                      bias == nullptr ? nullptr : bias + column, 0, columns_at(column), add};
+        for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t row = group.rows * i / tiles, cost = row * (group.tap_count + 1);
+            if (cost < first || cost >= last) continue;
+            a.rows = int32_t(group.rows * (i + 1) / tiles - row);
+            a.in = plan_.in_rows.data() + group.in + row;
+            a.out = plan_.out_rows.data() + group.out + row;
+            kernels_.tile(a);
+        }
+    }
+
+    const ps_conv_args& args_;
+    const ps_plan& plan_;
+    const Kernels<T>& kernels_;
+    std::vector<int64_t> start_;
+};
+
+template <class T>
+int32_t conv(const ps_conv_args& args) {
+    const Kernels<T>* table = kernels<T>(args.isa);
+    try {
+        return table != nullptr && Conv<T>(args, *table).run() ? 0 : -1;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+}  // namespace
+}  // namespace patchsparse
+
+int32_t ps_conv(const ps_conv_args* args) {
+    if (args->dtype == PS_F32) return patchsparse::conv<float>(*args);
+    if (args->dtype == PS_F64) return patchsparse::conv<double>(*args);
+    return -1;
+}

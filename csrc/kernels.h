@@ -1,0 +1,110 @@
+// The table of inner loops that each instruction set fills. Everything here runs on one thread.
+#pragma once
+
+#include <cstdint>
+
+namespace patchsparse {
+
+// target[out[r], 0..columns) = or += sum over taps j, channels k: source[in[j][r], k] * panel[taps[j]][k, 0..columns).
+template <class T>
+struct TileArgs {
+    const T* source;
+    int64_t source_stride;
+    const int32_t* in;  // (tap_count, in_stride), the first `rows` of each
+    int64_t in_stride;
+    const int32_t* taps;
+    int32_t tap_count;
+    const T* panel;  // (taps, depth, Kernels::columns), zero beyond `columns`
+    int64_t depth;
+    const int32_t* out;
+    T* target;
+    int64_t target_stride;
+    const T* bias;  // of these columns, or null for 0; unused when accumulating
+    int32_t rows, columns;
+    bool accumulate;
+};
+
+// panel[(tap * depth + k) * Kernels::columns + n] = weight[n * stride[0] + k * stride[1] + tap offset], 0 for n >= columns.
+template <class T>
+struct PackArgs {
+    const T* weight;
+    const int64_t* stride;  // of (n, k, tap row, tap column)
+    int32_t kernel[2];
+    int64_t depth;
+    int32_t columns;
+    T* panel;
+};
+
+// Pairs of rows of one tap: row p[i] of the broadcast matrix with row q[i] of the vector matrix.
+struct Segment {
+    const int32_t *p, *q;
+    int64_t count;
+};
+
+// result[a, b] = or += sum over pairs i: p[p_row(i), a] * q[q_row(i), b], a < rows, b < columns.
+template <class T>
+struct OuterArgs {
+    const Segment* segments;
+    int64_t segment_count;
+    const T *p, *q;
+    int64_t p_stride, q_stride;
+    T* result;
+    int64_t result_stride;
+    int32_t rows, columns;
+    bool accumulate;
+};
+
+// One row of depthwise targets, x0 .. x0 + width of a patch, all channels. halo points at the window of target x0.
+template <class T>
+struct DepthwiseArgs {
+    const T* source;
+    const int32_t* halo;
+    int64_t halo_row;  // entries from one tap row to the next
+    int32_t kernel[2];
+    const T* weight;  // (taps, channels)
+    const T* bias;
+    T* target;  // of target x0; rows are `channels` apart
+    int64_t channels;
+    int32_t width;
+    bool flip;
+};
+
+// Depthwise by pixel: source rows `in` and their taps, `count` of them; target one row.
+template <class T>
+struct PixelArgs {
+    const T* source;
+    const int32_t *in, *taps;
+    int32_t count;
+    const T* weight;
+    const T* bias;
+    T* target;
+    int64_t channels;
+};
+
+template <class T>
+struct Kernels {
+    int32_t rows, columns;  // largest tile
+    void (*tile)(const TileArgs<T>&);
+    void (*pack)(const PackArgs<T>&);
+    void (*outer)(const OuterArgs<T>&);
+    bool (*depthwise_row)(const DepthwiseArgs<T>&);  // stride and dilation 1; false if this kernel size has no such loop
+    void (*depthwise_pixel)(const PixelArgs<T>&);
+    // Weight gradient of one row of targets (`target` read), channels [first, last): adds to gradient (taps, channels).
+    bool (*depthwise_row_wgrad)(const DepthwiseArgs<T>&, T* gradient, int64_t first, int64_t last);
+    void (*depthwise_pixel_wgrad)(const PixelArgs<T>&, T* gradient, int64_t first, int64_t last);
+    void (*pool_max)(const T* value, int32_t tap, T* best, uint8_t* at, int64_t channels);  // value null: zeros
+    void (*pool_add)(const T* gradient, const uint8_t* at, int32_t tap, T* sum, int64_t channels);
+};
+
+const Kernels<float>* kernels_portable_f32();
+const Kernels<double>* kernels_portable_f64();
+const Kernels<float>* kernels_avx2_f32();
+const Kernels<double>* kernels_avx2_f64();
+const Kernels<float>* kernels_avx512_f32();
+const Kernels<double>* kernels_avx512_f64();
+
+// The table of an instruction set, or null if this build or processor lacks it.
+template <class T>
+const Kernels<T>* kernels(int32_t isa);
+
+}  // namespace patchsparse

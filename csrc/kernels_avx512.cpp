@@ -1,0 +1,33 @@
+// Inner loops for avx512; built with its own compiler flags (setup.py), chosen at run time (dispatch.cpp).
+#include "kernels.h"
+
+#ifdef __AVX512F__
+
+#include "simd_avx512.h"
+
+#include "kernels_common.inl"
+
+namespace patchsparse {
+
+const Kernels<float>* kernels_avx512_f32() {
+    static constexpr Kernels<float> kernels = table<Avx512Vector<float>, 14>();
+    return &kernels;
+}
+
+const Kernels<double>* kernels_avx512_f64() {
+    static constexpr Kernels<double> kernels = table<Avx512Vector<double>, 14>();
+    return &kernels;
+}
+
+}  // namespace patchsparse
+
+#else  // built for another processor, or by a compiler without these flags
+
+namespace patchsparse {
+
+const Kernels<float>* kernels_avx512_f32() { return nullptr; }
+const Kernels<double>* kernels_avx512_f64() { return nullptr; }
+
+}  // namespace patchsparse
+
+#endif

@@ -1,0 +1,24 @@
+// Fill the kernel table of one instruction set. The file that includes this has included kernels.h and a simd_*.h;
+// all is in an anonymous namespace, so that no instance compiled with special flags is shared with another file.
+
+namespace patchsparse {
+namespace {
+
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+
+#include "gemm.inl"
+#include "pack.inl"
+#include "stencil.inl"
+
+template <class V, int ROWS>
+constexpr Kernels<typename V::T> table() {
+    using T = typename V::T;
+    return {ROWS, LANES * V::width, any_tile<V, ROWS>, pack<V>, any_outer<V, ROWS>, depthwise_row<V>,
+            depthwise_pixel<V>, depthwise_row_wgrad<V>, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
+}
+
+}  // namespace
+}  // namespace patchsparse

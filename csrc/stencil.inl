@@ -1,0 +1,166 @@
+// Depthwise convolution and pooling: vectors run over channels. Included once per instruction set, inside namespace {}.
+
+// One row of WIDTH targets, kernel WIDE columns: every source pixel is loaded once and used by up to WIDE targets.
+template <class V, int WIDTH, int WIDE>
+void depthwise_row_channels(const DepthwiseArgs<typename V::T>& a, int64_t c, int count) {
+    using T = typename V::T;
+    const bool full = count == V::width;
+    auto load = [&](const T* p) { return full ? V::load(p) : V::load(p, count); };
+    V sum[WIDTH];
+    for (int x = 0; x < WIDTH; ++x) sum[x] = a.bias == nullptr ? V::zero() : load(a.bias + c);
+    const int taps = a.kernel[0] * WIDE;
+    for (int ky = 0; ky < a.kernel[0]; ++ky) {
+        const int32_t* halo = a.halo + ky * a.halo_row;
+        V w[WIDE];
+        for (int kx = 0; kx < WIDE; ++kx) {
+            const int tap = ky * WIDE + kx;
+            w[kx] = load(a.weight + (a.flip ? taps - 1 - tap : tap) * a.channels + c);
+        }
+#pragma GCC unroll 16
+        for (int hx = 0; hx < WIDTH + WIDE - 1; ++hx) {
+            if (halo[hx] < 0) continue;
+            const V value = load(a.source + halo[hx] * a.channels + c);
+#pragma GCC unroll 8
+            for (int kx = 0; kx < WIDE; ++kx)
+                if (hx - kx >= 0 && hx - kx < WIDTH) sum[hx - kx].add_product(value, w[kx]);
+        }
+    }
+    for (int x = 0; x < WIDTH; ++x) {
+        if (full) sum[x].store(a.target + x * a.channels + c);
+        else sum[x].store(a.target + x * a.channels + c, count);
+    }
+}
+
+template <class V, int WIDTH, int WIDE>
+void depthwise_row_wgrad_channels(const DepthwiseArgs<typename V::T>& a, typename V::T* gradient, int64_t c, int count) {
+    using T = typename V::T;
+    const bool full = count == V::width;
+    auto load = [&](const T* p) { return full ? V::load(p) : V::load(p, count); };
+    V g[WIDTH];
+    for (int x = 0; x < WIDTH; ++x) g[x] = load(a.target + x * a.channels + c);
+    for (int ky = 0; ky < a.kernel[0]; ++ky) {
+        const int32_t* halo = a.halo + ky * a.halo_row;
+        T* to = gradient + int64_t(ky) * WIDE * a.channels + c;
+        V sum[WIDE];
+        for (int kx = 0; kx < WIDE; ++kx) sum[kx] = load(to + kx * a.channels);
+#pragma GCC unroll 16
+        for (int hx = 0; hx < WIDTH + WIDE - 1; ++hx) {
+            if (halo[hx] < 0) continue;
+            const V value = load(a.source + halo[hx] * a.channels + c);
+#pragma GCC unroll 8
+            for (int kx = 0; kx < WIDE; ++kx)
+                if (hx - kx >= 0 && hx - kx < WIDTH) sum[kx].add_product(value, g[hx - kx]);
+        }
+        for (int kx = 0; kx < WIDE; ++kx) {
+            if (full) sum[kx].store(to + kx * a.channels);
+            else sum[kx].store(to + kx * a.channels, count);
+        }
+    }
+}
+
+// Cut a row into pieces of 8, 4, 2 and 1 targets and call f(piece, std width) for each.
+template <class A, class F>
+void for_pieces(const A& a, F f) {
+    A piece = a;
+    int left = a.width;
+    auto step = [&](auto width) {
+        constexpr int w = decltype(width)::value;
+        for (; left >= w; left -= w, piece.halo += w, piece.target += w * a.channels) f(piece, width);
+    };
+    step(Int<8>{});
+    step(Int<4>{});
+    step(Int<2>{});
+    step(Int<1>{});
+}
+
+template <class V, int WIDE>
+void depthwise_row_of(const DepthwiseArgs<typename V::T>& a) {
+    for_pieces(a, [](const DepthwiseArgs<typename V::T>& piece, auto width) {
+        for (int64_t c = 0; c < piece.channels; c += V::width)
+            depthwise_row_channels<V, decltype(width)::value, WIDE>(piece, c, least(V::width, piece.channels - c));
+    });
+}
+
+template <class V, int WIDE>
+void depthwise_row_wgrad_of(const DepthwiseArgs<typename V::T>& a, typename V::T* gradient, int64_t first, int64_t last) {
+    for_pieces(a, [=](const DepthwiseArgs<typename V::T>& piece, auto width) {
+        for (int64_t c = first; c < last; c += V::width)
+            depthwise_row_wgrad_channels<V, decltype(width)::value, WIDE>(piece, gradient, c, least(V::width, last - c));
+    });
+}
+
+template <class V>
+bool depthwise_row(const DepthwiseArgs<typename V::T>& a) {
+    switch (a.kernel[1]) {
+        case 3: depthwise_row_of<V, 3>(a); return true;
+        case 5: depthwise_row_of<V, 5>(a); return true;
+        case 7: depthwise_row_of<V, 7>(a); return true;
+        default: return false;
+    }
+}
+
+template <class V>
+bool depthwise_row_wgrad(const DepthwiseArgs<typename V::T>& a, typename V::T* gradient, int64_t first, int64_t last) {
+    switch (a.kernel[1]) {
+        case 3: depthwise_row_wgrad_of<V, 3>(a, gradient, first, last); return true;
+        case 5: depthwise_row_wgrad_of<V, 5>(a, gradient, first, last); return true;
+        case 7: depthwise_row_wgrad_of<V, 7>(a, gradient, first, last); return true;
+        default: return false;
+    }
+}
+
+template <class V>
+void depthwise_pixel(const PixelArgs<typename V::T>& a) {
+    using T = typename V::T;
+    constexpr int W = V::width, N = 4;
+    int64_t c = 0;
+    for (; c + N * W <= a.channels; c += N * W) {
+        V sum[N];
+        for (int n = 0; n < N; ++n) sum[n] = a.bias == nullptr ? V::zero() : V::load(a.bias + c + n * W);
+        for (int32_t i = 0; i < a.count; ++i) {
+            const T* x = a.source + a.in[i] * a.channels + c;
+            const T* w = a.weight + a.taps[i] * a.channels + c;
+            for (int n = 0; n < N; ++n) sum[n].add_product(V::load(x + n * W), V::load(w + n * W));
+        }
+        for (int n = 0; n < N; ++n) sum[n].store(a.target + c + n * W);
+    }
+    for (; c < a.channels; c += W) {
+        const int count = least(W, a.channels - c);
+        V sum = a.bias == nullptr ? V::zero() : V::load(a.bias + c, count);
+        for (int32_t i = 0; i < a.count; ++i)
+            sum.add_product(V::load(a.source + a.in[i] * a.channels + c, count),
+                            V::load(a.weight + a.taps[i] * a.channels + c, count));
+        sum.store(a.target + c, count);
+    }
+}
+
+template <class V>
+void depthwise_pixel_wgrad(const PixelArgs<typename V::T>& a, typename V::T* gradient, int64_t first, int64_t last) {
+    using T = typename V::T;
+    constexpr int W = V::width;
+    for (int64_t c = first; c < last; c += W) {
+        const int count = least(W, last - c);
+        const V g = V::load(a.target + c, count);
+        for (int32_t i = 0; i < a.count; ++i) {
+            T* to = gradient + a.taps[i] * a.channels + c;
+            V sum = V::load(to, count);
+            sum.add_product(g, V::load(a.source + a.in[i] * a.channels + c, count));
+            sum.store(to, count);
+        }
+    }
+}
+
+template <class T>
+void pool_max(const T* value, int32_t tap, T* best, uint8_t* at, int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c) {
+        const T v = value == nullptr ? T(0) : value[c];
+        const bool wins = v > best[c] || v != v;  // a NaN wins, as in PyTorch
+        best[c] = wins ? v : best[c];
+        at[c] = wins ? static_cast<uint8_t>(tap) : at[c];
+    }
+}
+
+template <class T>
+void pool_add(const T* gradient, const uint8_t* at, int32_t tap, T* sum, int64_t channels) {
+    for (int64_t c = 0; c < channels; ++c) sum[c] += at[c] == tap ? gradient[c] : T(0);
+}

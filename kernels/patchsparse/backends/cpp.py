@@ -1,0 +1,230 @@
+"""The ``cpp`` engine: indirect GEMM through the slot map on the CPU, compiled from ``csrc/`` (see its README).
+
+Inactive neighbours cost nothing: target rows are grouped by the taps that are active for them, and a group is one
+matrix product whose rows are found by index. Weights are packed in panels once per call. bfloat16 is stored and read
+as such and accumulated in float32. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import Call, Window
+from ..layout import packed_empty, packed_like
+from . import native
+from .tables import remember
+
+__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "why_not"]
+
+Size = tuple[int, int]
+DTYPES = {torch.float32: 0, torch.float64: 1}
+MOST_ROWS = 2**31 - 1
+
+
+def why_not(call: Call) -> str | None:
+    """Return why this engine cannot take a call, or None if it can."""
+    if call.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {call.device}"
+    if call.dtype not in DTYPES and call.dtype != torch.bfloat16:
+        return f"it takes float32, bfloat16 and float64, not {call.dtype}"
+    if call.groups != 1 and not call.groups == call.in_channels == call.out_channels:
+        return f"it takes groups=1 or depthwise, not groups={call.groups} with {call.in_channels} channels"
+    if call.num_active * call.size[0] * call.size[1] * max(call.window.stride) ** 2 > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} pixels in all patches"
+    return native.library().problem
+
+
+class _Plan:
+    """Own a ``ps_plan``: which source row each target row reads at each tap."""
+
+    def __init__(self, slot: Tensor, coords: Tensor, geometry: native.Geometry):
+        self.handle = _engine()
+        slot, coords = slot.contiguous(), coords.contiguous()
+        maps = (slot.data_ptr(), coords.data_ptr())
+        self.pointer = self.handle.ps_plan_create(byref(geometry), *maps, torch.get_num_threads())
+        if not self.pointer:
+            raise MemoryError("the C++ engine ran out of memory for the row lists of a mask")
+
+    def __del__(self) -> None:
+        if getattr(self, "pointer", None):
+            self.handle.ps_plan_destroy(self.pointer)
+
+    def statistics(self) -> dict[str, int]:
+        """Return the numbers of rows, active pairs and groups."""
+        numbers = (ctypes.c_int64 * 5)()
+        self.handle.ps_plan_statistics(self.pointer, numbers)
+        names = ("targets", "sources", "pairs", "groups", "groups_stored_once")
+        return dict(zip(names, numbers, strict=True))
+
+
+def _engine() -> Any:
+    loaded = native.library()
+    if loaded.handle is None:
+        raise RuntimeError(loaded.problem)
+    return loaded.handle
+
+
+def plan(slot: Tensor, coords: Tensor, source: Size, window: Window, adjoint: bool, grouped: bool) -> _Plan:
+    """Return the plan of a window operation on patches of ``source`` pixels, built once per mask and geometry."""
+
+    def build() -> _Plan:
+        pairs = (source, window.kernel, window.stride, window.padding, window.dilation)
+        numbers = (coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), int(grouped))
+        return _Plan(slot, coords, native.Geometry(*numbers, *pairs))
+
+    return remember(slot, ("cpp", source, window, adjoint, grouped), build)
+
+
+def _adjoint_plan(slot: Tensor, coords: Tensor, source: Size, window: Window, grouped: bool) -> tuple[_Plan, bool]:
+    """Return the plan of an input gradient, and whether it reads the taps in reverse.
+
+    With stride 1 the gradient is the same operation with the kernel turned round, so that the plan of the forward
+    pass serves again wherever the padding is symmetrical.
+    """
+    if window.stride != (1, 1):
+        return plan(slot, coords, source, window, True, grouped), False
+    turned = tuple(d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True))
+    around = Window(window.kernel, window.stride, (turned[0], turned[1]), window.dilation)
+    return plan(slot, coords, source, around, False, grouped), True
+
+
+def _run(name: str, args: Any) -> None:
+    if getattr(_engine(), name)(byref(args)) != 0:
+        raise MemoryError(f"the C++ engine ran out of memory in {name}")
+
+
+def _how(x: Tensor) -> tuple[int, int, int]:
+    return DTYPES[x.dtype], native.library().isa(), torch.get_num_threads()
+
+
+def _compute(x: Tensor) -> Tensor:
+    """Return ``x`` packed, and widened where the engine has no kernel for its dtype."""
+    return packed_like(x.float() if x.dtype == torch.bfloat16 else x)
+
+
+def _size(x: Tensor) -> Size:
+    return x.shape[2], x.shape[3]
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
+) -> Tensor:
+    """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
+    dtype = x.dtype
+    x, weight = _compute(x), weight.to(_compute(x[:0]).dtype)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    the_plan = plan(slot, coords, _size(x), window, False, groups == 1)
+    out = packed_empty(x, x.shape[0], weight.shape[0], *window.output_size(_size(x)))
+    if groups == 1:
+        _multiply(the_plan, x, weight, weight.stride(), bias, out)
+    else:
+        _depthwise(the_plan, x, weight, bias, out, False)
+    return out.to(dtype)
+
+
+def conv2d_dgrad(
+    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
+) -> Tensor:
+    """Return the input gradient ``(N, C_in, ph, pw)``."""
+    dtype = grad.dtype
+    grad = _compute(grad)
+    weight = weight.to(grad.dtype)
+    the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, groups == 1)
+    out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
+    if groups == 1:
+        turned = weight.flip(2, 3) if flip else weight
+        n, k, y, x = turned.stride()
+        _multiply(the_plan, grad, turned, (k, n, y, x), None, out)
+    else:
+        _depthwise(the_plan, grad, weight, None, out, flip)
+    return out.to(dtype)
+
+
+def _multiply(
+    the_plan: _Plan, source: Tensor, weight: Tensor, strides: tuple[int, ...], bias: Tensor | None, out: Tensor
+) -> None:
+    args = native.Conv(
+        *(the_plan.pointer, source.data_ptr(), weight.data_ptr(), tuple(strides)),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr()),
+        *(source.shape[1], out.shape[1], *_how(source)),
+    )
+    _run("ps_conv", args)
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """Return a depthwise weight ``(C, 1, kh, kw)`` as ``(taps, C)``."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _depthwise(
+    the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flip: bool
+) -> None:
+    matrix = _taps_first(weight)
+    args = native.Depthwise(
+        *(the_plan.pointer, source.data_ptr(), matrix.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(out.data_ptr(), source.shape[1], int(flip), *_how(source)),
+    )
+    _run("ps_depthwise", args)
+
+
+def conv2d_wgrad(
+    x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int
+) -> Tensor:
+    """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
+    dtype, (kh, kw) = x.dtype, window.kernel
+    x, grad = _compute(x), _compute(grad)
+    c_in, c_out = x.shape[1], grad.shape[1]
+    the_plan = plan(slot, coords, _size(x), window, False, groups == 1)
+    if groups != 1:
+        matrix = x.new_empty(kh * kw, c_in)
+        args = native.Depthwise(
+            *(the_plan.pointer, x.data_ptr(), matrix.data_ptr(), None, grad.data_ptr()), *(c_in, 0, *_how(x))
+        )
+        _run("ps_depthwise_wgrad", args)
+        return matrix.t().unflatten(1, (1, kh, kw)).to(dtype)
+    if c_in < 32 <= c_out:  # few input channels (a stem) would leave the vectors half empty
+        weight = x.new_empty(kh, kw, c_in, c_out).permute(3, 2, 0, 1)
+    else:
+        weight = x.new_empty(c_out, kh, kw, c_in).permute(0, 3, 1, 2)
+    args = native.Wgrad(
+        *(the_plan.pointer, x.data_ptr(), grad.data_ptr(), weight.data_ptr(), weight.stride()),
+        *(c_in, c_out, *_how(x)),
+    )
+    _run("ps_wgrad", args)
+    return weight.to(dtype)
+
+
+def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Return the maximum over each window and the winning tap (uint8, row-major in the kernel)."""
+    dtype = x.dtype
+    x = _compute(x)
+    out = packed_empty(x, x.shape[0], x.shape[1], *window.output_size(_size(x)))
+    tap = torch.empty_like(out, dtype=torch.uint8)
+    the_plan = plan(slot, coords, _size(x), window, False, False)
+    _pool("ps_max_pool", the_plan, x, tap, out)
+    return out.to(dtype), tap
+
+
+def max_pool2d_grad(
+    grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window
+) -> Tensor:
+    """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
+    dtype = grad.dtype
+    grad, tap = _compute(grad), packed_like(tap)
+    out = packed_empty(grad, grad.shape[0], grad.shape[1], *size)
+    the_plan = plan(slot, coords, _size(grad), window, True, False)
+    _pool("ps_max_pool_grad", the_plan, grad, tap, out)
+    return out.to(dtype)
+
+
+def _pool(name: str, the_plan: _Plan, source: Tensor, tap: Tensor, out: Tensor) -> None:
+    pointer = ctypes.cast(tap.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
+    args = native.Pool(
+        *(the_plan.pointer, source.data_ptr(), pointer, out.data_ptr()), *(source.shape[1], *_how(source))
+    )
+    _run(name, args)
