@@ -46,9 +46,7 @@ class Binding:
         Raises:
             RuntimeError: if called by a recomputation during backward whose grid is not known.
         """
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph cannot ask for the task; `replay` is reset when backward ends
+        if torch.compiler.is_compiling():  # a graph cannot ask for the task; `replay` is reset when backward ends
             return self.grid if self.replay is None else self.replay
         task = torch._C._current_graph_task_id()
         if task == -1:
@@ -95,14 +93,12 @@ class Binding:
 
 def bindings_of(model: nn.Module) -> list[Binding]:
     """Return every distinct Binding in ``model``, in module order."""
-    found = (getattr(module, "binding", None) for module in model.modules())
+    found = (getattr(module, "patch_binding", None) for module in model.modules())
     return list({id(binding): binding for binding in found if isinstance(binding, Binding)}.values())
 
 
 @contextmanager
-def bind(
-    model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None = None
-) -> Iterator[nn.Module]:
+def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None = None) -> Iterator[nn.Module]:
     """Run every sparsified part of ``model`` on ``grid`` inside the block, and restore the state before on
     leaving.
 
@@ -123,9 +119,7 @@ def bind(
         TypeError: if ``grid`` is neither a PatchGrid nor None.
     """
     if grid is not None and not isinstance(grid, PatchGrid):
-        raise TypeError(
-            f"grid must be a PatchGrid or None, got {type(grid).__name__}; see PatchGrid.from_active"
-        )
+        raise TypeError(f"grid must be a PatchGrid or None, got {type(grid).__name__}; see PatchGrid.from_active")
     bindings = bindings_of(model)
     if not bindings:
         raise ValueError(f"no part of {type(model).__name__} is sparsified; call sparsify(model) first")

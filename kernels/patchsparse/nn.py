@@ -58,8 +58,8 @@ def window_of(module: Any) -> Window:
 class PatchModule(nn.Module):
     """Base of the modules that :func:`patchsparse.sparsify` puts in place of spatial and per-image ones."""
 
-    binding: Binding
-    path: str
+    patch_binding: Binding
+    patch_path: str
 
     @classmethod
     def adopt(cls, module: Any, binding: Binding, path: str = "") -> Self:
@@ -71,8 +71,8 @@ class PatchModule(nn.Module):
             path: name of the module in its model, for messages.
         """
         module.__class__ = cls
-        module.binding = binding
-        module.path = path
+        module.patch_binding = binding
+        module.patch_path = path
         module._adopted()
         return module
 
@@ -81,10 +81,10 @@ class PatchModule(nn.Module):
 
     def _grid(self, x: Tensor) -> PatchGrid | None:
         """Return the bound grid, after a check that ``x`` is packed on it, or None on the dense path."""
-        grid = self.binding.current()
+        grid = self.patch_binding.current()
         if grid is not None and (x.dim() != 4 or x.shape[0] != grid.num_active):
             raise ValueError(
-                f"{self.path or type(self).__name__}: a grid with {grid.num_active} active patches is "
+                f"{self.patch_path or type(self).__name__}: a grid with {grid.num_active} active patches is "
                 f"bound, so the "
                 f"input must be ({grid.num_active}, C, p, p), got {tuple(x.shape)}; pass pack(x, grid), or "
                 f"leave "
@@ -98,10 +98,10 @@ class PatchImageModule(PatchModule):
 
 
 class _Windowed(PatchModule):
-    window: Window
+    patch_window: Window
 
     def _adopted(self) -> None:
-        self.window = window_of(self)
+        self.patch_window = window_of(self)
 
 
 class PatchConv2d(_Windowed, nn.Conv2d):
@@ -114,9 +114,9 @@ class PatchConv2d(_Windowed, nn.Conv2d):
         return self._packed_conv(input, self.weight, grid)
 
     def _packed_conv(self, x: Tensor, weight: Tensor, grid: PatchGrid) -> Tensor:
-        w = self.window
+        w = self.patch_window
         return patch_conv2d(
-            x, weight, self.bias, grid, w.stride, w.padding, w.dilation, self.groups, self.binding.backend
+            x, weight, self.bias, grid, w.stride, w.padding, w.dilation, self.groups, self.patch_binding.backend
         )
 
 
@@ -129,10 +129,8 @@ class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):
         if grid is None:
             return super().forward(input, output_size)
         if output_size is not None:
-            raise ValueError(
-                f"{self.path}: output_size cannot be given for packed patches; use output_padding"
-            )
-        w = self.window
+            raise ValueError(f"{self.patch_path}: output_size cannot be given for packed patches; use output_padding")
+        w = self.patch_window
         return patch_conv_transpose2d(
             input,
             self.weight,
@@ -143,7 +141,7 @@ class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):
             pair(list(self.output_padding), "output_padding"),
             self.groups,
             w.dilation,
-            self.binding.backend,
+            self.patch_binding.backend,
         )
 
 
@@ -154,9 +152,9 @@ class PatchMaxPool2d(_Windowed, nn.MaxPool2d):
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
-        w = self.window
+        w = self.patch_window
         return patch_max_pool2d(
-            input, grid, w.kernel, w.stride, w.padding, w.dilation, self.ceil_mode, self.binding.backend
+            input, grid, w.kernel, w.stride, w.padding, w.dilation, self.ceil_mode, self.patch_binding.backend
         )
 
 
@@ -167,7 +165,7 @@ class PatchAvgPool2d(_Windowed, nn.AvgPool2d):
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
-        w = self.window
+        w = self.patch_window
         return patch_avg_pool2d(
             input,
             grid,
@@ -177,7 +175,7 @@ class PatchAvgPool2d(_Windowed, nn.AvgPool2d):
             self.ceil_mode,
             self.count_include_pad,
             self.divisor_override,
-            self.binding.backend,
+            self.patch_binding.backend,
         )
 
 

@@ -233,5 +233,5 @@ class PatchBlurPool2d(PatchModule, BlurPool2d):
             return super().forward(x)
         channels, size = x.shape[1], self.filt_size
         weight = self.filt.expand(channels, 1, size, size).to(x.dtype)
-        backend = self.binding.backend
+        backend = self.patch_binding.backend
         return patch_conv2d(x, weight, None, grid, self.stride, self.padding[0], 1, channels, backend)

@@ -62,9 +62,7 @@ def _conv(module: nn.Conv2d) -> str | None:
     except ValueError as error:
         return str(error)
     if module.padding_mode != "zeros" and max(window.padding) > 0:
-        return (
-            f"padding_mode={module.padding_mode!r} reads pixels that may be masked; use padding_mode='zeros'"
-        )
+        return f"padding_mode={module.padding_mode!r} reads pixels that may be masked; use padding_mode='zeros'"
     return _misaligned(window)
 
 
@@ -98,11 +96,7 @@ def _adaptive(module: Any) -> str | None:
 
 
 def _fast_pool(module: Any) -> str | None:
-    return (
-        None
-        if tuple(module.dim) == (2, 3)
-        else "pooling of NHWC input is not supported; use input_fmt='NCHW'"
-    )
+    return None if tuple(module.dim) == (2, 3) else "pooling of NHWC input is not supported; use input_fmt='NCHW'"
 
 
 def _layer_norm(module: Any) -> str | None:
@@ -178,9 +172,7 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
         "dropout.Dropout2d": Rule(patch_nn.PatchDropout2d),
         "upsampling.Upsample": Rule(refuse=_upsample),
         "upsampling.UpsamplingNearest2d": Rule(refuse=_upsample),
-        "activation.MultiheadAttention": _because(
-            "attention mixes all pixels of an image; it has no packed form here"
-        ),
+        "activation.MultiheadAttention": _because("attention mixes all pixels of an image; it has no packed form here"),
     }
     apart = _because("padding apart from its convolution is not aligned with the patches; give it to the convolution")
     for name in ("ZeroPad2d", "ConstantPad2d", "ReflectionPad2d", "ReplicationPad2d", "CircularPad2d"):
@@ -244,9 +236,7 @@ def _timm_rules() -> Iterator[tuple[str, Rule]]:
     effective = Rule("PatchEffectiveSqueezeExcite", _squeeze_excite, whole=True)
     rules |= {
         "layers.drop.DropPath": Rule("PatchDropPath"),
-        "layers.drop.DropBlock2d": _because(
-            "DropBlock draws squares across patches; build the model without it"
-        ),
+        "layers.drop.DropBlock2d": _because("DropBlock draws squares across patches; build the model without it"),
         "layers.squeeze_excite.SEModule": excite,
         "layers.squeeze_excite.EffectiveSEModule": effective,
         "models._efficientnet_blocks.SqueezeExcite": Rule("PatchEfficientNetSqueezeExcite", whole=True),
@@ -283,8 +273,7 @@ def find_rule(module: nn.Module) -> Rule | None:
         rule = _TABLE.get(qualified_name(base))
         if rule is not None:
             inherited = all(
-                getattr(kind, name, None) is getattr(base, name, None)
-                for name in ("forward", "_conv_forward")
+                getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")
             )
             return rule if inherited or kind is base else None
     return None

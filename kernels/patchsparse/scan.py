@@ -31,8 +31,7 @@ _MIXING = (
     "adaptive_max_pool2d group_norm instance_norm batch_norm meshgrid linspace arange"
 )
 _PER_SAMPLE = (
-    "drop_path drop_block_2d dropout2d feature_dropout alpha_dropout bernoulli bernoulli_ "
-    "rand randn rand_like"
+    "drop_path drop_block_2d dropout2d feature_dropout alpha_dropout bernoulli bernoulli_ rand randn rand_like"
 )
 _SUSPICIOUS = frozenset(f"{_REDUCTIONS} {_MIXING} {_PER_SAMPLE}".split())
 _BUILTINS = frozenset({"sum", "max", "min"})

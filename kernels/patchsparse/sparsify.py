@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .binding import Binding
-from .nn import PatchModule
 from .rules import Rule, find_rule, qualified_name
 from .scan import suspicious_call
 
@@ -67,25 +66,26 @@ def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Mo
 
         check_parity(model)
     binding = Binding(backend)
-    _apply(plan, binding)
+    _apply(model, plan, binding)
     return model
 
 
 def sparsify_copy(model: Model, backend: str) -> Model:
     """Return a sparsified deep copy, trusting every ``forward``: the candidate of the parity check."""
     clone = copy.deepcopy(model)
-    _apply(_plan(clone, trust_forward=True), Binding(backend))
+    _apply(clone, _plan(clone, trust_forward=True), Binding(backend))
     return clone
 
 
 Plan = list[tuple[str, nn.Module, Rule]]
 
 
-def _apply(plan: Plan, binding: Binding) -> None:
+def _apply(model: nn.Module, plan: Plan, binding: Binding) -> None:
     targets = [(path, module, rule.target()) for path, module, rule in plan]
     for path, module, target in targets:
         if target is not None:
             target.adopt(module, binding, path)
+    model.patch_binding = binding  # also where every module stays what it is, so that bind() accepts the model
 
 
 def _plan(model: nn.Module, trust_forward: bool) -> Plan:
@@ -99,7 +99,7 @@ def _plan(model: nn.Module, trust_forward: bool) -> Plan:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        if isinstance(module, PatchModule):
+        if isinstance(getattr(module, "patch_binding", None), Binding):
             raise ValueError(f"'{path}' is sparsified already; call sparsify once, on a dense model")
         rule = find_rule(module)
         if rule is None:
@@ -125,9 +125,7 @@ def _pixelwise(module: nn.Module) -> bool:
     )
 
 
-def _check_unknown(
-    path: str, module: nn.Module, trust_forward: bool, scanned: dict[type, str | None]
-) -> None:
+def _check_unknown(path: str, module: nn.Module, trust_forward: bool, scanned: dict[type, str | None]) -> None:
     kind = type(module)
     if getattr(kind, _POINTWISE_MARK, False):
         return
@@ -154,9 +152,7 @@ def _check_unknown(
 
 def _check_adoptable(path: str, module: nn.Module) -> None:
     if is_parametrized(module):
-        raise UnsupportedModuleError(
-            path, module, "it is parametrized; register the parametrization after sparsify()"
-        )
+        raise UnsupportedModuleError(path, module, "it is parametrized; register the parametrization after sparsify()")
     if "forward" in module.__dict__:
         raise UnsupportedModuleError(
             path, module, "its forward is overridden on the instance; undo that before sparsify()"

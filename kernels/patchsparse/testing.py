@@ -24,7 +24,8 @@ __all__ = ["check_parity"]
 Forward = Callable[..., Tensor]
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
-# Three patches of each image, so that images can be stacked as columns of pixels; one has no active neighbour.
+# Three patches of each image, so that images can be stacked as columns of pixels; one has no active
+# neighbour.
 _ACTIVE = (((1, 1, 0), (0, 1, 0)), ((1, 0, 1), (0, 0, 1)))
 
 
@@ -232,9 +233,9 @@ def _recording(model: nn.Module, opaque: set[str]) -> Iterator[_Record]:
 class _Mask:
     """Gives the modules of a dense model the meaning of dense-and-mask, through their own ``forward``.
 
-    Spatial modules read and write zeros at inactive pixels. Batch norms see the active pixels as one column, and
-    per-image modules those of each image as a one-pixel-high image. What has no room for the grid (one value per
-    image, say) is left alone.
+    Spatial modules read and write zeros at inactive pixels. Batch norms see the active pixels as one column,
+    and per-image modules those of each image as a one-pixel-high image. What has no room for the grid (one
+    value per image, say) is left alone.
     """
 
     def __init__(self, active: Tensor):
