@@ -89,9 +89,7 @@ def patch_errors(prediction: Tensor, frames: Tensor, shape: tuple[int, int], nor
     Raises ValueError if the shapes differ or the grid does not divide them.
     """
     if prediction.shape != frames.shape:
-        raise ValueError(
-            f"prediction {tuple(prediction.shape)} and frames {tuple(frames.shape)} must have one shape"
-        )
+        raise ValueError(f"prediction {tuple(prediction.shape)} and frames {tuple(frames.shape)} must have one shape")
     frames = frames if frames.dtype == torch.float64 else frames.float()
     target = normalise_patches(frames, patch_statistics(frames, shape)) if norm else frames
     squares = (prediction.to(target.dtype) - target).square()
@@ -120,9 +118,7 @@ def reconstruction_loss(
 def _split(frames: Tensor, shape: tuple[int, int]) -> Tensor:
     """View ``(B, T, H, W)`` as ``(B, T, Gh, ph, Gw, pw)``."""
     if frames.ndim != 4 or frames.shape[2] % shape[0] or frames.shape[3] % shape[1]:
-        raise ValueError(
-            f"frames {tuple(frames.shape)} must be (B, T, H, W), H and W divisible by the grid {shape}"
-        )
+        raise ValueError(f"frames {tuple(frames.shape)} must be (B, T, H, W), H and W divisible by the grid {shape}")
     return frames.unflatten(3, (shape[1], -1)).unflatten(2, (shape[0], -1))
 
 

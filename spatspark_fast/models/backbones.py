@@ -101,9 +101,7 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> None:
 def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str | Path, name: str) -> None:
     missing = [key for key in own if key not in state]
     if missing:
-        raise UserError(
-            f"{path} lacks {len(missing)} of {len(own)} weights of encoder {name!r}, such as {missing[0]}"
-        )
+        raise UserError(f"{path} lacks {len(missing)} of {len(own)} weights of encoder {name!r}, such as {missing[0]}")
     for key, value in own.items():
         if state[key].shape != value.shape:
             shapes = f"{tuple(state[key].shape)}, the encoder needs {tuple(value.shape)}"
@@ -111,12 +109,12 @@ def _check_fit(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: str
 
 
 def _create_plain(name: str, in_chans: int) -> nn.Module:
-    """Create the plain classifier, leaving the global random state as it was."""
+    """Create the plain classifier for its names and shapes only, without memory or random numbers."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
         raise UserError(f"unknown encoder {name!r}: {hint}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
         return timm.create_model(name, in_chans=in_chans)
 
 

@@ -50,9 +50,7 @@ class UNetDecoder(nn.Module):
         super().__init__()
         num_blocks = strides_of(levels)[-1].bit_length() - 1
         if width < 1 or width % 2**num_blocks:
-            raise UserError(
-                f"decoder_width={width} halves {num_blocks} times: choose a multiple of {2**num_blocks}"
-            )
+            raise UserError(f"decoder_width={width} halves {num_blocks} times: choose a multiple of {2**num_blocks}")
         widths = [width // 2**block for block in range(num_blocks + 1)]
         # Widths of the densified maps that this decoder reads, shallow to deep.
         self.in_widths = tuple(reversed(widths[:levels]))

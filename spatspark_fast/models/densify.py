@@ -31,9 +31,7 @@ class DensifyLevel(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(channels))
         # SparK: the deepest level needs no projection when the widths agree already.
         keep = kernel_size == 1 and channels == width
-        self.proj = (
-            nn.Identity() if keep else nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
-        )
+        self.proj = nn.Identity() if keep else nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
         # SparK cuts the token's normal at one standard deviation.
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 

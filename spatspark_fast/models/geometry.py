@@ -24,15 +24,11 @@ def check_patch(patch: int, levels: int) -> None:
     stride = strides_of(levels)[-1]
     if patch >= stride and patch % stride == 0:
         return
-    fitting = [
-        fewer for fewer in range(levels - 1, 0, -1) if patch > 0 and patch % strides_of(fewer)[-1] == 0
-    ]
+    fitting = [fewer for fewer in range(levels - 1, 0, -1) if patch > 0 and patch % strides_of(fewer)[-1] == 0]
     remedy = f"a multiple of {stride}"
     if fitting:
         remedy += f", or levels={fitting[0]} (deepest stride {strides_of(fitting[0])[-1]})"
-    raise UserError(
-        f"patch={patch} does not fit levels={levels} with deepest stride {stride}: choose {remedy}"
-    )
+    raise UserError(f"patch={patch} does not fit levels={levels} with deepest stride {stride}: choose {remedy}")
 
 
 def grid_shape(size: Sequence[int], patch: int) -> tuple[int, int]:
@@ -47,6 +43,5 @@ def grid_shape(size: Sequence[int], patch: int) -> tuple[int, int]:
     upper = " x ".join(str(-(-side // patch) * patch) for side in (height, width))
     nearest = upper if lower == upper else f"{lower} or {upper}"
     raise UserError(
-        f"an image of {height} x {width} pixels cannot be cut into patches of {patch}: "
-        f"crop or pad it to {nearest}"
+        f"an image of {height} x {width} pixels cannot be cut into patches of {patch}: crop or pad it to {nearest}"
     )

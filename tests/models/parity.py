@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from reference_spark import ReferenceSparK
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid
 from spatspark_fast.losses import LossOn
 from spatspark_fast.models.spark import DecoderKind, SparK, build_spark
+
+from .reference_spark import ReferenceSparK
 
 IN_CHANS = 3
 WIDTH = 64
@@ -63,9 +64,7 @@ def scramble(model: nn.Module) -> None:
                 buffer.mul_(0.5 + torch.rand(buffer.shape, generator=generator))
 
 
-def make_frames(
-    batch: int, height: int, width: int, dtype: torch.dtype = torch.float64, seed: int = 2
-) -> Tensor:
+def make_frames(batch: int, height: int, width: int, dtype: torch.dtype = torch.float64, seed: int = 2) -> Tensor:
     """Return frames with dry areas, as radar has: ``(B, IN_CHANS, H, W)``."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch, IN_CHANS, height, width, generator=generator, dtype=torch.float64)

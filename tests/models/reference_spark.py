@@ -81,9 +81,7 @@ class ReferenceLevel(nn.Module):
         super().__init__()
         self.mask = mask
         self.norm = (
-            nn.LayerNorm(channels, eps=1e-6)
-            if layer_norm
-            else masked_batch_norm(nn.BatchNorm2d(channels), mask)
+            nn.LayerNorm(channels, eps=1e-6) if layer_norm else masked_batch_norm(nn.BatchNorm2d(channels), mask)
         )
         self.mask_token = nn.Parameter(torch.zeros(channels))
         same = kernel == 1 and channels == width
@@ -106,11 +104,12 @@ class ReferenceBlock(nn.Module):
         self.up = nn.ConvTranspose2d(channels, channels, 4, 2, 1)
         self.conv1 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(channels)
+        self.act = nn.LeakyReLU(0.01)
         self.conv2 = nn.Conv2d(channels, out, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.norm1(self.conv1(self.up(x))), 0.01)
+        x = self.act(self.norm1(self.conv1(self.up(x))))
         return self.norm2(self.conv2(x))
 
 
@@ -171,9 +170,7 @@ class ReferenceLight(nn.Module):
         tokens = self.head(self.block(coarse_to_fine[0]))
         b, _, h, w = tokens.shape
         s = self.stride
-        return torch.einsum("ncpqhw->nchpwq", tokens.view(b, self.out, s, s, h, w)).reshape(
-            b, self.out, h * s, w * s
-        )
+        return torch.einsum("ncpqhw->nchpwq", tokens.view(b, self.out, s, s, h, w)).reshape(b, self.out, h * s, w * s)
 
 
 class ReferenceOutput(NamedTuple):

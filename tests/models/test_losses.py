@@ -19,9 +19,7 @@ from spatspark_fast.losses import (
 
 
 def frames_of(batch: int = 2, chans: int = 3, height: int = 8, width: int = 12) -> torch.Tensor:
-    return torch.randn(
-        batch, chans, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    return torch.randn(batch, chans, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def test_patchify_cuts_and_unpatchify_restores() -> None:

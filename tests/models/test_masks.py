@@ -76,9 +76,7 @@ def test_rain_follows_the_stated_odds() -> None:
 
 def test_rain_without_strength_or_contrast_is_random() -> None:
     random = MaskSampler(0.5, patch=8)(half_wet(4), step=2).active
-    assert torch.equal(
-        MaskSampler(0.5, strategy="rain", strength=0.0, patch=8)(half_wet(4), step=2).active, random
-    )
+    assert torch.equal(MaskSampler(0.5, strategy="rain", strength=0.0, patch=8)(half_wet(4), step=2).active, random)
     dry = torch.zeros(4, 2, 32, 32)
     assert torch.equal(MaskSampler(0.5, strategy="rain", patch=8)(dry, step=2).active, random)
 
