@@ -6,7 +6,7 @@ names of parameters, so that one state dict serves both.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -31,11 +31,11 @@ class MaskedBatchNorm(nn.BatchNorm2d):
 
     mask: Mask
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if self.mask.active is None:
-            return super().forward(x)
-        where = self.mask.at(*x.shape[2:])
-        last = x.permute(0, 2, 3, 1)
+            return super().forward(input)
+        where = self.mask.at(*input.shape[2:])
+        last = input.permute(0, 2, 3, 1)
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         rows = F.batch_norm(
@@ -196,7 +196,7 @@ class ReferenceSparK(nn.Module):
         self.loss_on = loss_on
         residual = encoder.startswith("resnet")
         indices = tuple(range(1 if residual else 0, len(strides) + (1 if residual else 0)))
-        self.encoder = timm.create_model(encoder, in_chans=in_chans, features_only=True, out_indices=indices)
+        self.encoder: Any = timm.create_model(encoder, in_chans=in_chans, features_only=True, out_indices=indices)
         channels = self.encoder.feature_info.channels()
         mask_layers(self.encoder, self.mask)
         names = range(len(strides)) if decoder == "unet" else [len(strides) - 1]
