@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import zlib
 from collections import deque
@@ -16,6 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from spatspark_fast.data.output import OutputFile
 from spatspark_fast.data.timestamps import format_timestamp
 from spatspark_fast.data.windows import Window
 from spatspark_fast.errors import UserError
@@ -52,10 +52,8 @@ class NL50Writer:
         self._data: dict[tuple[str, str], h5py.Dataset] = {}
         self._waiting: deque[Future[_Chunks]] = deque()
         self._limit = 2 * max(1, threads)
-        try:
-            self._file = h5py.File(self._part, "w")
-        except OSError as error:
-            raise UserError(f"cannot write {self._part}: {error}") from error
+        self._output = OutputFile(self._part)
+        self._file = h5py.File(self._output, "w")
         self._pool = ThreadPoolExecutor(max(1, threads))
         for split in SPLITS:
             self._create(split, shape)
@@ -68,26 +66,30 @@ class NL50Writer:
     ) -> None:
         complete = False
         try:
-            if kind is None:
-                self._write_until(0)
-                complete = True
+            try:
+                if kind is None:
+                    self._write_until(0)
+            finally:
+                self._file.close()
+            self._output.sync()
+            self._check()
+            complete = kind is None
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
-            self._file.close()
-            if not complete:
+            # Renamed or thrown away before it is closed, which gives up the lock.
+            if complete:
+                os.replace(self._part, self._path)
+            else:
                 self._part.unlink(missing_ok=True)
-        if complete:
-            _sync(self._part)
-            os.replace(self._part, self._path)
-            _sync(self._path.parent)
+            self._output.close()
 
     def add(self, window: Window) -> None:
         """Append a window to its split."""
         split, index = window.split, self._count[window.split]
         self._count[split] += 1
+        stamps = np.array([format_timestamp(time) for time in window.times], dtype=f"S{_TIMESTAMP_LENGTH}")
         for name in ("images", "valid", "timestamps"):
             self._data[split, name].resize(index + 1, axis=0)
-        stamps = np.array([format_timestamp(time) for time in window.times], dtype=f"S{_TIMESTAMP_LENGTH}")
         self._data[split, "timestamps"][index] = stamps[:, None]
         self._waiting.append(self._pool.submit(self._compress, split, index, window.rain, window.valid))
         self._write_until(self._limit)
@@ -132,13 +134,8 @@ class NL50Writer:
             chunks = self._waiting.popleft().result()
             for name, content in (("images", chunks.images), ("valid", chunks.valid)):
                 self._data[chunks.split, name].id.write_direct_chunk((chunks.position, 0, 0, 0), content)
+            self._check()
 
-
-def _sync(path: Path) -> None:
-    """Ask the system to bring a file or folder to the disk; not every file system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    def _check(self) -> None:
+        if self._output.error is not None:
+            raise UserError(f"cannot write {self._part}: {self._output.error.strerror}")

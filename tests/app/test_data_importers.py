@@ -217,7 +217,7 @@ def test_fmi_levels(tmp_path: Path, packed: bool) -> None:
     [
         (b"P2\n1 1\n255\n0\n", "P5"),
         (b"", "P5"),
-        (gzip.compress(_pgm())[:-12], "not a readable PGM"),
+        (gzip.compress(_pgm(), mtime=0)[:-12], "not a readable PGM"),
         (_pgm(pixels=bytes(5)), "5 bytes of pixels"),
         (_pgm("# obstime 201609281445\n# param Velocity\n"), "Velocity"),
         (_pgm("# param CorrectedReflectivity\n"), "obstime"),
@@ -225,6 +225,7 @@ def test_fmi_levels(tmp_path: Path, packed: bool) -> None:
         (b"P5\n" + b"# x\n" * 10000, "no size"),
         (b"P5\nabc\n", "unexpected line"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damaged_fmi_files_are_named(tmp_path: Path, content: bytes, word: str) -> None:
     path = tmp_path / "a.pgm"

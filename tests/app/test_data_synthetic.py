@@ -1,6 +1,8 @@
 """Made-up radar looks like rain in the ways that can be counted, and follows from its seed."""
 
+import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +93,7 @@ def test_rain_travels_and_changes(rates: np.ndarray) -> None:
         correlation = np.fft.irfft2(np.fft.rfft2(later) * np.conj(np.fft.rfft2(now)), s=now.shape)
         correlation /= 288 * 288 * now.std() * later.std()
         place = np.unravel_index(correlation.argmax(), correlation.shape)
-        shifts.append(np.hypot(*[min(int(p), 288 - int(p)) for p in place]) / 5)
+        shifts.append(math.hypot(*(min(int(p), 288 - int(p)) for p in place)) / 5)
         gains.append(correlation.max() - correlation[0, 0])
         assert 0.3 < correlation.max() < 0.99
     assert np.median(shifts) > 1.0, shifts
@@ -119,6 +121,6 @@ def test_making_a_window_takes_a_tenth_of_a_second() -> None:
     "options",
     [{"num_windows": 0}, {"input_length": 0}, {"output_length": -1}, {"image_size": 0}, {"wet_fraction": (0.5, 1.0)}],
 )
-def test_wrong_options_are_named(options: dict) -> None:
+def test_wrong_options_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"synthetic radar needs|wet_fraction"):
-        SyntheticRadar(**({"num_windows": 1} | options))
+        SyntheticRadar(**{"num_windows": 1, **options})
