@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from .pretrain_runs import arguments, checkpoint, pretrain, rows, same, same_training, start
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -21,6 +20,8 @@ from spatspark_fast.runs import RunDirectory, atomic_path, trim_metrics
 from spatspark_fast.training import run as training_run
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
 from spatspark_fast.training.record import MetricsCsv
+
+from .pretrain_runs import arguments, checkpoint, pretrain, rows, same, same_training, start
 
 
 @pytest.fixture
@@ -74,9 +75,7 @@ def kill_after(step: int, argv: list[str], out: Path) -> None:
 
 
 @pytest.mark.parametrize(("encoder", "workers"), [("resnet18", 0), ("test_resnet", 2)])
-def test_sigkill_loses_at_most_an_epoch_and_resume_is_bitwise_exact(
-    tmp_path: Path, encoder: str, workers: int
-) -> None:
+def test_sigkill_loses_at_most_an_epoch_and_resume_is_bitwise_exact(tmp_path: Path, encoder: str, workers: int) -> None:
     changes = {
         "data__synthetic_windows": 6,  # 3 steps an epoch, 9 in all
         "data__num_workers": workers,

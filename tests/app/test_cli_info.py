@@ -1,0 +1,48 @@
+"""The command info says what is installed, what runs, and what a model costs."""
+
+import re
+
+import pytest
+import torch
+
+from patchsparse import available_backends
+from spatspark_fast.info import main
+
+
+def test_versions_devices_and_engines_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    report = capsys.readouterr().out
+    assert re.search(rf"torch +{re.escape(torch.__version__.split('+')[0])}", report)
+    assert torch.backends.cpu.get_cpu_capability() in report
+    assert all(name in report for name in available_backends())
+    assert "taken" in report
+    assert "multiply-adds" not in report
+
+
+def test_multiply_adds_of_the_paper_s_encoder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model=resnet18"]) == 0
+    report = capsys.readouterr().out
+    costs = {line.split()[0]: [float(n) for n in re.findall(r"\d+\.\d+", line)] for line in report.splitlines() if line}
+    dense, visible, pairs = costs["encoder"]
+    assert dense == pytest.approx(3.6, abs=0.05)
+    assert visible == pytest.approx(dense * 32 / 81, abs=0.01)
+    assert pairs < visible
+    assert costs["decoder"] == pytest.approx([16.75, 16.75], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--model=resnet19"], "unknown encoder"),
+        (["--ratio=1"], "--ratio"),
+        (["--model=resnet18", "--size=100"], "100 x 100"),
+        (["--size=0"], "at least 1"),
+        (["--colour=red"], "colour"),
+    ],
+)
+def test_wrong_options_end_in_one_sentence(argv: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert word in shown.err
