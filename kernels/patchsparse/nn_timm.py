@@ -198,7 +198,7 @@ class PatchGroupNorm1Act(PatchImageModule, GroupNorm1Act):
 class PatchStdConv2d(PatchConv2d, StdConv2d):
     """Convolve packed patches with a standardised weight (BiT ResNetV2)."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         grid = self._grid(input)
         if grid is None:
             return StdConv2d.forward(self, input)
@@ -208,7 +208,7 @@ class PatchStdConv2d(PatchConv2d, StdConv2d):
 class PatchScaledStdConv2d(PatchConv2d, ScaledStdConv2d):
     """Convolve packed patches with a scaled standardised weight (NFNet)."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         grid = self._grid(input)
         if grid is None:
             return ScaledStdConv2d.forward(self, input)

@@ -26,7 +26,7 @@ class Rule:
     """What to do with a module type.
 
     Attributes:
-        make: the class that adopts the module (``"timm:NAME"`` is looked up when needed), None leaves it as
+        make: the class that adopts the module (a string is a name in ``nn_timm``), None leaves it as
         it is.
         refuse: returns the reason why a given instance cannot be equal to dense-and-mask, or None.
         whole: the module answers for its children, which see one row per image; they are not visited.
@@ -181,57 +181,38 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
         yield f"torch.nn.modules.{name}", rule
 
 
-def _timm_rules() -> Iterator[tuple[str, Rule]]:
-    stay = (
-        "layers.norm_act.BatchNormAct2d layers.norm_act.SyncBatchNormAct "
-        "layers.norm_act.FrozenBatchNormAct2d "
-        "layers.layer_scale.LayerScale layers.layer_scale.LayerScale2d models.fastvit.LayerScale2d "
-        "layers.linear.Linear layers.space_to_depth.SpaceToDepth layers.space_to_depth.DepthToSpace "
-        "models.selecsls.SelectSeq models.hrnet.SequentialList models.metaformer.Scale"
+def _timm_stay() -> dict[str, Rule]:
+    """Return the rules of modules that look at one pixel, and of those that never can be equal."""
+    layers = (
+        "norm_act.BatchNormAct2d norm_act.SyncBatchNormAct norm_act.FrozenBatchNormAct2d layer_scale.LayerScale",
+        "layer_scale.LayerScale2d linear.Linear space_to_depth.SpaceToDepth space_to_depth.DepthToSpace",
+        "adaptive_avgmax_pool.SelectAdaptivePool2d",
     )
-    rules: dict[str, Rule] = dict.fromkeys(stay.split(), Rule())
-    for name in [
-        "Swish",
-        "Mish",
-        "Sigmoid",
-        "Tanh",
-        "HardSwish",
-        "HardSigmoid",
-        "HardMish",
-        "PReLU",
-        "GELU",
-        "GELUTanh",
-        "QuickGELU",
-    ]:
-        rules[f"layers.activations.{name}"] = Rule()
-    for name in ["SwishMe", "MishMe", "HardSigmoidMe", "HardSwishMe", "HardMishMe"]:
-        rules[f"layers.activations_me.{name}"] = Rule()
-    for name in ["LayerNorm", "LayerNormFp32", "LayerNorm2d", "LayerNorm2dFp32", "LayerNormExp2d"]:
-        rules[f"layers.norm.{name}"] = Rule(refuse=_layer_norm)
-    for name in [
-        "RmsNorm",
-        "RmsNormFp32",
-        "RmsNorm2d",
-        "RmsNorm2dFp32",
-        "SimpleNorm",
-        "SimpleNormFp32",
-        "SimpleNorm2d",
-    ]:
-        rules[f"layers.norm.{name}"] = Rule(refuse=_layer_norm)
-    for name in [
-        "LayerNormAct",
-        "LayerNormActFp32",
-        "LayerNormAct2d",
-        "LayerNormAct2dFp32",
-        "RmsNormAct",
-        "RmsNormAct2d",
-    ]:
-        rules[f"layers.norm_act.{name}"] = Rule(refuse=_layer_norm)
-    same = "TensorFlow's dynamic same padding depends on the size of the image; use the variant without 'tf_'"
-    for name in ["conv2d_same.Conv2dSame", "std_conv.StdConv2dSame", "std_conv.ScaledStdConv2dSame"]:
-        rules[f"layers.{name}"] = _because(same)
-    for name in ["pool2d_same.AvgPool2dSame", "pool2d_same.MaxPool2dSame"]:
-        rules[f"layers.{name}"] = _because(same)
+    models = "fastvit.LayerScale2d selecsls.SelectSeq hrnet.SequentialList metaformer.Scale"
+    activations = "Swish Mish Sigmoid Tanh HardSwish HardSigmoid HardMish PReLU GELU GELUTanh QuickGELU"
+    norms = "LayerNorm LayerNormFp32 LayerNorm2d LayerNorm2dFp32 LayerNormExp2d"
+    other_norms = "RmsNorm RmsNormFp32 RmsNorm2d RmsNorm2dFp32 SimpleNorm SimpleNormFp32 SimpleNorm2d SimpleNorm2dFp32"
+    norm_acts = "LayerNormAct LayerNormActFp32 LayerNormAct2d LayerNormAct2dFp32 RmsNormAct RmsNormAct2d"
+    same = "conv2d_same.Conv2dSame std_conv.StdConv2dSame std_conv.ScaledStdConv2dSame"
+    same_pools = "pool2d_same.AvgPool2dSame pool2d_same.MaxPool2dSame"
+    channels = Rule(refuse=_layer_norm)
+    dynamic = _because(
+        "TensorFlow's dynamic same padding depends on the size of the image; use the variant without 'tf_'"
+    )
+    groups = (
+        ("layers.", " ".join(layers), Rule()),
+        ("models.", models, Rule()),
+        ("layers.activations.", activations, Rule()),
+        ("layers.activations_me.", "SwishMe MishMe HardSigmoidMe HardSwishMe HardMishMe", Rule()),
+        ("layers.norm.", f"{norms} {other_norms}", channels),
+        ("layers.norm_act.", norm_acts, channels),
+        ("layers.", f"{same} {same_pools}", dynamic),
+    )
+    return {f"{prefix}{name}": rule for prefix, names, rule in groups for name in names.split()}
+
+
+def _timm_rules() -> Iterator[tuple[str, Rule]]:
+    rules = _timm_stay()
     excite = Rule("PatchSqueezeExcite", _squeeze_excite, whole=True)
     effective = Rule("PatchEffectiveSqueezeExcite", _squeeze_excite, whole=True)
     rules |= {
@@ -244,7 +225,6 @@ def _timm_rules() -> Iterator[tuple[str, Rule]]:
         "layers.eca.CecaModule": Rule("PatchCeca", whole=True),
         "layers.grn.GlobalResponseNorm": Rule("PatchGlobalResponseNorm"),
         "layers.adaptive_avgmax_pool.FastAdaptiveAvgPool": Rule("PatchFastAdaptiveAvgPool", _fast_pool),
-        "layers.adaptive_avgmax_pool.SelectAdaptivePool2d": Rule(),
         "layers.norm.GroupNorm": Rule("PatchGroupNormTimm"),
         "layers.norm.GroupNorm1": Rule("PatchGroupNorm1Timm"),
         "layers.norm_act.GroupNormAct": Rule("PatchGroupNormAct"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -85,7 +85,7 @@ def _apply(model: nn.Module, plan: Plan, binding: Binding) -> None:
     for path, module, target in targets:
         if target is not None:
             target.adopt(module, binding, path)
-    model.patch_binding = binding  # also where every module stays what it is, so that bind() accepts the model
+    cast(Any, model).patch_binding = binding  # bind() accepts it even if every module stays
 
 
 def _plan(model: nn.Module, trust_forward: bool) -> Plan:

@@ -18,7 +18,7 @@ from patchsparse.binding import bindings_of
 
 from .sparsify_cases import UNEQUAL, as_list, encoder, images, loss_of
 
-SMALL = {"out_indices": (0, 1)}
+SMALL: dict[str, Any] = {"out_indices": (0, 1)}
 
 
 def grids(count: int, keep: float = 0.5) -> list[PatchGrid]:
@@ -44,6 +44,11 @@ def test_a_dense_or_foreign_tensor_is_named_with_its_module() -> None:
             model(wrong)
 
 
+def _fail_on(model: nn.Module, grid: PatchGrid) -> None:
+    assert bindings_of(model)[0].grid is grid
+    raise KeyError
+
+
 def test_blocks_nest_and_restore_also_after_an_exception() -> None:
     model = sparsify(encoder("resnet18", **SMALL)).eval()
     binding = bindings_of(model)[0]
@@ -53,8 +58,7 @@ def test_blocks_nest_and_restore_also_after_an_exception() -> None:
     with bind(model, outer):
         first = model(pack(x, outer))
         with pytest.raises(KeyError), bind(model, inner):
-            assert binding.grid is inner
-            raise KeyError
+            _fail_on(model, inner)
         assert binding.grid is outer
         with bind(model, inner), bind(model, inner):
             model(pack(x, inner))
@@ -126,7 +130,7 @@ def test_compiled_steps_with_fresh_grids_share_one_graph(name: str) -> None:
     counters.clear()
     model = sparsify(encoder(name, **SMALL)).float()
     eager = copy.deepcopy(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     for step, grid in enumerate(grids(3)):
         x = pack(images(UNEQUAL, 32, dtype=torch.float32), grid)
         for network in (compiled, eager):
@@ -146,7 +150,7 @@ def test_a_compiled_model_follows_between_packed_and_dense() -> None:
     torch._dynamo.reset()
     layers = (nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.MaxPool2d(3, 2, 1))
     model = sparsify(nn.Sequential(*layers).double())
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = images(UNEQUAL, 32)
     for grid in [*grids(1), PatchGrid.from_active(UNEQUAL)]:
         with bind(compiled, grid):

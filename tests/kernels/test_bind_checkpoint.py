@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ class Blocks(nn.Module):
         widths = (3, 8, 8, 8)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.GroupNorm(2, o), nn.ReLU(), nn.MaxPool2d(3, 1, 1))
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            for i, o in pairwise(widths)
         )
         self.mode = mode
 
@@ -168,7 +169,7 @@ def test_checkpoints_inside_and_outside_of_compiled_code() -> None:
         lambda: forward(saving, UNEQUAL, checkpointing=True) + forward(saving, SAME_COUNT, checkpointing=True),
     )
     whole = blocks("not reentrant")
-    compiled = torch.compile(whole, backend="aot_eager")
+    compiled: Any = torch.compile(whole, backend="aot_eager")
     inside = gradients(
         whole,
         lambda: forward(compiled, UNEQUAL, checkpointing=True) + forward(compiled, SAME_COUNT, checkpointing=True),

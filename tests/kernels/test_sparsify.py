@@ -316,5 +316,5 @@ def test_global_response_norm_has_no_nan_gradient_at_dead_channels() -> None:
     grid = PatchGrid.from_active(UNEQUAL)
     with bind(model, grid):
         features = model(pack(torch.zeros(2, 3, 64, 96, dtype=torch.float64), grid))
-    sum(f.sum() for f in features).backward()
+    torch.stack([f.sum() for f in features]).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
