@@ -61,8 +61,7 @@ class SparKMacs(NamedTuple):
 
 
 def count_macs(model: SparK, size: tuple[int, int], visible: float) -> SparKMacs:
-    """Count the multiply-adds of ``model`` for one image of ``size`` (H, W) pixels with a ``visible`` share
-    in (0, 1].
+    """Count the multiply-adds of ``model`` for one image of ``size`` (H, W) with a ``visible`` share in (0, 1].
 
     The model itself is not touched; no memory for activations is needed. Raises UserError if the patch does
     not divide the image, ValueError for a share out of range.
