@@ -24,11 +24,54 @@ std::vector<int64_t> unit_costs(const ps_plan& plan) {
     return start;
 }
 
+// Reads the weights of a thread's next panel into the second-level cache while it computes the present one, a few
+// lines per tile: deep layers have more weights than activations. Knows the two channels_last cases.
+template <class T>
+class WeightPrefetch {
+  public:
+    WeightPrefetch(const ps_conv_args& args, int64_t tiles) : args_(args), tiles_(std::max<int64_t>(1, tiles)) {
+        wide_ = args.plan->axis[1].taps;
+    }
+
+    void begin(int64_t column, int64_t columns) {
+        const int64_t taps = args_.plan->taps();
+        at_ = static_cast<const T*>(args_.weight) + column * args_.weight_stride[0];
+        by_column_ = args_.weight_stride[0] != 1;
+        inner_ = by_column_ ? columns : args_.source_channels;
+        piece_ = (by_column_ ? args_.source_channels : columns) * int64_t(sizeof(T));
+        const bool known = args_.weight_stride[0] == 1 || args_.weight_stride[1] == 1;
+        left_ = known && columns > 0 ? taps * inner_ : 0;
+        per_tile_ = (left_ + tiles_ - 1) / tiles_;
+        tap_ = index_ = 0;
+    }
+
+    void step() {
+        for (int64_t i = 0; i < per_tile_ && left_ > 0; ++i, --left_) {
+            const T* from = at_ + tap_ / wide_ * args_.weight_stride[2] + tap_ % wide_ * args_.weight_stride[3] +
+                            index_ * args_.weight_stride[by_column_ ? 0 : 1];
+            for (int64_t byte = 0; byte < piece_; byte += 64)
+                __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 2);
+            if (++index_ == inner_) {
+                index_ = 0;
+                ++tap_;
+            }
+        }
+    }
+
+  private:
+    const ps_conv_args& args_;
+    int64_t tiles_, wide_, inner_ = 0, piece_ = 0, left_ = 0, per_tile_ = 0, tap_ = 0, index_ = 0;
+    const T* at_ = nullptr;
+    bool by_column_ = false;
+};
+
 template <class T>
 class Conv {
   public:
     Conv(const ps_conv_args& args, const Kernels<T>& kernels)
-        : args_(args), plan_(*args.plan), kernels_(kernels), start_(unit_costs(plan_)) {}
+        : args_(args), plan_(*args.plan), kernels_(kernels), start_(unit_costs(plan_)) {
+        for (const Group& group : plan_.groups) tiles_ += (group.rows + kernels.rows - 1) / kernels.rows;
+    }
 
     bool run() {
         const int64_t panels = (args_.target_channels + kernels_.columns - 1) / kernels_.columns;
@@ -48,13 +91,16 @@ class Conv {
         T* panel = scratch.get<T>(plan_.taps() * args_.source_channels * kernels_.columns);
         if (panel == nullptr) return false;
         const int64_t per_panel = start_.back();
+        WeightPrefetch<T> next(args_, tiles_);
         for (int64_t p = 0; p < panels; ++p) {
             if ((p + 1) * per_panel <= first || p * per_panel >= last) continue;
             const int64_t column = p * kernels_.columns;
             pack_panel(panel, column);
+            const bool more = p + 1 < panels && (p + 1) * per_panel < last;
+            next.begin(column + kernels_.columns, more ? columns_at(column + kernels_.columns) : 0);
             for (size_t u = 0; u < plan_.units.size(); ++u)
                 compute_unit(plan_.units[u], panel, column, first - p * per_panel - start_[u],
-                             last - p * per_panel - start_[u]);
+                             last - p * per_panel - start_[u], next);
         }
         return true;
     }
@@ -70,13 +116,14 @@ class Conv {
     }
 
     // [first, last) is this thread's share, counted from the unit's own start.
-    void compute_unit(const Unit& unit, const T* panel, int64_t column, int64_t first, int64_t last) const {
+    void compute_unit(const Unit& unit, const T* panel, int64_t column, int64_t first, int64_t last,
+                      WeightPrefetch<T>& next) const {
         if (!unit.shared) {
-            group_tiles(plan_.groups[unit.first], panel, column, first, last, false);
+            group_tiles(plan_.groups[unit.first], panel, column, first, last, false, next);
         } else if (first <= 0 && 0 < last) {
             initialise(unit, column);
             for (int32_t g = unit.first; g < unit.last; ++g)
-                group_tiles(plan_.groups[g], panel, column, 0, INT64_MAX, true);
+                group_tiles(plan_.groups[g], panel, column, 0, INT64_MAX, true, next);
         }
     }
 
@@ -90,7 +137,8 @@ class Conv {
     }
 
     // Cut a group into tiles of nearly equal height, so that none is too low to keep the arithmetic units busy.
-    void group_tiles(const Group& group, const T* panel, int64_t column, int64_t first, int64_t last, bool add) const {
+    void group_tiles(const Group& group, const T* panel, int64_t column, int64_t first, int64_t last, bool add,
+                     WeightPrefetch<T>& next) const {
         const int64_t tiles = (group.rows + kernels_.rows - 1) / kernels_.rows;
         const T* bias = static_cast<const T*>(args_.bias);
         TileArgs<T> a{static_cast<const T*>(args_.source), args_.source_channels, nullptr, group.rows,
@@ -103,7 +151,24 @@ class Conv {
             a.rows = int32_t(group.rows * (i + 1) / tiles - row);
             a.in = plan_.in_rows.data() + group.in + row;
             a.out = plan_.out_rows.data() + group.out + row;
+            prefetch(a, i + 1 < tiles);
+            next.step();
             kernels_.tile(a);
+        }
+    }
+
+    // Ask for the rows that this tile will write, and for those that the next one reads at its last tap: within a
+    // patch these are the rows that no tile has read before.
+    void prefetch(const TileArgs<T>& a, bool has_next) const {
+        for (int32_t r = 0; r < a.rows; ++r) {
+            const char* to = reinterpret_cast<const char*>(a.target + a.out[r] * a.target_stride);
+            for (int64_t byte = 0; byte < a.columns * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(to + byte, 1);
+        }
+        if (!has_next || a.tap_count == 0 || a.accumulate) return;
+        const int32_t* next = a.in + (a.tap_count - 1) * a.in_stride + a.rows;
+        for (int32_t r = 0; r < std::min<int32_t>(a.rows, kernels_.rows - 1); ++r) {
+            const char* from = reinterpret_cast<const char*>(a.source + next[r] * a.source_stride);
+            for (int64_t byte = 0; byte < a.depth * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(from + byte, 0, 2);
         }
     }
 
@@ -111,6 +176,7 @@ class Conv {
     const ps_plan& plan_;
     const Kernels<T>& kernels_;
     std::vector<int64_t> start_;
+    int64_t tiles_ = 0;  // of one panel
 };
 
 template <class T>

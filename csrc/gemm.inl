@@ -8,6 +8,8 @@ constexpr int LANES = 2;  // vectors per panel row
 
 inline int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
+inline int clamp(int a, int most) { return a < 0 ? 0 : least(a, most); }
+
 template <class V, int ROWS, int N>
 void tile(const TileArgs<typename V::T>& a) {
     using T = typename V::T;
@@ -50,38 +52,55 @@ void tile(const TileArgs<typename V::T>& a) {
     }
 }
 
-// The vector matrix is read in whole vectors if FULL, else its last vector is cut at `columns`.
-template <class V, int ROWS, int N, bool FULL>
+template <class V, int ROWS, int N>
 void outer(const OuterArgs<typename V::T>& a) {
     using T = typename V::T;
     constexpr int W = V::width;
+    constexpr int64_t AHEAD = 12;  // pairs: rows are found by index, so the processor cannot prefetch them by itself
+    const bool full = a.columns == N * W;
     const int tail = a.columns - (N - 1) * W;
     V sum[ROWS][N];
     for (int r = 0; r < ROWS; ++r)
         for (int n = 0; n < N; ++n) {
-            const T* from = a.result + r * a.result_stride + n * W;
-            if (!a.accumulate) sum[r][n] = V::zero();
-            else sum[r][n] = FULL || n < N - 1 ? V::load(from) : V::load(from, tail);
+            __builtin_prefetch(a.result + r * a.result_stride + n * W, 1);
+            sum[r][n] = V::zero();
         }
-    for (int64_t s = 0; s < a.segment_count; ++s) {
-        const Segment& segment = a.segments[s];
-        for (int64_t i = 0; i < segment.count; ++i) {
-            const T* p = a.p + segment.p[i] * a.p_stride;
-            const T* q = a.q + segment.q[i] * a.q_stride;
-            V b[N];
-            for (int n = 0; n < N; ++n) b[n] = FULL || n < N - 1 ? V::load(q + n * W) : V::load(q + n * W, tail);
-            for (int r = 0; r < ROWS; ++r) {
-                const V x = V::all(p[r]);
-                for (int n = 0; n < N; ++n) sum[r][n].add_product(x, b[n]);
-            }
+    const T* panel = a.panel;
+    for (int64_t i = 0; i < a.count; ++i, panel += LANES * W) {
+        const T* p = a.p + a.rows_of_p[i] * a.p_stride;
+        const T* ahead = a.p + a.rows_of_p[least(i + AHEAD, a.count - 1)] * a.p_stride;
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + ROWS - 1);
+        V b[N];
+        for (int n = 0; n < N; ++n) b[n] = V::load(panel + n * W);
+        for (int r = 0; r < ROWS; ++r) {
+            const V x = V::all(p[r]);
+            for (int n = 0; n < N; ++n) sum[r][n].add_product(x, b[n]);
         }
     }
     for (int r = 0; r < ROWS; ++r)
         for (int n = 0; n < N; ++n) {
             T* to = a.result + r * a.result_stride + n * W;
-            if (FULL || n < N - 1) sum[r][n].store(to);
+            const bool whole = full || n < N - 1;
+            if (a.accumulate) sum[r][n].add(whole ? V::load(to) : V::load(to, tail));
+            if (whole) sum[r][n].store(to);
             else sum[r][n].store(to, tail);
         }
+}
+
+// Copy columns of indexed rows side by side, so that a panel stays in the first-level cache whatever its row stride.
+template <class V>
+void gather(const GatherArgs<typename V::T>& a) {
+    constexpr int W = V::width;
+    typename V::T* panel = a.panel;
+    for (int64_t i = 0; i < a.count; ++i, panel += LANES * W) {
+        const typename V::T* from = a.q + a.rows_of_q[i] * a.q_stride;
+        if (a.columns == LANES * W) {
+            for (int n = 0; n < LANES; ++n) V::load(from + n * W).store(panel + n * W);
+        } else {
+            for (int n = 0; n < LANES; ++n) V::load(from + n * W, clamp(a.columns - n * W, W)).store(panel + n * W);
+        }
+    }
 }
 
 // Choose the instance for the tile's rows: tiles at the end of a group are smaller, and cost as much less.
@@ -99,7 +118,6 @@ void any_outer(const OuterArgs<typename V::T>& a) {
     if constexpr (ROWS > 1) {
         if (a.rows < ROWS) return any_outer<V, ROWS - 1>(a);
     }
-    if (a.columns == LANES * V::width) outer<V, ROWS, LANES, true>(a);
-    else if (a.columns > V::width) outer<V, ROWS, LANES, false>(a);
-    else outer<V, ROWS, 1, false>(a);
+    if (a.columns > V::width) outer<V, ROWS, LANES>(a);
+    else outer<V, ROWS, 1>(a);
 }

@@ -35,19 +35,25 @@ struct PackArgs {
     T* panel;
 };
 
-// Pairs of rows of one tap: row p[i] of the broadcast matrix with row q[i] of the vector matrix.
-struct Segment {
-    const int32_t *p, *q;
+// panel[i, 0..columns) = q[rows_of_q[i], 0..columns), 0 beyond; Kernels::columns wide.
+template <class T>
+struct GatherArgs {
+    const T* q;
+    int64_t q_stride;
+    const int32_t* rows_of_q;
     int64_t count;
+    int32_t columns;
+    T* panel;
 };
 
-// result[a, b] = or += sum over pairs i: p[p_row(i), a] * q[q_row(i), b], a < rows, b < columns.
+// result[a, b] = or += sum over i < count: p[rows_of_p[i], a] * panel[i, b], a < rows, b < columns.
 template <class T>
 struct OuterArgs {
-    const Segment* segments;
-    int64_t segment_count;
-    const T *p, *q;
-    int64_t p_stride, q_stride;
+    const T* p;
+    int64_t p_stride;
+    const int32_t* rows_of_p;
+    int64_t count;
+    const T* panel;
     T* result;
     int64_t result_stride;
     int32_t rows, columns;
@@ -86,6 +92,7 @@ struct Kernels {
     int32_t rows, columns;  // largest tile
     void (*tile)(const TileArgs<T>&);
     void (*pack)(const PackArgs<T>&);
+    void (*gather)(const GatherArgs<T>&);
     void (*outer)(const OuterArgs<T>&);
     bool (*depthwise_row)(const DepthwiseArgs<T>&);  // stride and dilation 1; false if this kernel size has no such loop
     void (*depthwise_pixel)(const PixelArgs<T>&);
@@ -99,9 +106,7 @@ struct Kernels {
 const Kernels<float>* kernels_portable_f32();
 const Kernels<double>* kernels_portable_f64();
 const Kernels<float>* kernels_avx2_f32();
-const Kernels<double>* kernels_avx2_f64();
 const Kernels<float>* kernels_avx512_f32();
-const Kernels<double>* kernels_avx512_f64();
 
 // The table of an instruction set, or null if this build or processor lacks it.
 template <class T>

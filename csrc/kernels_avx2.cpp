@@ -10,12 +10,7 @@
 namespace patchsparse {
 
 const Kernels<float>* kernels_avx2_f32() {
-    static constexpr Kernels<float> kernels = table<Avx2Vector<float>, 6>();
-    return &kernels;
-}
-
-const Kernels<double>* kernels_avx2_f64() {
-    static constexpr Kernels<double> kernels = table<Avx2Vector<double>, 6>();
+    static constexpr Kernels<float> kernels = table<Avx2Vector, 6>();
     return &kernels;
 }
 
@@ -26,7 +21,6 @@ const Kernels<double>* kernels_avx2_f64() {
 namespace patchsparse {
 
 const Kernels<float>* kernels_avx2_f32() { return nullptr; }
-const Kernels<double>* kernels_avx2_f64() { return nullptr; }
 
 }  // namespace patchsparse
 

@@ -10,12 +10,7 @@
 namespace patchsparse {
 
 const Kernels<float>* kernels_avx512_f32() {
-    static constexpr Kernels<float> kernels = table<Avx512Vector<float>, 14>();
-    return &kernels;
-}
-
-const Kernels<double>* kernels_avx512_f64() {
-    static constexpr Kernels<double> kernels = table<Avx512Vector<double>, 14>();
+    static constexpr Kernels<float> kernels = table<Avx512Vector, 14>();
     return &kernels;
 }
 
@@ -26,7 +21,6 @@ const Kernels<double>* kernels_avx512_f64() {
 namespace patchsparse {
 
 const Kernels<float>* kernels_avx512_f32() { return nullptr; }
-const Kernels<double>* kernels_avx512_f64() { return nullptr; }
 
 }  // namespace patchsparse
 

@@ -16,7 +16,7 @@ struct Int {
 template <class V, int ROWS>
 constexpr Kernels<typename V::T> table() {
     using T = typename V::T;
-    return {ROWS, LANES * V::width, any_tile<V, ROWS>, pack<V>, any_outer<V, ROWS>, depthwise_row<V>,
+    return {ROWS, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V>, any_outer<V, ROWS>, depthwise_row<V>,
             depthwise_pixel<V>, depthwise_row_wgrad<V>, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
 }
 

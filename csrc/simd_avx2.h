@@ -7,11 +7,7 @@
 
 namespace {
 
-template <class Scalar>
-struct Avx2Vector;
-
-template <>
-struct Avx2Vector<float> {
+struct Avx2Vector {
     using T = float;
     static constexpr int width = 8;
     __m256 v;
@@ -27,25 +23,13 @@ struct Avx2Vector<float> {
     void store(T* p, int count) const { _mm256_maskstore_ps(p, mask(count), v); }
     void add_product(Avx2Vector a, Avx2Vector b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
     void add(Avx2Vector a) { v = _mm256_add_ps(v, a.v); }
-};
-
-template <>
-struct Avx2Vector<double> {
-    using T = double;
-    static constexpr int width = 4;
-    __m256d v;
-
-    static __m256i mask(int count) {
-        return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+    static void transpose(Avx2Vector* block) {
+        T cells[width][width], turned[width][width];
+        for (int i = 0; i < width; ++i) block[i].store(cells[i]);
+        for (int i = 0; i < width; ++i)
+            for (int j = 0; j < width; ++j) turned[i][j] = cells[j][i];
+        for (int i = 0; i < width; ++i) block[i] = load(turned[i]);
     }
-    static Avx2Vector load(const T* p) { return {_mm256_loadu_pd(p)}; }
-    static Avx2Vector load(const T* p, int count) { return {_mm256_maskload_pd(p, mask(count))}; }
-    static Avx2Vector all(T x) { return {_mm256_set1_pd(x)}; }
-    static Avx2Vector zero() { return {_mm256_setzero_pd()}; }
-    void store(T* p) const { _mm256_storeu_pd(p, v); }
-    void store(T* p, int count) const { _mm256_maskstore_pd(p, mask(count), v); }
-    void add_product(Avx2Vector a, Avx2Vector b) { v = _mm256_fmadd_pd(a.v, b.v, v); }
-    void add(Avx2Vector a) { v = _mm256_add_pd(v, a.v); }
 };
 
 }  // namespace

@@ -7,11 +7,7 @@
 
 namespace {
 
-template <class Scalar>
-struct Avx512Vector;
-
-template <>
-struct Avx512Vector<float> {
+struct Avx512Vector {
     using T = float;
     static constexpr int width = 16;
     __m512 v;
@@ -25,23 +21,33 @@ struct Avx512Vector<float> {
     void store(T* p, int count) const { _mm512_mask_storeu_ps(p, mask(count), v); }
     void add_product(Avx512Vector a, Avx512Vector b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
     void add(Avx512Vector a) { v = _mm512_add_ps(v, a.v); }
-};
 
-template <>
-struct Avx512Vector<double> {
-    using T = double;
-    static constexpr int width = 8;
-    __m512d v;
-
-    static __mmask8 mask(int count) { return static_cast<__mmask8>((1u << count) - 1); }
-    static Avx512Vector load(const T* p) { return {_mm512_loadu_pd(p)}; }
-    static Avx512Vector load(const T* p, int count) { return {_mm512_maskz_loadu_pd(mask(count), p)}; }
-    static Avx512Vector all(T x) { return {_mm512_set1_pd(x)}; }
-    static Avx512Vector zero() { return {_mm512_setzero_pd()}; }
-    void store(T* p) const { _mm512_storeu_pd(p, v); }
-    void store(T* p, int count) const { _mm512_mask_storeu_pd(p, mask(count), v); }
-    void add_product(Avx512Vector a, Avx512Vector b) { v = _mm512_fmadd_pd(a.v, b.v, v); }
-    void add(Avx512Vector a) { v = _mm512_add_pd(v, a.v); }
+    // Pairs of rows, then of pairs, are interleaved within 128-bit quarters; then the quarters are exchanged twice.
+    static void transpose(Avx512Vector* block) {
+        __m512 t[16], u[16];
+        for (int i = 0; i < 16; i += 2) {
+            t[i] = _mm512_unpacklo_ps(block[i].v, block[i + 1].v);
+            t[i + 1] = _mm512_unpackhi_ps(block[i].v, block[i + 1].v);
+        }
+        for (int i = 0; i < 16; i += 4) {
+            u[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+            u[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+            u[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+            u[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+        }
+        for (int i = 0; i < 4; ++i) {
+            t[i] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0x88);
+            t[i + 4] = _mm512_shuffle_f32x4(u[i], u[i + 4], 0xdd);
+            t[i + 8] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0x88);
+            t[i + 12] = _mm512_shuffle_f32x4(u[i + 8], u[i + 12], 0xdd);
+        }
+        for (int i = 0; i < 4; ++i) {
+            block[i].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+            block[i + 8].v = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+            block[i + 4].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+            block[i + 12].v = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+        }
+    }
 };
 
 }  // namespace

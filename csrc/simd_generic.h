@@ -18,18 +18,27 @@ struct GenericVector {
         return r;
     }
     static GenericVector load(const T* p, int count) {
-        GenericVector r{};
-        for (int i = 0; i < count; ++i) r.v[i] = p[i];
-        return r;
+        T cells[width] = {};
+        for (int i = 0; i < count; ++i) cells[i] = p[i];
+        return load(cells);
     }
     static GenericVector all(T x) { return {Raw{} + x}; }
     static GenericVector zero() { return {Raw{}}; }
     void store(T* p) const { __builtin_memcpy(p, &v, 16); }
     void store(T* p, int count) const {
-        for (int i = 0; i < count; ++i) p[i] = v[i];
+        T cells[width];
+        store(cells);
+        for (int i = 0; i < count; ++i) p[i] = cells[i];
     }
     void add_product(GenericVector a, GenericVector b) { v += a.v * b.v; }
     void add(GenericVector a) { v += a.v; }
+    static void transpose(GenericVector* block) {
+        T cells[width][width], turned[width][width];
+        for (int i = 0; i < width; ++i) block[i].store(cells[i]);
+        for (int i = 0; i < width; ++i)
+            for (int j = 0; j < width; ++j) turned[i][j] = cells[j][i];
+        for (int i = 0; i < width; ++i) block[i] = load(turned[i]);
+    }
 };
 
 }  // namespace

@@ -137,19 +137,29 @@ def conv2d_dgrad(
     the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, groups == 1)
     out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
     if groups == 1:
-        turned = weight.flip(2, 3) if flip else weight
-        n, k, y, x = turned.stride()
-        _multiply(the_plan, grad, turned, (k, n, y, x), None, out)
+        n, k, y, x = weight.stride()
+        _multiply(the_plan, grad, weight, (k, n, y, x), None, out, flip)
     else:
         _depthwise(the_plan, grad, weight, None, out, flip)
     return out.to(dtype)
 
 
 def _multiply(
-    the_plan: _Plan, source: Tensor, weight: Tensor, strides: tuple[int, ...], bias: Tensor | None, out: Tensor
+    the_plan: _Plan,
+    source: Tensor,
+    weight: Tensor,
+    strides: tuple[int, ...],
+    bias: Tensor | None,
+    out: Tensor,
+    flip: bool = False,
 ) -> None:
+    n, k, y, x = strides
+    first = weight.data_ptr()
+    if flip:  # the kernel turned round: begin at its last tap and step backwards
+        first += ((weight.shape[2] - 1) * y + (weight.shape[3] - 1) * x) * weight.element_size()
+        y, x = -y, -x
     args = native.Conv(
-        *(the_plan.pointer, source.data_ptr(), weight.data_ptr(), tuple(strides)),
+        *(the_plan.pointer, source.data_ptr(), first, (n, k, y, x)),
         *(None if bias is None else bias.data_ptr(), out.data_ptr()),
         *(source.shape[1], out.shape[1], *_how(source)),
     )
