@@ -62,8 +62,7 @@ class SparK(nn.Module):
         self.loss_on: LossOn = loss_on
 
     def forward(self, frames: Tensor, grid: PatchGrid) -> SparKOutput:
-        """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units) of which ``grid`` is
-        visible.
+        """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units), seen where ``grid`` is active.
 
         Raises UserError if the frames, the grid and the model do not fit together.
         """
@@ -90,8 +89,7 @@ class SparK(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, frames: Tensor, grid: PatchGrid, keep_visible: bool = True) -> Tensor:
-        """Return a picture ``(B, T, H, W)`` in data units: the prediction de-normalised by the true patch
-        statistics.
+        """Return the prediction ``(B, T, H, W)`` in data units, by the true mean and variance of each patch.
 
         With ``keep_visible`` the visible patches are copied from ``frames``; without it they are predicted
         too, as every patch is. Runs in the mode the model is in: call ``eval()`` before, or batch statistics
