@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .backends import ENGINES
 from .binding import Binding
 from .rules import Rule, find_rule, qualified_name
 from .scan import suspicious_call
@@ -58,8 +59,10 @@ def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Mo
 
     Raises:
         UnsupportedModuleError: naming the module, the reason and a remedy.
-        ValueError: if part of the model is sparsified already, or ``verify`` could not run the model.
+        ValueError: if ``backend`` is unknown, part of the model is sparsified already, or ``verify`` could not run the model.
     """
+    if backend != "auto" and backend not in ENGINES:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
     plan = _plan(model, trust_forward=verify)
     if verify:
         from .testing import check_parity  # imports this module

@@ -196,6 +196,13 @@ def test_sparsifying_twice_is_an_error() -> None:
         sparsify(model)
 
 
+def test_an_unknown_backend_is_an_error_before_anything_changes() -> None:
+    model = nn.Conv2d(3, 3, 3, padding=1)
+    with pytest.raises(ValueError, match="'quick' is unknown; choose one of auto, .*gather"):
+        sparsify(model, backend="quick")
+    assert type(model) is nn.Conv2d
+
+
 @pytest.mark.parametrize("kind", ["mean", "pool"])
 def test_verification_names_the_module_with_the_hidden_call(kind: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Hidden(kind), nn.ReLU())
