@@ -59,7 +59,7 @@ def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Mo
 
     Raises:
         UnsupportedModuleError: naming the module, the reason and a remedy.
-        ValueError: if ``backend`` is unknown, part of the model is sparsified already, or ``verify`` could not run the model.
+        ValueError: if ``backend`` is unknown, part of the model is sparsified, or ``verify`` could not run it.
     """
     if backend != "auto" and backend not in ENGINES:
         raise ValueError(f"backend {backend!r} is unknown; choose one of auto, {', '.join(ENGINES)}")

@@ -198,7 +198,7 @@ def test_sparsifying_twice_is_an_error() -> None:
 
 def test_an_unknown_backend_is_an_error_before_anything_changes() -> None:
     model = nn.Conv2d(3, 3, 3, padding=1)
-    with pytest.raises(ValueError, match="'quick' is unknown; choose one of auto, .*gather"):
+    with pytest.raises(ValueError, match=r"'quick' is unknown; choose one of auto, .*gather"):
         sparsify(model, backend="quick")
     assert type(model) is nn.Conv2d
 
