@@ -1,4 +1,7 @@
-// Forward and input gradient: every (panel of target channels, unit of target rows) is computed by one thread.
+// Forward and input gradient: every (band of target channels, unit of target rows) is computed by one thread.
+//
+// A band is as many panels as stay in the second-level cache together; each block of target rows meets all panels of
+// the band before the next block, so that its source rows are read from memory once.
 #include <algorithm>
 #include <atomic>
 #include <new>
@@ -11,6 +14,9 @@
 
 namespace patchsparse {
 namespace {
+
+constexpr int64_t BAND_BYTES = 640 << 10;  // of packed weights
+constexpr int64_t BLOCK_TILES = 24;
 
 // Where each unit's cost begins, in row * tap products; ties between threads are cut there.
 std::vector<int64_t> unit_costs(const ps_plan& plan) {
@@ -74,35 +80,54 @@ class Conv {
     }
 
     bool run() {
+        const int64_t panel_bytes = plan_.taps() * args_.source_channels * kernels_.columns * int64_t(sizeof(T));
         const int64_t panels = (args_.target_channels + kernels_.columns - 1) / kernels_.columns;
+        const int64_t fair = (2 * panels + args_.threads - 1) / std::max(1, args_.threads);  // packing is per thread
+        const int64_t most = std::clamp<int64_t>(BAND_BYTES / std::max<int64_t>(1, panel_bytes), 1, fair);
+        const int64_t bands = (panels + most - 1) / most;
         std::atomic<bool> failed{false};
         auto share = [&](int thread, int team) {
             const int64_t total = panels * start_.back();
-            if (!compute(total * thread / team, total * (thread + 1) / team, panels)) failed = true;
+            if (!compute(total * thread / team, total * (thread + 1) / team, panels, bands)) failed = true;
         };
         parallel(args_.threads, share);
         return !failed;
     }
 
   private:
-    // Compute the groups' tiles whose cost begins in [first, last) of the panels laid end to end.
-    bool compute(int64_t first, int64_t last, int64_t panels) {
+    struct Band {
+        T* packed;
+        int64_t panel_size;    // elements
+        int64_t column, count;  // first target channel, panels
+    };
+
+    // Compute the tiles whose cost begins in [first, last) of the bands laid end to end.
+    bool compute(int64_t first, int64_t last, int64_t panels, int64_t bands) {
         static thread_local Scratch scratch;
-        T* panel = scratch.get<T>(plan_.taps() * args_.source_channels * kernels_.columns);
-        if (panel == nullptr) return false;
-        const int64_t per_panel = start_.back();
+        const int64_t panel_size = plan_.taps() * args_.source_channels * kernels_.columns;
+        T* packed = scratch.get<T>(panel_size * ((panels + bands - 1) / bands));
+        if (packed == nullptr) return false;
         WeightPrefetch<T> next(args_, tiles_);
-        for (int64_t p = 0; p < panels; ++p) {
-            if ((p + 1) * per_panel <= first || p * per_panel >= last) continue;
-            const int64_t column = p * kernels_.columns;
-            pack_panel(panel, column);
-            const bool more = p + 1 < panels && (p + 1) * per_panel < last;
-            next.begin(column + kernels_.columns, more ? columns_at(column + kernels_.columns) : 0);
+        auto band_at = [&](int64_t b) {
+            const int64_t p = panels * b / bands;
+            return Band{packed, panel_size, p * kernels_.columns, panels * (b + 1) / bands - p};
+        };
+        for (int64_t b = 0; b < bands; ++b) {
+            const Band band = band_at(b);
+            const int64_t begin = band.column / kernels_.columns * start_.back(), end = begin + band.count * start_.back();
+            if (end <= first || begin >= last) continue;
+            for (int64_t i = 0; i < band.count; ++i) pack_panel(packed + i * panel_size, band.column + i * kernels_.columns);
+            if (b + 1 < bands && end < last) next.begin(band_at(b + 1).column, columns_of(band_at(b + 1)));
+            else next.begin(0, 0);
             for (size_t u = 0; u < plan_.units.size(); ++u)
-                compute_unit(plan_.units[u], panel, column, first - p * per_panel - start_[u],
-                             last - p * per_panel - start_[u], next);
+                compute_unit(plan_.units[u], band, first - begin - start_[u] * band.count,
+                             last - begin - start_[u] * band.count, next);
         }
         return true;
+    }
+
+    int64_t columns_of(const Band& band) const {
+        return std::min(band.count * kernels_.columns, args_.target_channels - band.column);
     }
 
     int32_t columns_at(int64_t column) const {
@@ -116,45 +141,53 @@ class Conv {
     }
 
     // [first, last) is this thread's share, counted from the unit's own start.
-    void compute_unit(const Unit& unit, const T* panel, int64_t column, int64_t first, int64_t last,
-                      WeightPrefetch<T>& next) const {
+    void compute_unit(const Unit& unit, const Band& band, int64_t first, int64_t last, WeightPrefetch<T>& next) const {
         if (!unit.shared) {
-            group_tiles(plan_.groups[unit.first], panel, column, first, last, false, next);
+            group_tiles(plan_.groups[unit.first], band, first, last, false, next);
         } else if (first <= 0 && 0 < last) {
-            initialise(unit, column);
+            initialise(unit, band);
             for (int32_t g = unit.first; g < unit.last; ++g)
-                group_tiles(plan_.groups[g], panel, column, 0, INT64_MAX, true, next);
+                group_tiles(plan_.groups[g], band, 0, INT64_MAX, true, next);
         }
     }
 
-    void initialise(const Unit& unit, int64_t column) const {
+    void initialise(const Unit& unit, const Band& band) const {
         const T* bias = static_cast<const T*>(args_.bias);
-        const int32_t count = columns_at(column);
+        const int64_t count = columns_of(band);
         for (int64_t i = 0; i < unit.row_count; ++i) {
-            T* to = static_cast<T*>(args_.target) + plan_.out_rows[unit.rows + i] * args_.target_channels + column;
-            for (int32_t n = 0; n < count; ++n) to[n] = bias == nullptr ? T(0) : bias[column + n];
+            T* to = static_cast<T*>(args_.target) + plan_.out_rows[unit.rows + i] * args_.target_channels + band.column;
+            for (int64_t n = 0; n < count; ++n) to[n] = bias == nullptr ? T(0) : bias[band.column + n];
         }
     }
 
     // Cut a group into tiles of nearly equal height, so that none is too low to keep the arithmetic units busy.
-    void group_tiles(const Group& group, const T* panel, int64_t column, int64_t first, int64_t last, bool add,
+    void group_tiles(const Group& group, const Band& band, int64_t first, int64_t last, bool add,
                      WeightPrefetch<T>& next) const {
         const int64_t tiles = (group.rows + kernels_.rows - 1) / kernels_.rows;
+        const int64_t per_row = (group.tap_count + 1) * band.count;
+        auto begins_before = [&](int64_t i, int64_t cost) { return group.rows * i / tiles * per_row < cost; };
+        int64_t low = 0, high = tiles;
+        while (low < tiles && begins_before(low, first)) ++low;
+        while (high > low && !begins_before(high - 1, last)) --high;
+        for (int64_t block = low; block < high; block += BLOCK_TILES)
+            for (int64_t i = 0; i < band.count; ++i)
+                for (int64_t t = block; t < std::min(block + BLOCK_TILES, high); ++t) {
+                    const int64_t row = group.rows * t / tiles;
+                    tile(group, row, int32_t(group.rows * (t + 1) / tiles - row), band, i, add, t + 1 < tiles);
+                    next.step();
+                }
+    }
+
+    void tile(const Group& group, int64_t row, int32_t rows, const Band& band, int64_t i, bool add, bool has_next) const {
+        const int64_t column = band.column + i * kernels_.columns;
         const T* bias = static_cast<const T*>(args_.bias);
-        TileArgs<T> a{static_cast<const T*>(args_.source), args_.source_channels, nullptr, group.rows,
-                      plan_.tap_ids.data() + group.taps, group.tap_count, panel, args_.source_channels, nullptr,
-                      static_cast<T*>(args_.target) + column, args_.target_channels,
-                      bias == nullptr ? nullptr : bias + column, 0, columns_at(column), add};
-        for (int64_t i = 0; i < tiles; ++i) {
-            const int64_t row = group.rows * i / tiles, cost = row * (group.tap_count + 1);
-            if (cost < first || cost >= last) continue;
-            a.rows = int32_t(group.rows * (i + 1) / tiles - row);
-            a.in = plan_.in_rows.data() + group.in + row;
-            a.out = plan_.out_rows.data() + group.out + row;
-            prefetch(a, i + 1 < tiles);
-            next.step();
-            kernels_.tile(a);
-        }
+        const TileArgs<T> a{static_cast<const T*>(args_.source), args_.source_channels,
+                            plan_.in_rows.data() + group.in + row, group.rows, plan_.tap_ids.data() + group.taps,
+                            group.tap_count, band.packed + i * band.panel_size, args_.source_channels,
+                            plan_.out_rows.data() + group.out + row, static_cast<T*>(args_.target) + column,
+                            args_.target_channels, bias == nullptr ? nullptr : bias + column, rows, columns_at(column), add};
+        prefetch(a, has_next && i == 0);
+        kernels_.tile(a);
     }
 
     // Ask for the rows that this tile will write, and for those that the next one reads at its last tap: within a
