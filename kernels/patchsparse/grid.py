@@ -94,7 +94,7 @@ class PatchGrid:
         slot = torch.full(active.shape, -1, dtype=torch.int32, device=active.device)
         numbers = torch.arange(coords.shape[0], dtype=torch.int32, device=active.device)
         slot[coords[:, 0], coords[:, 1], coords[:, 2]] = numbers
-        return cls(active, coords.to(torch.int32), slot, per_image)
+        return cls(active, coords.to(torch.int32).contiguous(), slot, per_image)  # nonzero() is column-major
 
     @property
     def batch_size(self) -> int:

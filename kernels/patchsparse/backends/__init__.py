@@ -28,7 +28,7 @@ def why_not(name: str, call: Call) -> str | None:
 
 def order(call: Call) -> tuple[str, ...]:
     """Return the engines that ``"auto"`` tries for a call, best first, by measurement (``benchmarks/``)."""
-    return ("gather",)
+    return ("triton", "gather") if call.device == "cuda" else ("gather",)
 
 
 def choose(call: Call, backend: str) -> str:
