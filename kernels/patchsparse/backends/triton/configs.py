@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["Tile", "conv_tiles", "wgrad_tiles", "window_tile"]
+__all__ = ["CONV", "FULL", "WGRAD", "Tile", "conv_tiles", "wgrad_tiles", "window_tile"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Tile:
 
 
 # For 16-bit values; a step of float32 is half as long, which takes the same memory.
-_CONV = (
+CONV = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 128, 64, 4, 3),
     Tile(128, 64, 64, 4, 4),
@@ -46,28 +46,31 @@ _CONV = (
     Tile(128, 32, 64, 4, 4),
     Tile(128, 16, 64, 4, 4),
 )
-_WGRAD = (
+WGRAD = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 64, 64, 4, 4),
-    Tile(128, 64, 64, 4, 3),
     Tile(64, 128, 64, 4, 3),
-    Tile(128, 256, 64, 8, 3),
     Tile(64, 64, 128, 4, 3),
     Tile(64, 32, 64, 4, 4),
     Tile(64, 16, 64, 4, 4),
 )
 # Full float32 has no tensor cores: small tiles of plain multiply-adds, kept in registers.
-_FULL = (Tile(64, 64, 16, 8, 2), Tile(32, 64, 16, 4, 2), Tile(64, 32, 16, 4, 2), Tile(64, 16, 16, 4, 2))
+FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 2), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
 
 
 def _power(value: int, least: int = 16) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
+def _is_large(tile: Tile) -> bool:
+    """Return whether a tile fills the registers: with float32, or with sorted rows, it would spill."""
+    return tile.m * tile.n > 128 * 128 or tile.k > 64
+
+
 def _adapt(tiles: tuple[Tile, ...], n: int, k: int, tensor_cores: bool, itemsize: int) -> list[Tile]:
     """Return the tiles no wider than ``n`` channels need, with steps no longer than ``k``, without repetitions."""
     longest = 64 if itemsize == 2 or not tensor_cores else 32
-    kept = [t for t in tiles if t.n <= _power(n)]
+    kept = [t for t in tiles if t.n <= _power(n) and (itemsize == 2 or not _is_large(t))]
     fitted = [replace(t, k=min(t.k * 2 // itemsize if tensor_cores else t.k, _power(k), 2 * longest)) for t in kept]
     return list(dict.fromkeys(fitted))
 
@@ -86,12 +89,12 @@ def conv_tiles(
         share: expected share of active (row, tap) pairs.
         sortable: whether an order of rows can be had.
     """
-    tiles = _adapt(_CONV if tensor_cores else _FULL, c_out, c_in, tensor_cores, itemsize)
+    tiles = _adapt(CONV if tensor_cores else FULL, c_out, c_in, tensor_cores, itemsize)
     first = _best_conv(rows, c_out) if tensor_cores else (tiles[0].m, tiles[0].n)
     tiles.sort(key=lambda t: (t.m, t.n) != first)
     if not sortable:
         return tiles
-    ordered = [replace(t, sorted=True) for t in tiles]
+    ordered = [replace(t, sorted=True) for t in tiles if not _is_large(t)]
     if share < 0.75:  # sorting saves a quarter of the products or more
         return ordered + tiles[:1]
     return tiles + ordered[:2] if share < 0.9 else tiles
@@ -109,7 +112,7 @@ def _best_conv(rows: int, c_out: int) -> tuple[int, int]:
 
 def wgrad_tiles(c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float) -> list[Tile]:
     """Return the configurations of the weight gradient, the default first; channels are per group."""
-    tiles = _adapt(_WGRAD if tensor_cores else _FULL, c_in, 1 << 30, tensor_cores, itemsize)
+    tiles = _adapt(WGRAD if tensor_cores else FULL, c_in, 1 << 30, tensor_cores, itemsize)
     fitting = [t for t in tiles if t.m <= max(64, _power(c_out))]
     tiles = fitting or tiles
     wide = (128 if _power(c_out) >= 128 else 64, min(_power(c_in), 128))

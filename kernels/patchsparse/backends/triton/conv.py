@@ -11,7 +11,7 @@ from ...geometry import Window
 from . import tuning
 from .configs import Tile, conv_tiles, wgrad_tiles
 from .kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
-from .launch import Launch, as_rows, processors, rows_like
+from .launch import Launch, as_rows, processors, row_major, rows_like
 from .orders import active_share, order_of, pairs_of
 
 __all__ = ["MOST_TAPS", "axes", "conv2d", "conv2d_dgrad", "conv2d_wgrad", "forward_launch", "wgrad_launches"]
@@ -28,7 +28,9 @@ def axes(source: Size, target: Size, window: Window) -> dict[str, tuple[int, ...
 
 def precision_of(x: Tensor) -> str:
     """Return ``"tf32"`` if PyTorch allows it for convolutions of float32, else ``"ieee"``; as cuDNN does."""
-    if x.dtype != torch.float32 or x.device.type == "cpu":
+    if x.device.type == "cpu":
+        return "widened" if x.dtype == torch.bfloat16 else "ieee"
+    if x.dtype != torch.float32:
         return "ieee"
     conv = getattr(torch.backends.cudnn, "conv", None)
     allowed = torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
@@ -99,6 +101,7 @@ def _run_forward(
     count = x.shape[0] * size[0] * size[1]
     tiles = conv_tiles(count, *channels, x.element_size(), tensor_cores, share, target is None)
     rows = as_rows(x)
+    bias = None if bias is None else bias.contiguous()
 
     def run(tile: Tile) -> Tensor:
         y = rows_like(x, x.shape[0], size, groups * channels[1])
@@ -133,7 +136,7 @@ def forward_launch(
     return Launch(
         patch_conv2d_fwd_kernel,
         (programs, groups, kinds[0] * kinds[1]),
-        (rows, taps, bias, y, slot, coords, *order, *scalars, *(strides[s] for s in _STRIDES)),
+        (rows, taps, bias, y, *row_major(slot, coords), *order, *scalars, *(strides[s] for s in _STRIDES)),
         axes(source, size, window)
         | {"TRANSPOSED": transposed, "KINDS_V": kinds[0], "KINDS_H": kinds[1], "ORDERED": tile.sorted}
         | {"PRECISION": precision_of(rows), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
@@ -177,7 +180,20 @@ def wgrad_launches(
     partial = Launch(
         patch_conv2d_wgrad_kernel,
         (tiles * splits, groups, 1),
-        (x, grad, parts, slot, coords, *pairs, count, slot.shape[1], slot.shape[2], c_in, c_out, groups, splits),
+        (
+            x,
+            grad,
+            parts,
+            *row_major(slot, coords),
+            *pairs,
+            count,
+            slot.shape[1],
+            slot.shape[2],
+            c_in,
+            c_out,
+            groups,
+            splits,
+        ),
         axes(source, size, window)
         | {"LISTED": tile.sorted, "PRECISION": precision_of(x)}
         | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},

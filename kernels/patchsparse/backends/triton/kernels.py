@@ -4,6 +4,9 @@ Notation: ``r`` a target row, ``t`` a kernel tap, ``s(r, t)`` the source row tha
 or none if that pixel is inactive or outside. Local names: ``p_`` pointer, ``o_`` offsets, ``m_`` mask, ``b_`` block.
 """
 
+# The kernel language is not Python to a type checker: scalars are tensors, loops unroll, constants are wrapped.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import triton
@@ -17,6 +20,15 @@ __all__ = ["patch_conv2d_fwd_kernel", "patch_conv2d_wgrad_kernel", "sum_splits_k
 @triton.jit
 def _either(a, b):
     return a | b
+
+
+@triton.jit
+def _multiply(a, b, acc, PRECISION: tl.constexpr):
+    """Return ``acc + a @ b`` on tensor cores; ``"widened"`` is for Triton's interpreter, which misreads bfloat16."""
+    if PRECISION == "widened":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -73,7 +85,7 @@ def patch_conv2d_fwd_kernel(
         b_x = tl.load(p_x + at[:, None] + (k + o_k), mask=(source >= 0)[:, None] & m_k, other=0.0)
         at = tap.to(tl.int64) * w_tap + (k + o_k) * w_in
         b_w = tl.load(p_w + at[:, None] + o_n * w_out, mask=m_k[:, None] & m_n, other=0.0)
-        acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
+        acc = _multiply(b_x, b_w, acc, PRECISION)
         k += BLOCK_K
         if k >= C_IN:
             k = 0
@@ -139,7 +151,7 @@ def patch_conv2d_wgrad_kernel(
         m_k = (source >= 0)[:, None]
         b_g = tl.load(p_g + target.to(tl.int64)[:, None] * (groups * C_OUT), mask=m_k & m_m, other=0.0)
         b_x = tl.load(p_x + source.to(tl.int64)[:, None] * (groups * C_IN), mask=m_k & m_n, other=0.0)
-        acc = tl.dot(tl.trans(b_g), b_x, acc, input_precision=PRECISION)
+        acc = _multiply(tl.trans(b_g), b_x, acc, PRECISION)
         source, target = _pair(
             r + BLOCK_K + o_k, end, tap, p_inputs, p_outputs, p_slot, p_coords, count, rows, columns, V, H, LISTED
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Launch", "as_rows", "is_interpreted", "processors", "rows_like"]
+__all__ = ["Launch", "as_rows", "is_interpreted", "processors", "row_major", "rows_like"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Launch:
 def is_interpreted(kernel: Any) -> bool:
     """Return whether ``TRITON_INTERPRET=1`` was set when the kernel was defined: it then runs on CPU tensors."""
     return not isinstance(kernel, JITFunction)
+
+
+def row_major(slot: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maps laid out row by row, as kernels read them; copies only if they are not."""
+    return slot.contiguous(), coords.contiguous()
 
 
 def processors(device: torch.device) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...geometry import Window
 from .configs import Tile, window_tile
 from .conv import axes, sum_launch
-from .launch import Launch, as_rows, processors, rows_like
+from .launch import Launch, as_rows, processors, row_major, rows_like
 from .windows import (
     patch_depthwise_fwd_kernel,
     patch_depthwise_wgrad_kernel,
@@ -73,7 +73,7 @@ def depthwise_launch(
     return Launch(
         patch_depthwise_fwd_kernel,
         grid,
-        (rows, by_tap, bias, y, slot, coords, *scalars),
+        (rows, by_tap, None if bias is None else bias.contiguous(), y, *row_major(slot, coords), *scalars),
         constants | {"TRANSPOSED": transposed, "BLOCK_M": tile.m, "BLOCK_C": tile.n},
         tile.warps,
         tile.stages,
@@ -103,7 +103,7 @@ def depthwise_wgrad_launches(
     partial = Launch(
         patch_depthwise_wgrad_kernel,
         (programs * splits,),
-        (x, grad, parts, slot, coords, count, slot.shape[1], slot.shape[2], channels, splits),
+        (x, grad, parts, *row_major(slot, coords), count, slot.shape[1], slot.shape[2], channels, splits),
         axes(source, size, window) | {"BLOCK_J": block_j, "BLOCK_M": block_m, "BLOCK_C": block_c},
         4,
         1,
@@ -127,7 +127,7 @@ def pool_launch(rows: Tensor, y: Tensor, tap: Tensor, slot: Tensor, coords: Tens
     return Launch(
         patch_max_pool2d_fwd_kernel,
         grid,
-        (rows, y, tap, slot, coords, count, slot.shape[1], slot.shape[2], y.shape[1]),
+        (rows, y, tap, *row_major(slot, coords), count, slot.shape[1], slot.shape[2], y.shape[1]),
         constants | {"BLOCK_M": tile.m, "BLOCK_C": tile.n},
         tile.warps,
         tile.stages,
@@ -149,7 +149,7 @@ def pool_grad_launch(grad: Tensor, tap: Tensor, y: Tensor, slot: Tensor, coords:
     return Launch(
         patch_max_pool2d_grad_kernel,
         grid,
-        (grad, tap, y, slot, coords, count, slot.shape[1], slot.shape[2], y.shape[1]),
+        (grad, tap, y, *row_major(slot, coords), count, slot.shape[1], slot.shape[2], y.shape[1]),
         constants | {"BLOCK_M": tile.m, "BLOCK_C": tile.n},
         tile.warps,
         tile.stages,

@@ -4,6 +4,9 @@ Notation as in ``kernels.py``. Each program owns a tile of target rows and chann
 sums are kept in float32.
 """
 
+# The kernel language is not Python to a type checker: scalars are tensors, loops unroll, constants are wrapped.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import triton

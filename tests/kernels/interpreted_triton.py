@@ -1,0 +1,273 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, against the ``gather`` engine and PyTorch.
+
+``test_triton.py`` runs this file in a process of its own with ``TRITON_INTERPRET=1``, which must be set before the
+kernels are defined. Uninitialised memory is filled with NaN, so a value that is never written shows.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from patchsparse import PatchGrid, pack, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d
+from patchsparse.backends import gather, triton
+from patchsparse.backends.triton import conv, tuning
+from patchsparse.backends.triton.configs import CONV, WGRAD, Tile
+from patchsparse.geometry import Window
+from patchsparse.ops_norm import ACTIVATIONS, patch_batch_norm_act
+
+from .cases import Case, cases
+
+SMALL = {"patches": (1, 2, 3, 4), "channels": (1, 3, 17), "dtype": torch.float32}
+FEW = settings(
+    max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def results(backend: str, inputs: tuple[Tensor, ...], run, seed: int) -> list[Tensor]:
+    """Return the output of ``run(backend, *inputs)`` and the gradients at the inputs, for a random direction."""
+    leaves = [i.detach().clone().requires_grad_() for i in inputs]
+    output = run(backend, *leaves)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return [output, *torch.autograd.grad(output, leaves, direction.to(output))]
+
+
+def check(inputs: tuple[Tensor, ...], run, seed: int) -> None:
+    """Check that Triton errs at most twice as much as PyTorch in the same dtype, both against float64."""
+    exact = results("gather", tuple(i.double() for i in inputs), run, seed)
+    plain = results("gather", inputs, run, seed)
+    for e, p, t in zip(exact, plain, results("triton", inputs, run, seed), strict=True):
+        assert t.dtype == p.dtype
+        assert t.shape == p.shape
+        scale = e.abs().amax().item() if e.numel() else 0.0
+        allowed = 2 * (p - e).abs().amax().item() if e.numel() else 0.0
+        got = (t - e).abs().amax().item() if e.numel() else 0.0
+        assert got <= allowed + 4 * torch.finfo(t.dtype).eps * scale + 1e-30
+
+
+def operands(case: Case, out: int, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    channels = case.image.shape[1]
+    weight = case.normal(out, channels // groups, *case.kernel)
+    return tuple(t.to(dtype) for t in (pack(case.image, case.grid), weight, case.normal(out)))
+
+
+@given(
+    case=cases(kernels=(1, 2, 3, 5), **SMALL),
+    out=st.sampled_from([1, 8, 20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@FEW
+def test_convolution(case, out, dtype):
+    window = Window(case.kernel, *case.window.values())
+    if window.local:
+        return
+    inputs = operands(case, out, 1, dtype)
+    check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, case.grid, backend=b, **case.window), case.seed)
+
+
+@pytest.mark.parametrize(("p", "k", "stride"), [(1, 7, 1), (2, 7, 1), (4, 7, 2)])
+def test_large_kernels(p, k, stride):
+    grid = PatchGrid.random(1, (3, 4), 0.5, torch.Generator().manual_seed(p))
+    inputs = normal(p, (grid.num_active, 16, p, p), (8, 16, k, k), (8,))
+    check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, grid, stride, k // 2, backend=b), 1)
+
+
+@given(
+    case=cases(kernels=(2, 3, 5), **(SMALL | {"channels": (1, 3)})),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+@settings(FEW, max_examples=5)
+def test_depthwise_and_grouped_convolution(case, dtype):
+    window = Window(case.kernel, *case.window.values())
+    if window.local:
+        return
+    channels = case.image.shape[1]
+    for out in (channels, 2 * channels):  # one output channel per group, and two
+        inputs = operands(case, out, channels, dtype)
+        options = {"groups": channels, **case.window}
+        check(inputs, lambda b, x, w, c, o=options: patch_conv2d(x, w, c, case.grid, backend=b, **o), case.seed)
+
+
+def test_depthwise_7x7_in_bfloat16():
+    grid = PatchGrid.random(1, (3, 3), 0.4, torch.Generator().manual_seed(0))
+    inputs = tuple(t.bfloat16() for t in normal(0, (grid.num_active, 20, 2, 2), (20, 1, 7, 7), (20,)))
+    check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, grid, 1, 3, groups=20, backend=b), 3)
+
+
+@pytest.mark.parametrize(("k", "stride", "padding", "output_padding"), [(4, 2, 1, 0), (3, 2, 1, 1), (3, 1, 1, 0)])
+def test_transposed_convolution(k, stride, padding, output_padding):
+    grid = PatchGrid.random(2, (3, 3), 0.5, torch.Generator().manual_seed(k))
+    inputs = normal(k, (grid.num_active, 18, 2, 3), (18, 9, k, k), (9,))
+    options = (stride, padding, output_padding)
+    check(inputs, lambda b, x, w, c: patch_conv_transpose2d(x, w, c, grid, *options, backend=b), 2)
+
+
+def normal(seed: int, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=g) for shape in shapes)
+
+
+@pytest.mark.parametrize("case", [(0, 0), (1, 0), (1, 1), (12, 1)])
+def test_no_patch_one_patch_all_patches(case):
+    visible, batch = case
+    grid = PatchGrid.random(batch, (3, 4), visible, torch.Generator().manual_seed(0))
+    inputs = normal(0, (grid.num_active, 5, 2, 2), (6, 5, 3, 3), (6,))
+    check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, grid, 1, 1, backend=b), 0)
+
+
+@given(case=cases(kernels=(2, 3, 5), dilations=(1, 2), **SMALL), ceil=st.booleans(), low=st.booleans())
+@FEW
+def test_max_pooling_and_its_ties(case, ceil, low):
+    size = tuple(s // g for s, g in zip(case.image.shape[2:], case.grid.shape, strict=True))
+    window = Window(case.kernel, *case.window.values())
+    try:
+        window.check(size, "test", ceil)
+    except ValueError:
+        return
+    if window.local:
+        return
+    x = pack(case.image, case.grid).round()  # whole numbers: many ties
+    x = (x - 5 if low else x).requires_grad_()
+    got, expected = (
+        patch_max_pool2d(x, case.grid, case.kernel, ceil_mode=ceil, backend=b, **case.window)
+        for b in ("triton", "gather")
+    )
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    direction = case.normal(*got.shape)
+    grads = [torch.autograd.grad(y, x, direction)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_max_pooling_keeps_nan():
+    grid = PatchGrid.random(1, (3, 3), 0.6, torch.Generator().manual_seed(0))
+    (x,) = normal(0, (grid.num_active, 3, 4, 4))
+    x[1, :, 2] = torch.nan
+    got, expected = (patch_max_pool2d(x, grid, 3, 2, 1, backend=b) for b in ("triton", "gather"))
+    assert got.isnan().any()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def problem(p: int, c: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
+    grid = PatchGrid.random(2, (4, 4), 0.4, torch.Generator().manual_seed(p))
+    x, w, g = (t.to(dtype) for t in normal(p, (grid.num_active, c, p, p), (c, c, 3, 3), (grid.num_active, c, p, p)))
+    return grid, x, w, g
+
+
+@pytest.mark.parametrize("number", range(len(CONV)))
+def test_every_forward_tile(number):
+    tile, ordered = CONV[number], number % 2 == 0
+    grid, x, w, _ = problem(2, 32)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    y = torch.empty_like(x).contiguous(memory_format=torch.channels_last)
+    strides = {"w_first": 0, "w_out": 9 * 32, "w_tap": 32, "w_in": 1}
+    tile = Tile(tile.m, tile.n, tile.k, tile.warps, tile.stages, ordered)
+    maps = (grid.slot, grid.coords, window, 1, (32, 32), strides, False, tile)
+    conv.forward_launch(conv.as_rows(x), conv.as_rows(w), None, y, *maps).run()
+    expected = gather.conv2d(x.float(), w.float(), None, grid.slot, grid.coords, window, 1)
+    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().amax().item())
+
+
+@pytest.mark.parametrize("number", range(len(WGRAD)))
+def test_every_weight_gradient_tile(number):
+    tile, listed = WGRAD[number], number % 2 == 0
+    grid, x, w, g = problem(2, 16)
+    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    out = torch.empty_like(w).contiguous(memory_format=torch.channels_last)
+    tile = Tile(tile.m, tile.n, tile.k, tile.warps, tile.stages, listed, waves=20)
+    rows = (conv.as_rows(x), conv.as_rows(g))
+    for launch in conv.wgrad_launches(*rows, out, grid.slot, grid.coords, window, 1, tile):
+        launch.run()
+    expected = gather.conv2d_wgrad(x.float(), g.float(), grid.slot, grid.coords, window, 1)
+    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().amax().item())
+
+
+def test_weight_gradient_is_deterministic_and_rows_permute():
+    grid, x, w, g = problem(2, 16, torch.float32)
+    first, second = (
+        triton.conv2d_wgrad(x, g, grid.slot, grid.coords, Window((3, 3), padding=(1, 1)), 1) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    order = torch.randperm(grid.num_active, generator=torch.Generator().manual_seed(0))
+    straight = patch_conv2d(x, w, None, grid, 1, 1, backend="triton")
+    permuted = patch_conv2d(x[order], w, None, grid.permute(order), 1, 1, backend="triton")
+    torch.testing.assert_close(permuted, straight[order], rtol=1e-5, atol=1e-5)
+
+
+def test_tuning_remembers_the_fastest_of_the_configurations_that_agree():
+    tuner_key = ("a kind of call of this test",)
+    good = torch.ones(4)
+
+    def run(config: str) -> Tensor:
+        if config == "slow":
+            torch.linalg.svd(torch.ones(200, 200))
+        return {"wrong": good * 1.1, "nan": good * torch.nan}.get(config, good)
+
+    with tuning.tune(repetitions=3) as tuner:
+        tuning.best(tuner_key, ("slow", "wrong", "nan", "fast"), run)
+    assert tuner.best(tuner_key) == "fast"
+    by_name = {m.config: m for m in tuner.found[tuner_key]}
+    assert by_name["wrong"].seconds == by_name["nan"].seconds == float("inf")
+    assert by_name["wrong"].error == pytest.approx(0.1, rel=1e-3)
+    assert tuner.seconds > 0
+    asked: list[str] = []
+    tuning.best(tuner_key, ("slow",), lambda config: asked.append(config) or good)
+    assert asked == ["fast"]  # also outside of tune()
+
+
+def test_tuned_convolution_equals_the_default():
+    grid, x, w, _ = problem(1, 16)
+    x, w = x.half(), w.half()
+    before = patch_conv2d(x, w, None, grid, 1, 1, backend="triton")
+    with tuning.tune(repetitions=1) as tuner:
+        known = len(tuner.found)
+        after = patch_conv2d(x, w, None, grid, 1, 1, backend="triton")
+    assert len(tuner.found) == known + 1
+    torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("channels", "rows", "training"), [(70, 9, True), (3, 300, True), (16, 20, False)])
+def test_batch_norm_act(activation, channels, rows, training):
+    x, residual, weight, bias = normal(rows, (rows, channels, 2, 2), (rows, channels, 2, 2), (channels,), (channels,))
+    x = x * 3 + 10
+    state = {b: (torch.zeros(channels), torch.ones(channels)) for b in ("triton", "gather")}
+
+    def run(backend: str, x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        mean, var = (s.to(x.dtype).clone() for s in state[backend])
+        options = {"activation": activation, "residual": r, "backend": backend}
+        y = patch_batch_norm_act(x, w, b, mean, var, training, **options)
+        if x.dtype == torch.float32:
+            state[backend + " after"] = (mean, var)
+        return y
+
+    check((x, weight, bias, residual), run, 4)
+    for got, expected in zip(state["triton after"], state["gather after"], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_batch_norm_act_in_bfloat16_without_affine_or_residual():
+    (x,) = normal(0, (40, 24, 2, 2))
+    check(
+        (x.bfloat16(),),
+        lambda b, x: patch_batch_norm_act(x, None, None, None, None, True, activation="relu", backend=b),
+        5,
+    )
+
+
+def test_batch_norm_variance_of_far_off_values():
+    (x,) = normal(0, (500, 4, 2, 2))
+    x = x + 1000
+    got = patch_batch_norm_act(x, None, None, None, None, True, backend="triton")
+    exact = F.batch_norm(x.double(), None, None, training=True)
+    plain = F.batch_norm(x, None, None, training=True)
+    assert (got - exact).abs().amax() <= 2 * (plain - exact).abs().amax() + 1e-4
