@@ -20,9 +20,11 @@ from patchsparse.ops_norm import ACTIVATIONS, patch_batch_norm_act
 
 from .cases import Case, cases
 
-SMALL = {"patches": (1, 2, 3, 4), "channels": (1, 3, 17), "dtype": torch.float32}
 FEW = settings(
-    max_examples=8, deadline=None, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+    max_examples=8,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 
 
@@ -58,17 +60,17 @@ def check(inputs: tuple[Tensor, ...], run, seed: int) -> None:
 def operands(case: Case, out: int, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     channels = case.image.shape[1]
     weight = case.normal(out, channels // groups, *case.kernel)
-    return tuple(t.to(dtype) for t in (pack(case.image, case.grid), weight, case.normal(out)))
+    return pack(case.image, case.grid).to(dtype), weight.to(dtype), case.normal(out).to(dtype)
 
 
 @given(
-    case=cases(kernels=(1, 2, 3, 5), **SMALL),
+    case=cases(kernels=(1, 2, 3, 5), channels=(1, 3, 17), patches=(1, 2, 3, 4), dtype=torch.float32),
     out=st.sampled_from([1, 8, 20]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @FEW
 def test_convolution(case, out, dtype):
-    window = Window(case.kernel, *case.window.values())
+    window = Window(case.kernel, **case.window)
     if window.local:
         return
     inputs = operands(case, out, 1, dtype)
@@ -83,12 +85,12 @@ def test_large_kernels(p, k, stride):
 
 
 @given(
-    case=cases(kernels=(2, 3, 5), **(SMALL | {"channels": (1, 3)})),
+    case=cases(kernels=(2, 3, 5), channels=(1, 3), patches=(1, 2, 3, 4), dtype=torch.float32),
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
 @settings(FEW, max_examples=5)
 def test_depthwise_and_grouped_convolution(case, dtype):
-    window = Window(case.kernel, *case.window.values())
+    window = Window(case.kernel, **case.window)
     if window.local:
         return
     channels = case.image.shape[1]
@@ -125,11 +127,15 @@ def test_no_patch_one_patch_all_patches(case):
     check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, grid, 1, 1, backend=b), 0)
 
 
-@given(case=cases(kernels=(2, 3, 5), dilations=(1, 2), **SMALL), ceil=st.booleans(), low=st.booleans())
+@given(
+    case=cases(kernels=(2, 3, 5), dilations=(1, 2), channels=(1, 3, 17), patches=(1, 2, 3, 4), dtype=torch.float32),
+    ceil=st.booleans(),
+    low=st.booleans(),
+)
 @FEW
 def test_max_pooling_and_its_ties(case, ceil, low):
     size = tuple(s // g for s, g in zip(case.image.shape[2:], case.grid.shape, strict=True))
-    window = Window(case.kernel, *case.window.values())
+    window = Window(case.kernel, **case.window)
     try:
         window.check(size, "test", ceil)
     except ValueError:

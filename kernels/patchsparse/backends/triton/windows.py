@@ -29,6 +29,7 @@ def patch_depthwise_fwd_kernel(
     V: tl.constexpr, H: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Compute ``y[r, c] = bias[c] + sum over t of x[s(r, t), c] * w[t, c]``; with ``TRANSPOSED`` the input gradient."""
+    TAPS_H: tl.constexpr = H[2]
     tiles_c = tl.cdiv(channels, BLOCK_C)
     row = (tl.program_id(0) // tiles_c) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -38,8 +39,8 @@ def patch_depthwise_fwd_kernel(
     if p_bias is not None:
         acc += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
     for i in range(V[2]):
-        for j in tl.static_range(H[2]):  # unrolled, so that the loads of a kernel row are in flight together
-            tap = i * H[2] + j
+        for j in tl.static_range(TAPS_H):  # unrolled, so that the loads of a kernel row are in flight together
+            tap = i * TAPS_H + j
             source = source_row(tap, v, h, image, grid_v, grid_h, m_m, p_slot, rows, columns, V, H, TRANSPOSED)
             at = source.to(tl.int64) * channels
             b_x = tl.load(p_x + at[:, None] + o_c, mask=(source >= 0)[:, None] & m_c, other=0.0)
