@@ -16,14 +16,15 @@ class Depthwise {
         : args_(args), plan_(*args.plan), kernels_(kernels), v_(plan_.axis[0]), h_(plan_.axis[1]) {
         const ps_geometry& g = plan_.geometry;
         const bool plain = !g.adjoint && g.stride[0] == 1 && g.stride[1] == 1 && g.dilation[0] == 1 && g.dilation[1] == 1;
-        by_rows_ = plain && h_.target >= 4 && (h_.taps == 3 || h_.taps == 5 || h_.taps == 7);
+        by_rows_ = kernels.depthwise_row != nullptr && plain && h_.target >= 4 &&
+                   (h_.taps == 3 || h_.taps == 5 || h_.taps == 7);
     }
 
     void forward() const {
         parallel_for(args_.threads, plan_.geometry.patches, [this](int64_t patch) {
             for (int32_t y = 0; y < v_.target; ++y) {
-                if (by_rows_ && kernels_.depthwise_row(row_args(patch, y))) continue;
-                for_pixels(patch, y, [this](const PixelArgs<T>& a) { kernels_.depthwise_pixel(a); });
+                if (by_rows_) kernels_.depthwise_row(row_args(patch, y));
+                else for_pixels(patch, y, [this](const PixelArgs<T>& a) { kernels_.depthwise_pixel(a); });
             }
         });
     }
@@ -40,7 +41,10 @@ class Depthwise {
                 std::fill(gradient + tap * args_.channels + first, gradient + tap * args_.channels + last, T(0));
             for (int64_t patch = 0; first < last && patch < plan_.geometry.patches; ++patch)
                 for (int32_t y = 0; y < v_.target; ++y) {
-                    if (by_rows_ && kernels_.depthwise_row_wgrad(row_args(patch, y), gradient, first, last)) continue;
+                    if (by_rows_) {
+                        kernels_.depthwise_row_wgrad(row_args(patch, y), gradient, first, last);
+                        continue;
+                    }
                     for_pixels(patch, y, [&](const PixelArgs<T>& a) {
                         kernels_.depthwise_pixel_wgrad(a, gradient, first, last);
                     });

@@ -1,8 +1,8 @@
 // Register tiles of the indirect GEMM, for any vector type. Included once per instruction set, inside namespace {}.
 //
 // A tile holds ROWS x LANES vectors of the result in registers. Per tap its source rows are found by index, then each
-// channel costs LANES panel loads, ROWS broadcasts and ROWS * LANES multiply-adds: with 14 x 2 the multiply-add units
-// never wait for the loads.
+// channel costs LANES panel loads, ROWS broadcasts and ROWS * LANES multiply-adds: with 12 x 2 the multiply-add units
+// never wait for the loads, and the addresses of the rows still fit in registers.
 
 constexpr int LANES = 2;   // vectors per panel row
 constexpr int UNROLL = 4;  // channels

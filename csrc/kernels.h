@@ -94,10 +94,11 @@ struct Kernels {
     void (*pack)(const PackArgs<T>&);
     void (*gather)(const GatherArgs<T>&);
     void (*outer)(const OuterArgs<T>&);
-    bool (*depthwise_row)(const DepthwiseArgs<T>&);  // stride and dilation 1; false if this kernel size has no such loop
+    // Stride and dilation 1, kernels 3, 5 or 7 wide; null where the compiled code would not pay for its size.
+    void (*depthwise_row)(const DepthwiseArgs<T>&);
     void (*depthwise_pixel)(const PixelArgs<T>&);
     // Weight gradient of one row of targets (`target` read), channels [first, last): adds to gradient (taps, channels).
-    bool (*depthwise_row_wgrad)(const DepthwiseArgs<T>&, T* gradient, int64_t first, int64_t last);
+    void (*depthwise_row_wgrad)(const DepthwiseArgs<T>&, T* gradient, int64_t first, int64_t last);
     void (*depthwise_pixel_wgrad)(const PixelArgs<T>&, T* gradient, int64_t first, int64_t last);
     void (*pool_max)(const T* value, int32_t tap, T* best, uint8_t* at, int64_t channels);  // value null: zeros
     void (*pool_add)(const T* gradient, const uint8_t* at, int32_t tap, T* sum, int64_t channels);

@@ -13,11 +13,16 @@ struct Int {
 #include "pack.inl"
 #include "stencil.inl"
 
-template <class V, int ROWS>
+template <class V, int ROWS, bool DEPTHWISE_ROWS>
 constexpr Kernels<typename V::T> table() {
     using T = typename V::T;
-    return {ROWS, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V>, any_outer<V, ROWS>, depthwise_row<V>,
-            depthwise_pixel<V>, depthwise_row_wgrad<V>, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
+    Kernels<T> t{ROWS, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V>, any_outer<V, ROWS>, nullptr,
+                 depthwise_pixel<V>, nullptr, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
+    if constexpr (DEPTHWISE_ROWS) {
+        t.depthwise_row = depthwise_row<V>;
+        t.depthwise_row_wgrad = depthwise_row_wgrad<V>;
+    }
+    return t;
 }
 
 }  // namespace

@@ -90,22 +90,22 @@ void depthwise_row_wgrad_of(const DepthwiseArgs<typename V::T>& a, typename V::T
 }
 
 template <class V>
-bool depthwise_row(const DepthwiseArgs<typename V::T>& a) {
+void depthwise_row(const DepthwiseArgs<typename V::T>& a) {
     switch (a.kernel[1]) {
-        case 3: depthwise_row_of<V, 3>(a); return true;
-        case 5: depthwise_row_of<V, 5>(a); return true;
-        case 7: depthwise_row_of<V, 7>(a); return true;
-        default: return false;
+        case 3: return depthwise_row_of<V, 3>(a);
+        case 5: return depthwise_row_of<V, 5>(a);
+        case 7: return depthwise_row_of<V, 7>(a);
+        default: return;  // the caller asks for no other
     }
 }
 
 template <class V>
-bool depthwise_row_wgrad(const DepthwiseArgs<typename V::T>& a, typename V::T* gradient, int64_t first, int64_t last) {
+void depthwise_row_wgrad(const DepthwiseArgs<typename V::T>& a, typename V::T* gradient, int64_t first, int64_t last) {
     switch (a.kernel[1]) {
-        case 3: depthwise_row_wgrad_of<V, 3>(a, gradient, first, last); return true;
-        case 5: depthwise_row_wgrad_of<V, 5>(a, gradient, first, last); return true;
-        case 7: depthwise_row_wgrad_of<V, 7>(a, gradient, first, last); return true;
-        default: return false;
+        case 3: return depthwise_row_wgrad_of<V, 3>(a, gradient, first, last);
+        case 5: return depthwise_row_wgrad_of<V, 5>(a, gradient, first, last);
+        case 7: return depthwise_row_wgrad_of<V, 7>(a, gradient, first, last);
+        default: return;  // the caller asks for no other
     }
 }
 
