@@ -38,7 +38,7 @@ def device_name() -> str:
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
-def _commit() -> str:
+def commit() -> str:
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 
@@ -54,7 +54,7 @@ def record(request: pytest.FixtureRequest) -> Recorder:
         fields = (
             suite, case, way, against, round(ratio.median, 3), round(ratio.low, 3), round(ratio.high, 3),
             f"{values[0]:.4g}", f"{values[1]:.4g}", unit,
-            device_name(), torch.get_num_threads(), torch.__version__, _commit(),
+            device_name(), torch.get_num_threads(), torch.__version__, commit(),
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, fields, strict=True)))
 
