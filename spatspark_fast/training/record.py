@@ -80,16 +80,29 @@ class Recorder(L.Callback):
         self.newest: dict[str, float] = {}
         self._sum: Tensor | float = 0.0
         self._batches = 0
+        self._epoch_sum: Tensor | float = 0.0
+        self._epoch_batches = 0
         self._timed = 0
         self._since = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the half-filled row."""
-        return {"sum": float(self._sum), "batches": self._batches}
+        return {
+            "sum": float(self._sum),
+            "batches": self._batches,
+            "epoch_sum": float(self._epoch_sum),
+            "epoch_batches": self._epoch_batches,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a half-filled row."""
         self._sum, self._batches = state_dict["sum"], state_dict["batches"]
+        self._epoch_sum, self._epoch_batches = state_dict["epoch_sum"], state_dict["epoch_batches"]
+
+    @property
+    def epoch_loss(self) -> float:
+        """Return the mean loss since the current epoch began, of the last one at its end; NaN before any batch."""
+        return float(self._epoch_sum) / self._epoch_batches if self._epoch_batches else float("nan")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -103,8 +116,12 @@ class Recorder(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the batch to the row; write the row when it is full."""
         module: SparkPretraining = pl_module
-        self._sum = self._sum + module.last["loss"].double()
+        if module.position % module.plan.batches_per_epoch == 0:
+            self._epoch_sum, self._epoch_batches = 0.0, 0
+        loss = module.last["loss"].double()
+        self._sum, self._epoch_sum = self._sum + loss, self._epoch_sum + loss
         self._batches += 1
+        self._epoch_batches += 1
         self._timed += 1
         ends_step = module.between_steps or module.epoch_complete
         step = trainer.global_step
@@ -178,8 +195,10 @@ class Bar(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Say how the epoch went where there is no terminal."""
         if self._progress is None and trainer.is_global_zero:
-            epoch = f"epoch {pl_module.epochs_done:g}/{pl_module.plan.epochs}"
-            self.console.print(f"{epoch}  step {trainer.global_step}  {describe(self.recorder.newest)}", soft_wrap=True)
+            epoch = f"epoch {pl_module.epochs_done:.4g}/{pl_module.plan.epochs}"
+            mean = f"mean loss {self.recorder.epoch_loss:.4f}"
+            speed = describe(self.recorder.newest).partition("  ")[2]
+            self.console.print(f"{epoch}  step {trainer.global_step}  {mean}  {speed}", soft_wrap=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Let the bar stand."""

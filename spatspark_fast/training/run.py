@@ -16,17 +16,14 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
-from patchsparse import available_backends
-from spatspark_fast.config import DataConfig, PretrainConfig, differences, to_plain
-from spatspark_fast.data.nl50 import NowcastDataset
-from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.config import PretrainConfig, differences, to_plain
 from spatspark_fast.errors import UserError
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.backbones import save_encoder
 from spatspark_fast.models.geometry import grid_shape
-from spatspark_fast.models.spark import SparK, build_spark
 from spatspark_fast.plots import reconstruction_figure, save_figure
 from spatspark_fast.runs import RunDirectory, trim_metrics
+from spatspark_fast.training.build import Windows, build_masks, build_model, open_windows
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from spatspark_fast.training.module import SparkPretraining
 from spatspark_fast.training.record import Bar, MetricsCsv, Pictures, Recorder
@@ -34,14 +31,13 @@ from spatspark_fast.training.savings import describe_savings
 from spatspark_fast.training.schedules import Plan, make_plan
 from spatspark_fast.training.stream import BatchStream
 
-__all__ = ["build_masks", "build_model", "open_windows", "train"]
+__all__ = ["train"]
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 SAMPLE_OF = 16  # windows among which the wettest is drawn
 MEASURED_WINDOWS = 4
-SYNTHETIC_SEED = 0  # the built-in data set is always the same; the seed of a run does not change its data
 
-Windows = NowcastDataset | SyntheticRadar
+
 Draw = Callable[[SparkPretraining, str], None]
 
 
@@ -104,62 +100,6 @@ def known_warnings_off() -> Iterator[None]:
         # Lightning 2.6 flattens its loaders by a class that torch 2.10 and later call deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
         yield
-
-
-def open_windows(config: DataConfig, seed: int = 0) -> Windows:
-    """Open the data set, or the synthetic radar where no file is named."""
-    if config.path is None:
-        if config.crop is not None or config.flip or config.quarter_turns:
-            raise UserError("--data.crop, --data.flip and --data.quarter_turns need a file: give --data.path")
-        return SyntheticRadar(
-            config.synthetic_windows,
-            input_length=config.input_length,
-            output_length=0,
-            image_size=config.synthetic_size,
-            seed=SYNTHETIC_SEED,
-        )
-    return NowcastDataset(
-        config.path,
-        config.split,
-        input_length=config.input_length,
-        output_length=0,
-        crop=config.crop,
-        flip=config.flip,
-        quarter_turns=config.quarter_turns,
-        seed=seed,
-    )
-
-
-def build_model(config: PretrainConfig) -> SparK:
-    """Build the model of a configuration; raise `UserError` for names that do not exist."""
-    model = config.model
-    engines = ("auto", *available_backends())
-    if model.backend not in engines:
-        raise UserError(f"--model.backend is {model.backend}: here one of {', '.join(engines)} can run")
-    return build_spark(
-        encoder=model.encoder,
-        in_chans=config.data.input_length,
-        patch=model.patch,
-        decoder=model.decoder,
-        decoder_width=model.decoder_width,
-        loss_on=model.loss_on,
-        backend=model.backend,
-        levels=model.levels,
-    )
-
-
-def build_masks(config: PretrainConfig) -> MaskSampler:
-    """Build the sampler of masks of a configuration."""
-    mask = config.mask
-    return MaskSampler(
-        ratio=mask.ratio,
-        ratio_end=mask.ratio_end,
-        schedule=mask.schedule,
-        strategy=mask.strategy,
-        strength=mask.strength,
-        patch=config.model.patch,
-        seed=config.trainer.seed,
-    )
 
 
 def _trainer(
@@ -309,12 +249,14 @@ def _painter(sample: Tensor, scale: float, masks: MaskSampler, run: RunDirectory
 
 def _result(module: SparkPretraining, run: RunDirectory, seconds: float) -> str:
     with run.metrics.open(newline="") as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    part = max(len(losses) // 5, 1)
-    first, last = sum(losses[:part]) / part, sum(losses[-part:]) / part
+        rows = [(float(row["epoch"]), float(row["loss"])) for row in csv.DictReader(file)]
+    # Means over whole epochs: a single row says little, as the loss depends on how wet the masked patches
+    # are.
+    first = [loss for epoch, loss in rows if epoch <= rows[0][0] + 1 - 1 / module.plan.batches_per_epoch]
+    last = [loss for epoch, loss in rows if epoch > rows[-1][0] - 1]
     return (
-        f"Trained {module.plan.total_steps} steps ({module.epochs_done:g} epochs), {seconds:.0f} s; "
-        f"loss {first:.4f} -> {last:.4f} (means over the first and the last fifth)"
+        f"Trained {module.plan.total_steps} steps ({module.epochs_done:.4g} epochs), {seconds:.0f} s; mean loss "
+        f"{sum(first) / max(len(first), 1):.4f} in the first epoch, {sum(last) / len(last):.4f} in the last"
     )
 
 

@@ -1,23 +1,28 @@
 """The command pretrain from end to end, on small synthetic radar and on real KNMI frames."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from matplotlib.colors import to_rgb
 from PIL import Image
 from safetensors.torch import load_file
 
 from patchsparse import PatchGrid
+from spatspark_fast import prepare
 from spatspark_fast.config import from_plain, to_plain
+from spatspark_fast.data.nl50 import NowcastDataset
+from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.masks import num_visible
 from spatspark_fast.models.spark import build_spark
+from spatspark_fast.plots import RAIN_COLOURS
+from spatspark_fast.training import schedules
+from spatspark_fast.training.build import build_masks, build_model
 from spatspark_fast.training.module import step_seed
 from spatspark_fast.training.savings import measure_encoder
 from spatspark_fast.training.stream import BatchStream, epoch_order
@@ -31,16 +36,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pretrain") / "run"
     changes: dict[str, Any] = {
         "data__synthetic_windows": 16,
+        "data__synthetic_size": 128,
         "data__batch_size": 4,
         "model__encoder": "resnet10t",
         "model__decoder": "unet",
         "model__decoder_width": 64,
         "optim__name": "adamw",
-        "optim__base_lr": 0.13,
+        "optim__base_lr": 0.3,
         "optim__ema": 0.5,
-        "trainer__epochs": 6,
-        "trainer__picture_every": 3,
-        "trainer__keep_every": 5,
+        "trainer__epochs": 10,
+        "trainer__picture_every": 6,
+        "trainer__keep_every": 7,
         "trainer__tensorboard": "true",
         "trainer__savings": "true",
     }
@@ -51,8 +57,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_directory_holds_what_it_promises(finished: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     expected = {"config.yaml", "versions.json", "metrics.csv", "reconstruction.png", "encoder.safetensors"}
-    expected |= {"checkpoints/last.ckpt", "checkpoints/epoch-0005.ckpt"}
-    expected |= {"pictures/epoch-3.png", "pictures/epoch-6.png"}
+    expected |= {"checkpoints/last.ckpt", "checkpoints/epoch-0007.ckpt"}
+    expected |= {"pictures/epoch-6.png", "pictures/epoch-10.png"}
     assert expected == {name for name in names if not name.startswith("tensorboard/")}
     assert any("tfevents" in name for name in names)
 
@@ -72,16 +78,33 @@ def test_versions_and_seed_are_recorded(finished: Path) -> None:
     assert session["device"].startswith(("cpu", "cuda"))
 
 
-def test_the_loss_falls_and_rows_follow_the_plan(finished: Path) -> None:
+def test_rows_follow_the_plan(finished: Path) -> None:
     lines = rows(finished)
-    assert [int(row["step"]) for row in lines] == list(range(1, 25))
-    losses = [float(row["loss"]) for row in lines]
-    assert np.mean(losses[-6:]) < 0.9 * np.mean(losses[:6])
-    assert float(lines[-1]["epoch"]) == 6
+    assert [int(row["step"]) for row in lines] == list(range(1, 41))
+    assert float(lines[-1]["epoch"]) == 10
     rates = [float(row["lr"]) for row in lines]
-    assert max(rates) == pytest.approx(0.13 * 4 / 256)
-    assert rates[-1] == pytest.approx(0.001 * 0.13 * 4 / 256)
+    assert max(rates) == pytest.approx(0.3 * 4 / 256)
+    assert rates[-1] == pytest.approx(0.001 * 0.3 * 4 / 256)
     assert all(0 <= float(row["data_wait_share"]) <= 1 and float(row["images_per_s"]) > 0 for row in lines)
+
+
+def losses_before_and_after(out: Path, frames: torch.Tensor) -> tuple[float, float]:
+    """Return the loss on ``frames`` under fixed masks, of the run's model as it was built and as it ended."""
+    config = from_plain(checkpoint(out)["config"])
+    grid = build_masks(config).draw(frames, 0.5, torch.Generator().manual_seed(7))
+    torch.manual_seed(config.trainer.seed)
+    model = build_model(config)
+    with torch.no_grad():
+        before = model(frames, grid).loss
+        state = checkpoint(out)["state_dict"]
+        model.load_state_dict({k.removeprefix("spark."): v for k, v in state.items() if k.startswith("spark.")})
+        return float(before), float(model(frames, grid).loss)
+
+
+def test_the_loss_falls_on_what_was_seen(finished: Path) -> None:
+    windows = SyntheticRadar(16, 3, 0, 128)
+    before, after = losses_before_and_after(finished, torch.stack([windows[i]["input"] for i in range(16)]))
+    assert after < 0.99 * before
 
 
 def test_the_exported_weights_are_the_average_and_load_into_timm(finished: Path) -> None:
@@ -105,11 +128,6 @@ def test_the_picture_shows_rain(finished: Path) -> None:
     assert len(colours) > 50
 
 
-def test_all_engines_of_record_agree_on_the_number_of_sessions(finished: Path) -> None:
-    with (finished / "metrics.csv").open(newline="") as file:
-        assert len(list(csv.reader(file))) == 25
-
-
 def test_a_run_is_never_overwritten(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     assert pretrain(finished) == 2
@@ -130,8 +148,6 @@ def test_a_batch_larger_than_the_data_shrinks_and_says_so(tmp_path: Path, capsys
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spatspark_fast.training import schedules
-
     lr = schedules.Plan.lr
     monkeypatch.setattr(schedules.Plan, "lr", lambda self, step: lr(self, step) if step < 5 else 1e30)
     assert pretrain(tmp_path / "run", optim__name="adamw") == 2
@@ -231,18 +247,28 @@ def test_a_rival_that_differs_is_not_timed() -> None:
 
 
 def test_real_knmi_rain_trains(radar: Path, tmp_path: Path) -> None:
-    from spatspark_fast import prepare
-
     file = tmp_path / "knmi.h5"
-    argv = ["--source=knmi", f"--input={radar / 'knmi_201008'}", f"--out={file}", "--input_length=4"]
-    assert prepare.main([*argv, "--output_length=2", "--wet_fraction=0.1"]) == 0
-    with h5py.File(file) as content:
-        images = content["train/images"]
-        assert isinstance(images, h5py.Dataset)
-        assert images.shape[2:] == (288, 288)
-    changes = {"data__path": file, "data__input_length": 4, "data__flip": "true", "trainer__epochs": 6}
-    changes |= {"optim__name": "adamw", "optim__base_lr": 0.3, "model__decoder": "unet", "model__decoder_width": 32}
-    assert pretrain(tmp_path / "run", **changes) == 0
-    losses = [float(row["loss"]) for row in rows(tmp_path / "run")]
-    part = max(len(losses) // 4, 1)
-    assert np.mean(losses[-part:]) < 0.95 * np.mean(losses[:part])
+    argv = ["--source=knmi", f"--input={radar / 'knmi_201008'}", f"--out={file}", "--stride=6"]
+    assert prepare.main([*argv, "--input_length=4", "--output_length=2", "--wet_fraction=0.1"]) == 0
+    changes: dict[str, Any] = {
+        "data__path": file,
+        "data__input_length": 4,
+        "data__batch_size": 4,
+        "data__flip": "true",
+        "model__decoder": "unet",
+        "model__decoder_width": 32,
+        "optim__name": "adamw",
+        "optim__base_lr": 0.3,
+        "trainer__epochs": 12,
+    }
+    out = tmp_path / "run"
+    assert pretrain(out, **changes) == 0
+    windows = NowcastDataset(file, "train", input_length=4, output_length=0)
+    frames = torch.stack([windows[i]["input"] for i in range(len(windows))])
+    assert frames.shape[1:] == (4, 288, 288)
+    before, after = losses_before_and_after(out, frames)
+    assert after < 0.99 * before
+    with Image.open(out / "reconstruction.png") as image:
+        drawn = {tuple(colour) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
+    rain = {tuple(round(255 * part) for part in to_rgb(colour)) for colour in RAIN_COLOURS[:4]}
+    assert rain <= drawn
