@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,36 +20,16 @@ from spatspark_fast.data.timestamps import parse_time
 from spatspark_fast.data.windows import WetRule, WindowRules
 from spatspark_fast.errors import UserError
 
-__all__ = ["main", "prepare", "summary"]
+__all__ = ["PrepareOptions", "main", "prepare", "summary"]
 
 Item = TypeVar("Item")
 
 _LISTED = 10  # skipped files that the summary names; it counts the others
 
 
-def prepare(
-    source: str,
-    input: str,
-    out: str,
-    input_length: int = 12,
-    output_length: int = 12,
-    stride: int = 1,
-    wet_fraction: float = 0.5,
-    wet_rule: WetRule = "target-mean",
-    wet_threshold: float = units.MIN_WET_RATE,
-    interval_minutes: float = units.FRAME_MINUTES,
-    crop: str | None = None,
-    min_valid: float = 0.5,
-    scale: float = units.NL50_SCALE,
-    test_fraction: float = 0.2,
-    test_from: str | None = None,
-    pattern: str | None = None,
-    time_format: str | None = None,
-    importer_options: dict[str, Any] | None = None,
-    workers: int | None = None,
-    overwrite: bool = False,
-) -> Report:
-    """Turn raw radar files into one HDF5 file of training windows, in the layout of NL-50.
+@dataclass
+class PrepareOptions:
+    """Say what to read, what to keep and where to write; the options of the command.
 
     Args:
         source: knmi, mch or fmi, or the name of one of pysteps' importers, such as odim_hdf5 or mrms_grib.
@@ -75,31 +56,56 @@ def prepare(
             CPU core).
         overwrite: replace the file if it exists.
     """
-    minutes = float(interval_minutes)
+
+    source: str
+    input: str
+    out: str
+    input_length: int = 12
+    output_length: int = 12
+    stride: int = 1
+    wet_fraction: float = 0.5
+    wet_rule: WetRule = "target-mean"
+    wet_threshold: float = units.MIN_WET_RATE
+    interval_minutes: float = units.FRAME_MINUTES
+    crop: str | None = None
+    min_valid: float = 0.5
+    scale: float = units.NL50_SCALE
+    test_fraction: float = 0.2
+    test_from: str | None = None
+    pattern: str | None = None
+    time_format: str | None = None
+    importer_options: dict[str, Any] | None = None
+    workers: int | None = None
+    overwrite: bool = False
+
+
+def prepare(options: PrepareOptions) -> Report:
+    """Turn raw radar files into one HDF5 file of training windows, in the layout of NL-50."""
+    minutes = float(options.interval_minutes)
     if not 0 < minutes < 60 * 24 * 366:
-        raise UserError(f"--interval-minutes must be positive, got {interval_minutes}")
+        raise UserError(f"--interval-minutes must be positive, got {options.interval_minutes}")
     rules = WindowRules(
-        input_length,
-        output_length,
-        stride,
-        wet_fraction,
-        wet_rule,
-        wet_threshold,
-        min_valid,
+        options.input_length,
+        options.output_length,
+        options.stride,
+        options.wet_fraction,
+        options.wet_rule,
+        options.wet_threshold,
+        options.min_valid,
         timedelta(minutes=minutes),
     )
     plan = Plan(
-        source=get_source(source, importer_options, time_format),
-        folder=Path(input),
-        out=Path(out),
+        source=get_source(options.source, options.importer_options, options.time_format),
+        folder=Path(options.input),
+        out=Path(options.out),
         rules=rules,
-        crop=parse_crop(crop) if crop else None,
-        scale=scale,
-        test_fraction=test_fraction,
-        test_from=parse_time(test_from, "--test-from") if test_from else None,
-        pattern=pattern,
-        workers=workers,
-        overwrite=overwrite,
+        crop=parse_crop(options.crop) if options.crop else None,
+        scale=options.scale,
+        test_fraction=options.test_fraction,
+        test_from=parse_time(options.test_from, "--test-from") if options.test_from else None,
+        pattern=options.pattern,
+        workers=options.workers,
+        overwrite=options.overwrite,
     )
     return prepare_archive(plan, _track)
 
@@ -151,11 +157,11 @@ class _Parser(ArgumentParser):
 
 def _run(argv: list[str]) -> None:
     parser = _Parser(prog="python -m spatspark_fast.prepare", exit_on_error=False)
-    parser.add_function_arguments(prepare, as_positional=False, skip={"overwrite"})
+    parser.add_class_arguments(PrepareOptions, as_positional=False, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     words = [re.sub(r"^--[a-z-]+", lambda option: "--" + option.group(0)[2:].replace("-", "_"), word) for word in argv]
     options = parser.parse_args(words)
-    sys.stdout.write(summary(prepare(**vars(options))) + "\n")
+    sys.stdout.write(summary(prepare(PrepareOptions(**vars(options)))) + "\n")
 
 
 def _track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
