@@ -89,7 +89,7 @@ struct PixelArgs {
 
 template <class T>
 struct Kernels {
-    int32_t rows, columns;  // largest tile
+    int32_t rows, outer_rows, columns;  // largest tile
     void (*tile)(const TileArgs<T>&);
     void (*pack)(const PackArgs<T>&);
     void (*gather)(const GatherArgs<T>&);

@@ -10,7 +10,7 @@
 namespace patchsparse {
 
 const Kernels<float>* kernels_avx2_f32() {
-    static constexpr Kernels<float> kernels = table<Avx2Vector, 6, true>();
+    static constexpr Kernels<float> kernels = table<Avx2Vector, 6, 6, true>();
     return &kernels;
 }
 

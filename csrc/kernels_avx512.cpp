@@ -10,7 +10,7 @@
 namespace patchsparse {
 
 const Kernels<float>* kernels_avx512_f32() {
-    static constexpr Kernels<float> kernels = table<Avx512Vector, 12, true>();
+    static constexpr Kernels<float> kernels = table<Avx512Vector, 12, 14, true>();
     return &kernels;
 }
 

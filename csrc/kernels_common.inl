@@ -13,10 +13,10 @@ struct Int {
 #include "pack.inl"
 #include "stencil.inl"
 
-template <class V, int ROWS, bool DEPTHWISE_ROWS>
+template <class V, int ROWS, int OUTER, bool DEPTHWISE_ROWS>
 constexpr Kernels<typename V::T> table() {
     using T = typename V::T;
-    Kernels<T> t{ROWS, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V>, any_outer<V, ROWS>, nullptr,
+    Kernels<T> t{ROWS, OUTER, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V>, any_outer<V, OUTER>, nullptr,
                  depthwise_pixel<V>, nullptr, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
     if constexpr (DEPTHWISE_ROWS) {
         t.depthwise_row = depthwise_row<V>;

@@ -8,12 +8,12 @@
 namespace patchsparse {
 
 const Kernels<float>* kernels_portable_f32() {
-    static constexpr Kernels<float> kernels = table<GenericVector<float>, 4, false>();
+    static constexpr Kernels<float> kernels = table<GenericVector<float>, 4, 4, false>();
     return &kernels;
 }
 
 const Kernels<double>* kernels_portable_f64() {
-    static constexpr Kernels<double> kernels = table<GenericVector<double>, 4, false>();
+    static constexpr Kernels<double> kernels = table<GenericVector<double>, 4, 4, false>();
     return &kernels;
 }
 

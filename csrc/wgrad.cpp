@@ -21,9 +21,16 @@ constexpr int64_t CACHE = 1 << 20;  // bytes of source and target rows that a ch
 constexpr int64_t RUN = 256;        // pairs of a run
 constexpr int64_t PANELS = 8;       // panels gathered at a time
 
-// The pairs of one tap in one chunk: p is the broadcast side, q the vector side.
-struct Pairs {
-    std::vector<int32_t> p, q;
+// Rows [row, row + count) of a group.
+struct Span {
+    int32_t group;
+    int64_t row, count;
+};
+
+// A run being collected: the pairs' rows on the broadcast side p and on the vector side q.
+struct Run {
+    int32_t p[RUN], q[RUN];
+    int64_t count = 0;
 };
 
 template <class T>
@@ -33,7 +40,7 @@ class Wgrad {
         by_target_ = args.weight_stride[0] == 1 && args.weight_stride[1] != 1;
         rows_ = by_target_ ? args.source_channels : args.target_channels;
         columns_ = by_target_ ? args.target_channels : args.source_channels;
-        row_tiles_ = (rows_ + kernels.rows - 1) / kernels.rows;
+        row_tiles_ = (rows_ + kernels.outer_rows - 1) / kernels.outer_rows;
         column_tiles_ = (columns_ + kernels.columns - 1) / kernels.columns;
         cut_chunks();
     }
@@ -44,46 +51,48 @@ class Wgrad {
         std::atomic<bool> failed{false};
         auto share = [&](int thread, int team) {
             static thread_local Scratch scratch;
-            T* panel = scratch.get<T>(PANELS * RUN * kernels_.columns);
-            if (panel == nullptr) failed = true;
-            else add_share(start, start.back() * thread / team, start.back() * (thread + 1) / team, panel);
+            T* panels = scratch.get<T>(PANELS * RUN * kernels_.columns);
+            if (panels == nullptr) failed = true;
+            else add_share(start, start.back() * thread / team, start.back() * (thread + 1) / team, panels);
         };
         parallel(args_.threads, share);
         return !failed;
     }
 
   private:
+    // The tiles of one tap that a thread adds to: row tiles [low, high) by column tiles [first, last).
+    struct Block {
+        int64_t low, high, first, last;
+        T* result;
+        bool opens;  // nothing has been stored yet
+    };
+
+    // Cut the groups laid end to end into chunks of as many target rows as the cache holds.
     void cut_chunks() {
         const int64_t bytes = (args_.source_channels + args_.target_channels) * int64_t(sizeof(T));
-        const int64_t limit = std::max<int64_t>(RUN, CACHE / bytes);
-        first_.assign(plan_.taps(), -1);
-        pairs_.assign(plan_.taps(), 0);
+        const int64_t limit = std::max<int64_t>(RUN, CACHE / bytes), taps = plan_.taps();
+        position_.assign(plan_.groups.size() * taps, -1);
+        first_.assign(taps, 0);
+        pairs_.assign(taps, 0);
         int64_t room = 0;
-        for (const Group& group : plan_.groups) {
-            for (int64_t row = 0; row < group.rows;) {
+        for (size_t g = 0; g < plan_.groups.size(); ++g) {
+            const Group& group = plan_.groups[g];
+            for (int32_t j = 0; j < group.tap_count; ++j) {
+                const int32_t tap = plan_.tap_ids[group.taps + j];
+                position_[g * taps + tap] = j;
+                if (pairs_[tap] == 0) first_[tap] = int64_t(chunks_.size()) - (room > 0);
+                pairs_[tap] += group.rows;
+            }
+            for (int64_t row = 0, count = 0; row < group.rows; row += count, room -= count) {
                 if (room == 0) {
-                    chunks_.emplace_back(plan_.taps());
+                    chunks_.emplace_back();
                     room = limit;
                 }
-                const int64_t count = std::min<int64_t>(room, group.rows - row);
-                for (int32_t j = 0; j < group.tap_count; ++j) add_pairs(group, j, row, count);
-                row += count;
-                room -= count;
+                count = std::min<int64_t>(room, group.rows - row);
+                chunks_.back().push_back({int32_t(g), row, count});
             }
         }
-        if (chunks_.empty()) chunks_.emplace_back(plan_.taps());
-        for (int64_t& first : first_) first = std::max<int64_t>(first, 0);  // a tap without pairs is zeroed once
-    }
-
-    void add_pairs(const Group& group, int32_t j, int64_t row, int64_t count) {
-        const int32_t tap = plan_.tap_ids[group.taps + j];
-        const int32_t* source = plan_.in_rows.data() + group.in + int64_t(j) * group.rows + row;
-        const int32_t* target = plan_.out_rows.data() + group.out + row;
-        Pairs& pairs = chunks_.back()[tap];
-        (by_target_ ? pairs.p : pairs.q).insert((by_target_ ? pairs.p : pairs.q).end(), source, source + count);
-        (by_target_ ? pairs.q : pairs.p).insert((by_target_ ? pairs.q : pairs.p).end(), target, target + count);
-        pairs_[tap] += count;
-        if (first_[tap] < 0) first_[tap] = int64_t(chunks_.size()) - 1;
+        if (chunks_.empty()) chunks_.emplace_back();
     }
 
     // Add every row tile that begins in [first, last) of the row tiles of all taps laid end to end.
@@ -93,33 +102,51 @@ class Wgrad {
                 const int64_t step = pairs_[tap] + 1;
                 const int64_t low = std::clamp<int64_t>((first - start[tap] + step - 1) / step, 0, row_tiles_);
                 const int64_t high = std::clamp<int64_t>((last - start[tap] + step - 1) / step, 0, row_tiles_);
-                const bool opens = first_[tap] == int64_t(chunk);
                 for (int64_t c = 0; low < high && c < column_tiles_; c += PANELS)
-                    add_tiles(chunks_[chunk][tap], opens, tap, low, high, c, std::min(c + PANELS, column_tiles_), panels);
+                    add_chunk(chunks_[chunk], tap, first_[tap] == int64_t(chunk), low, high, c, panels);
             }
     }
 
-    void add_tiles(const Pairs& pairs, bool opens, int32_t tap, int64_t low, int64_t high, int64_t first, int64_t last,
+    void add_chunk(const std::vector<Span>& spans, int32_t tap, bool opens, int64_t low, int64_t high, int64_t column,
                    T* panels) const {
-        const int64_t pair_count = int64_t(pairs.p.size()), row_stride = args_.weight_stride[by_target_ ? 1 : 0];
-        const T *source = static_cast<const T*>(args_.source), *target = static_cast<const T*>(args_.target);
-        const T *p = by_target_ ? source : target, *q = by_target_ ? target : source;
         const int32_t wide = plan_.axis[1].taps;
         T* result = static_cast<T*>(args_.weight) + tap / wide * args_.weight_stride[2] + tap % wide * args_.weight_stride[3];
-        const int64_t runs = std::max<int64_t>(opens, (pair_count + RUN - 1) / RUN);
-        for (int64_t run = 0; run < runs; ++run, opens = false) {
-            const int64_t i = pair_count * run / runs, count = pair_count * (run + 1) / runs - i;
-            auto panel = [&](int64_t c) { return panels + (c - first) * RUN * kernels_.columns; };
-            for (int64_t c = first; c < last; ++c)
-                kernels_.gather({q + c * kernels_.columns, columns_, pairs.q.data() + i, count, columns_at(c), panel(c)});
-            for (int64_t tile = low; tile < high; ++tile) {
-                const int64_t row = rows_ * tile / row_tiles_;
-                const int32_t rows = int32_t(rows_ * (tile + 1) / row_tiles_ - row);
-                for (int64_t c = first; c < last; ++c)
-                    kernels_.outer({p + row, rows_, pairs.p.data() + i, count, panel(c),
-                                    result + row * row_stride + c * kernels_.columns, row_stride, rows, columns_at(c), !opens});
+        Block block{low, high, column, std::min(column + PANELS, column_tiles_), result, opens};
+        Run run;
+        for (const Span& span : spans) {
+            const Group& group = plan_.groups[span.group];
+            const int32_t j = position_[size_t(span.group) * plan_.taps() + tap];
+            if (j < 0) continue;
+            const int32_t* source = plan_.in_rows.data() + group.in + int64_t(j) * group.rows + span.row;
+            const int32_t* target = plan_.out_rows.data() + group.out + span.row;
+            for (int64_t i = 0, count = 0; i < span.count; i += count) {
+                count = std::min(RUN - run.count, span.count - i);
+                std::copy_n((by_target_ ? source : target) + i, count, run.p + run.count);
+                std::copy_n((by_target_ ? target : source) + i, count, run.q + run.count);
+                run.count += count;
+                if (run.count == RUN) add_run(run, block, panels);
             }
         }
+        if (run.count > 0 || block.opens) add_run(run, block, panels);
+    }
+
+    void add_run(Run& run, Block& block, T* panels) const {
+        const int64_t row_stride = args_.weight_stride[by_target_ ? 1 : 0];
+        const T *source = static_cast<const T*>(args_.source), *target = static_cast<const T*>(args_.target);
+        const T *p = by_target_ ? source : target, *q = by_target_ ? target : source;
+        auto panel = [&](int64_t c) { return panels + (c - block.first) * RUN * kernels_.columns; };
+        for (int64_t c = block.first; c < block.last; ++c)
+            kernels_.gather({q + c * kernels_.columns, columns_, run.q, run.count, columns_at(c), panel(c)});
+        for (int64_t tile = block.low; tile < block.high; ++tile) {
+            const int64_t row = rows_ * tile / row_tiles_;
+            const int32_t rows = int32_t(rows_ * (tile + 1) / row_tiles_ - row);
+            for (int64_t c = block.first; c < block.last; ++c)
+                kernels_.outer({p + row, rows_, run.p, run.count, panel(c),
+                                block.result + row * row_stride + c * kernels_.columns, row_stride, rows, columns_at(c),
+                                !block.opens});
+        }
+        run.count = 0;
+        block.opens = false;
     }
 
     int32_t columns_at(int64_t tile) const {
@@ -131,8 +158,9 @@ class Wgrad {
     const Kernels<T>& kernels_;
     bool by_target_;  // vectors run over target channels
     int64_t rows_, columns_, row_tiles_, column_tiles_;  // of the gradient: broadcast and vector dimension
-    std::vector<std::vector<Pairs>> chunks_;  // (chunk, tap)
-    std::vector<int64_t> first_, pairs_;      // of each tap: the chunk that opens its sums, and its number of pairs
+    std::vector<std::vector<Span>> chunks_;
+    std::vector<int32_t> position_;       // (group, tap): the place of the tap in the group, or -1
+    std::vector<int64_t> first_, pairs_;  // of each tap: the chunk that opens its sums, and its number of pairs
 };
 
 template <class T>
