@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "parallel.h"
 #include "plan.h"
+#include "prefetch.h"
 #include "scratch.h"
 
 namespace patchsparse {
@@ -30,53 +31,15 @@ std::vector<int64_t> unit_costs(const ps_plan& plan) {
     return start;
 }
 
-// Reads the weights of a thread's next panel into the second-level cache while it computes the present one, a few
-// lines per tile: deep layers have more weights than activations. Knows the two channels_last cases.
-template <class T>
-class WeightPrefetch {
-  public:
-    WeightPrefetch(const ps_conv_args& args, int64_t tiles) : args_(args), tiles_(std::max<int64_t>(1, tiles)) {
-        wide_ = args.plan->axis[1].taps;
-    }
-
-    void begin(int64_t column, int64_t columns) {
-        const int64_t taps = args_.plan->taps();
-        at_ = static_cast<const T*>(args_.weight) + column * args_.weight_stride[0];
-        by_column_ = args_.weight_stride[0] != 1;
-        inner_ = by_column_ ? columns : args_.source_channels;
-        piece_ = (by_column_ ? args_.source_channels : columns) * int64_t(sizeof(T));
-        const bool known = args_.weight_stride[0] == 1 || args_.weight_stride[1] == 1;
-        left_ = known && columns > 0 ? taps * inner_ : 0;
-        per_tile_ = (left_ + tiles_ - 1) / tiles_;
-        tap_ = index_ = 0;
-    }
-
-    void step() {
-        for (int64_t i = 0; i < per_tile_ && left_ > 0; ++i, --left_) {
-            const T* from = at_ + tap_ / wide_ * args_.weight_stride[2] + tap_ % wide_ * args_.weight_stride[3] +
-                            index_ * args_.weight_stride[by_column_ ? 0 : 1];
-            for (int64_t byte = 0; byte < piece_; byte += 64)
-                __builtin_prefetch(reinterpret_cast<const char*>(from) + byte, 0, 2);
-            if (++index_ == inner_) {
-                index_ = 0;
-                ++tap_;
-            }
-        }
-    }
-
-  private:
-    const ps_conv_args& args_;
-    int64_t tiles_, wide_, inner_ = 0, piece_ = 0, left_ = 0, per_tile_ = 0, tap_ = 0, index_ = 0;
-    const T* at_ = nullptr;
-    bool by_column_ = false;
-};
-
 template <class T>
 class Conv {
   public:
     Conv(const ps_conv_args& args, const Kernels<T>& kernels)
         : args_(args), plan_(*args.plan), kernels_(kernels), start_(unit_costs(plan_)) {
         for (const Group& group : plan_.groups) tiles_ += (group.rows + kernels.rows - 1) / kernels.rows;
+        bool only_shared = true;
+        for (const Unit& unit : plan_.units) only_shared = only_shared && unit.shared;
+        by_tap_ = only_shared && WeightPrefetch<T>::contiguous(args);
     }
 
     bool run() {
@@ -97,7 +60,7 @@ class Conv {
   private:
     struct Band {
         T* packed;
-        int64_t panel_size;    // elements
+        int64_t panel_size;     // elements
         int64_t column, count;  // first target channel, panels
     };
 
@@ -107,7 +70,7 @@ class Conv {
         const int64_t panel_size = plan_.taps() * args_.source_channels * kernels_.columns;
         T* packed = scratch.get<T>(panel_size * ((panels + bands - 1) / bands));
         if (packed == nullptr) return false;
-        WeightPrefetch<T> next(args_, tiles_);
+        WeightPrefetch<T> next(args_);
         auto band_at = [&](int64_t b) {
             const int64_t p = panels * b / bands;
             return Band{packed, panel_size, p * kernels_.columns, panels * (b + 1) / bands - p};
@@ -116,14 +79,45 @@ class Conv {
             const Band band = band_at(b);
             const int64_t begin = band.column / kernels_.columns * start_.back(), end = begin + band.count * start_.back();
             if (end <= first || begin >= last) continue;
-            for (int64_t i = 0; i < band.count; ++i) pack_panel(packed + i * panel_size, band.column + i * kernels_.columns);
-            if (b + 1 < bands && end < last) next.begin(band_at(b + 1).column, columns_of(band_at(b + 1)));
-            else next.begin(0, 0);
-            for (size_t u = 0; u < plan_.units.size(); ++u)
-                compute_unit(plan_.units[u], band, first - begin - start_[u] * band.count,
-                             last - begin - start_[u] * band.count, next);
+            for (int64_t i = 0; i < band.count && !by_tap_; ++i)
+                pack_panel(packed + i * panel_size, band.column + i * kernels_.columns, 0, plan_.taps());
+            const bool more = b + 1 < bands && end < last && !by_tap_;
+            const int64_t columns = more ? columns_of(band_at(b + 1)) : 0;
+            next.begin(end / start_.back() * kernels_.columns, columns, 0, plan_.taps(), tiles_ * band.count);
+            std::vector<const Unit*> shared;
+            for (size_t u = 0; u < plan_.units.size(); ++u) {
+                const int64_t low = first - begin - start_[u] * band.count, high = last - begin - start_[u] * band.count;
+                const Unit& unit = plan_.units[u];
+                if (!unit.shared) group_tiles(plan_.groups[unit.first], band, low, high, false, next);
+                else if (low <= 0 && 0 < high) shared.push_back(&unit);
+            }
+            if (!shared.empty()) compute_shared(shared, band, next);
         }
         return true;
+    }
+
+    // Add up the shared units tap by tap, so that each tap's weights meet all rows while they are in the cache.
+    void compute_shared(const std::vector<const Unit*>& units, const Band& band, WeightPrefetch<T>& next) const {
+        for (const Unit* unit : units) initialise(*unit, band);
+        const int32_t taps = plan_.taps();
+        for (int64_t i = 0; i < band.count; ++i) {
+            const int64_t column = band.column + i * kernels_.columns;
+            const Band panel{band.packed + (by_tap_ ? 0 : i * band.panel_size), band.panel_size, column, 1};
+            std::vector<int32_t> at;
+            for (const Unit* unit : units) at.push_back(unit->first);
+            for (int32_t tap = 0; tap < taps; ++tap) {
+                if (by_tap_) {
+                    pack_panel(panel.packed, column, tap, 1);
+                    const bool turn = tap + 1 == taps;
+                    const int64_t then = turn ? column + kernels_.columns : column;
+                    next.begin(then, then < args_.target_channels ? columns_at(then) : 0, turn ? 0 : tap + 1, 1, tiles_ / taps);
+                }
+                for (size_t u = 0; u < units.size(); ++u) {
+                    if (at[u] == units[u]->last || plan_.tap_ids[plan_.groups[at[u]].taps] != tap) continue;
+                    group_tiles(plan_.groups[at[u]++], panel, 0, INT64_MAX, true, next);
+                }
+            }
+        }
     }
 
     int64_t columns_of(const Band& band) const {
@@ -134,21 +128,14 @@ class Conv {
         return int32_t(std::min<int64_t>(kernels_.columns, args_.target_channels - column));
     }
 
-    void pack_panel(T* panel, int64_t column) const {
+    // Pack taps [tap, tap + taps), which are all of them or one.
+    void pack_panel(T* panel, int64_t column, int32_t tap, int32_t taps) const {
         const ps_geometry& g = plan_.geometry;
-        kernels_.pack({static_cast<const T*>(args_.weight) + column * args_.weight_stride[0], args_.weight_stride,
-                       {g.kernel[0], g.kernel[1]}, args_.source_channels, columns_at(column), panel});
-    }
-
-    // [first, last) is this thread's share, counted from the unit's own start.
-    void compute_unit(const Unit& unit, const Band& band, int64_t first, int64_t last, WeightPrefetch<T>& next) const {
-        if (!unit.shared) {
-            group_tiles(plan_.groups[unit.first], band, first, last, false, next);
-        } else if (first <= 0 && 0 < last) {
-            initialise(unit, band);
-            for (int32_t g = unit.first; g < unit.last; ++g)
-                group_tiles(plan_.groups[g], band, 0, INT64_MAX, true, next);
-        }
+        const int64_t* stride = args_.weight_stride;
+        const int64_t at = column * stride[0] + tap / g.kernel[1] * stride[2] + tap % g.kernel[1] * stride[3];
+        const bool all = taps == plan_.taps();
+        kernels_.pack({static_cast<const T*>(args_.weight) + at, stride, {all ? g.kernel[0] : 1, all ? g.kernel[1] : 1},
+                       args_.source_channels, columns_at(column), panel});
     }
 
     void initialise(const Unit& unit, const Band& band) const {
@@ -180,10 +167,11 @@ class Conv {
 
     void tile(const Group& group, int64_t row, int32_t rows, const Band& band, int64_t i, bool add, bool has_next) const {
         const int64_t column = band.column + i * kernels_.columns;
+        static constexpr int32_t FIRST = 0;  // the only tap in the panel
         const T* bias = static_cast<const T*>(args_.bias);
         const TileArgs<T> a{static_cast<const T*>(args_.source), args_.source_channels,
-                            plan_.in_rows.data() + group.in + row, group.rows, plan_.tap_ids.data() + group.taps,
-                            group.tap_count, band.packed + i * band.panel_size, args_.source_channels,
+                            plan_.in_rows.data() + group.in + row, group.rows,
+                            by_tap_ ? &FIRST : plan_.tap_ids.data() + group.taps, group.tap_count, band.packed + i * band.panel_size, args_.source_channels,
                             plan_.out_rows.data() + group.out + row, static_cast<T*>(args_.target) + column,
                             args_.target_channels, bias == nullptr ? nullptr : bias + column, rows, columns_at(column), add};
         prefetch(a, has_next && i == 0);
@@ -209,7 +197,8 @@ class Conv {
     const ps_plan& plan_;
     const Kernels<T>& kernels_;
     std::vector<int64_t> start_;
-    int64_t tiles_ = 0;  // of one panel
+    int64_t tiles_ = 0;    // of one panel
+    bool by_tap_ = false;  // weights are packed tap by tap: all units are shared
 };
 
 template <class T>

@@ -138,9 +138,11 @@ class SharedBlocks {
 void build_groups(ps_plan& plan, int threads) {
     Cells cells(plan);
     std::vector<Group> groups = group_cells(plan, cells);
-    int64_t out = 0, in = 0;
+    int64_t out = 0, in = 0, common = 0;
+    for (const Group& group : groups) common += group.rows >= LEAST_ROWS ? group.rows : 0;
+    const bool by_tap = 2 * common < plan.target_rows();  // most rows are shared: then all, and weights go tap by tap
     for (Group& group : groups) {
-        const bool batched = group.rows >= LEAST_ROWS || group.tap_count == 0;
+        const bool batched = !by_tap && (group.rows >= LEAST_ROWS || group.tap_count == 0);
         group.out = batched ? out : -1;
         group.in = in;
         if (!batched) continue;
