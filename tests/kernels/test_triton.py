@@ -12,7 +12,7 @@ import torch
 
 from patchsparse import PatchGrid, patch_conv2d
 from patchsparse.backends import why_not
-from patchsparse.backends.triton.configs import CONV, FULL, WGRAD, conv_tiles, wgrad_tiles
+from patchsparse.backends.triton.configs import CONV, FULL, WGRAD, conv_tiles, is_large, wgrad_tiles
 from patchsparse.geometry import Call, Window
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -40,7 +40,11 @@ def _compilations() -> list:
 
     chosen = [(n, launch) for n, launch in compiled.launches() if not n.startswith(("dgrad", "fwd tf32", "wgrad tf32"))]
     pairs = zip(chosen, cycle((90, 80, 100, 90)), strict=False)
-    return [pytest.param(launch, arch, id=f"{name} sm_{arch}") for (name, launch), arch in pairs]
+    return [
+        pytest.param(launch, arch, id=f"{name} sm_{arch}")
+        for (name, launch), turn in pairs
+        for arch in compiled.supported(launch, (turn,)) or (90,)
+    ]
 
 
 @pytest.mark.parametrize(("launch", "architecture"), _compilations())
@@ -70,6 +74,7 @@ def test_every_shape_finds_a_shipped_configuration():
                     assert {shape(t) for t in tiles} <= (conv if tensor_cores else full)
                     assert all(16 <= t.k <= 128 for t in tiles)
                     assert tiles[0].sorted == (share < 0.75)
+                    assert not any(is_large(t) for t in conv_tiles(4096, c_in, c_out, *options, True, False))
                     tiles = wgrad_tiles(c_in, c_out, *options)
                     assert {shape(t) for t in tiles} <= (wgrad if tensor_cores else full)
 

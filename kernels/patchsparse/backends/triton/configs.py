@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["CONV", "FULL", "WGRAD", "Tile", "conv_tiles", "wgrad_tiles", "window_tile"]
+__all__ = ["CONV", "FULL", "WGRAD", "Tile", "conv_tiles", "is_large", "wgrad_tiles", "window_tile"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Tile:
 CONV = (
     Tile(128, 128, 64, 8, 3),
     Tile(64, 128, 64, 4, 3),
-    Tile(128, 64, 64, 4, 4),
+    Tile(128, 64, 64, 8, 3),
     Tile(256, 64, 64, 8, 3),
     Tile(128, 256, 64, 8, 3),
     Tile(256, 128, 64, 8, 3),
@@ -48,11 +48,11 @@ CONV = (
 )
 WGRAD = (
     Tile(128, 128, 64, 8, 3),
-    Tile(64, 64, 64, 4, 4),
+    Tile(64, 64, 64, 4, 3),
     Tile(64, 128, 64, 4, 3),
     Tile(64, 64, 128, 4, 3),
     Tile(64, 32, 64, 4, 4),
-    Tile(64, 16, 64, 4, 4),
+    Tile(64, 16, 64, 4, 3),
 )
 # Full float32 has no tensor cores: small tiles of plain multiply-adds, kept in registers.
 FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 2), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
@@ -62,21 +62,28 @@ def _power(value: int, least: int = 16) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
-def _is_large(tile: Tile) -> bool:
-    """Return whether a tile fills the registers: with float32, or with sorted rows, it would spill."""
+def is_large(tile: Tile) -> bool:
+    """Return whether a tile fills the registers: before sm_90, with float32, or with sorted rows, it would spill."""
     return tile.m * tile.n > 128 * 128 or tile.k > 64
 
 
-def _adapt(tiles: tuple[Tile, ...], n: int, k: int, tensor_cores: bool, itemsize: int) -> list[Tile]:
+def _adapt(tiles: tuple[Tile, ...], n: int, k: int, tensor_cores: bool, itemsize: int, large: bool) -> list[Tile]:
     """Return the tiles no wider than ``n`` channels need, with steps no longer than ``k``, without repetitions."""
     longest = 64 if itemsize == 2 or not tensor_cores else 32
-    kept = [t for t in tiles if t.n <= _power(n) and (itemsize == 2 or not _is_large(t))]
+    kept = [t for t in tiles if t.n <= _power(n) and ((large and itemsize == 2) or not is_large(t))]
     fitted = [replace(t, k=min(t.k * 2 // itemsize if tensor_cores else t.k, _power(k), 2 * longest)) for t in kept]
     return list(dict.fromkeys(fitted))
 
 
 def conv_tiles(
-    rows: int, c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float, sortable: bool
+    rows: int,
+    c_in: int,
+    c_out: int,
+    itemsize: int,
+    tensor_cores: bool,
+    share: float,
+    sortable: bool,
+    large: bool = True,
 ) -> list[Tile]:
     """Return the configurations of the forward kernel and of the input gradient, the default first.
 
@@ -88,13 +95,14 @@ def conv_tiles(
         tensor_cores: whether products run on them (16 bit, or TF32).
         share: expected share of active (row, tap) pairs.
         sortable: whether an order of rows can be had.
+        large: whether the device takes large tiles, sm_90 and later.
     """
-    tiles = _adapt(CONV if tensor_cores else FULL, c_out, c_in, tensor_cores, itemsize)
+    tiles = _adapt(CONV if tensor_cores else FULL, c_out, c_in, tensor_cores, itemsize, large)
     first = _best_conv(rows, c_out) if tensor_cores else (tiles[0].m, tiles[0].n)
     tiles.sort(key=lambda t: (t.m, t.n) != first)
     if not sortable:
         return tiles
-    ordered = [replace(t, sorted=True) for t in tiles if not _is_large(t)]
+    ordered = [replace(t, sorted=True) for t in tiles if not is_large(t)]
     if share < 0.75:  # sorting saves a quarter of the products or more
         return ordered + tiles[:1]
     return tiles + ordered[:2] if share < 0.9 else tiles
@@ -110,9 +118,11 @@ def _best_conv(rows: int, c_out: int) -> tuple[int, int]:
     return (128, 128) if rows * c_out >= 128 * 128 * 400 else (64, 128)
 
 
-def wgrad_tiles(c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float) -> list[Tile]:
+def wgrad_tiles(
+    c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float, large: bool = True
+) -> list[Tile]:
     """Return the configurations of the weight gradient, the default first; channels are per group."""
-    tiles = _adapt(WGRAD if tensor_cores else FULL, c_in, 1 << 30, tensor_cores, itemsize)
+    tiles = _adapt(WGRAD if tensor_cores else FULL, c_in, 1 << 30, tensor_cores, itemsize, large)
     fitting = [t for t in tiles if t.m <= max(64, _power(c_out))]
     tiles = fitting or tiles
     wide = (128 if _power(c_out) >= 128 else 64, min(_power(c_in), 128))

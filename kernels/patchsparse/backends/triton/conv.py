@@ -11,7 +11,7 @@ from ...geometry import Window
 from . import tuning
 from .configs import Tile, conv_tiles, wgrad_tiles
 from .kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
-from .launch import Launch, as_rows, processors, row_major, rows_like
+from .launch import Launch, as_rows, processors, row_major, rows_like, takes_large_tiles
 from .orders import active_share, order_of, pairs_of
 
 __all__ = ["MOST_TAPS", "axes", "conv2d", "conv2d_dgrad", "conv2d_wgrad", "forward_launch", "wgrad_launches"]
@@ -98,8 +98,8 @@ def _run_forward(
     share = active_share(source, window, density) if target is None else 1.0
     size = target or window.output_size(source)
     tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
-    count = x.shape[0] * size[0] * size[1]
-    tiles = conv_tiles(count, *channels, x.element_size(), tensor_cores, share, target is None)
+    count, large = x.shape[0] * size[0] * size[1], takes_large_tiles(x.device)
+    tiles = conv_tiles(count, *channels, x.element_size(), tensor_cores, share, target is None, large)
     rows = as_rows(x)
     bias = None if bias is None else bias.contiguous()
 
@@ -153,7 +153,8 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
     size, density = (x.shape[2], x.shape[3]), _density(slot, coords)
     channels = (x.shape[1] // groups, grad.shape[1] // groups)
     tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
-    tiles = wgrad_tiles(*channels, x.element_size(), tensor_cores, active_share(size, window, density))
+    share, large = active_share(size, window, density), takes_large_tiles(x.device)
+    tiles = wgrad_tiles(*channels, x.element_size(), tensor_cores, share, large)
     operands = (as_rows(x), as_rows(grad))
 
     def run(tile: Tile) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Launch", "as_rows", "is_interpreted", "processors", "row_major", "rows_like"]
+__all__ = ["Launch", "as_rows", "is_interpreted", "processors", "row_major", "rows_like", "takes_large_tiles"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Launch:
 def is_interpreted(kernel: Any) -> bool:
     """Return whether ``TRITON_INTERPRET=1`` was set when the kernel was defined: it then runs on CPU tensors."""
     return not isinstance(kernel, JITFunction)
+
+
+def takes_large_tiles(device: torch.device) -> bool:
+    """Return whether four warps share one product, so that large tiles fit their registers: sm_90 and later."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def row_major(slot: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:
