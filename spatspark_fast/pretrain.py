@@ -4,6 +4,7 @@ Without options the preset `demo` runs on built-in synthetic radar. Heavy import
 is known to be right.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ def pretrain(argv: Sequence[str]) -> None:
     request = parse_pretrain(argv, prog=PROG)
     run = RunDirectory(_out(request))
     checkpoint = _checkpoint(request, run)
-    run.check(resume=request.resume is not None)
+    if _is_first_process():
+        run.check(resume=request.resume is not None)
     if checkpoint is not None:
         theirs = _options_of(checkpoint, run)
         request = parse_pretrain(argv, base=theirs, prog=PROG)
@@ -41,6 +43,11 @@ def pretrain(argv: Sequence[str]) -> None:
     from spatspark_fast.training.run import train
 
     train(request.config, run, checkpoint)
+
+
+def _is_first_process() -> bool:
+    """Tell whether this process writes the run; the others of several devices find its folder in use already."""
+    return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def _out(request: Request) -> Path:
@@ -66,7 +73,7 @@ def _checkpoint(request: Request, run: RunDirectory) -> Path | None:
     if not path.is_file():
         raise UserError(f"--resume {path}: there is no such checkpoint")
     inside = path.absolute().parent == run.checkpoints.absolute()
-    if not inside:
+    if not inside and _is_first_process():
         run.check(resume=False)
     return path
 

@@ -82,6 +82,8 @@ class Recorder(L.Callback):
         self._batches = 0
         self._epoch_sum: Tensor | float = 0.0
         self._epoch_batches = 0
+        self._first_sum: Tensor | float = 0.0
+        self._first_batches = 0
         self._timed = 0
         self._since = 0.0
 
@@ -92,12 +94,20 @@ class Recorder(L.Callback):
             "batches": self._batches,
             "epoch_sum": float(self._epoch_sum),
             "epoch_batches": self._epoch_batches,
+            "first_sum": float(self._first_sum),
+            "first_batches": self._first_batches,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up a half-filled row."""
         self._sum, self._batches = state_dict["sum"], state_dict["batches"]
         self._epoch_sum, self._epoch_batches = state_dict["epoch_sum"], state_dict["epoch_batches"]
+        self._first_sum, self._first_batches = state_dict["first_sum"], state_dict["first_batches"]
+
+    @property
+    def first_loss(self) -> float:
+        """Return the mean loss of the first epoch; NaN before any batch."""
+        return float(self._first_sum) / self._first_batches if self._first_batches else float("nan")
 
     @property
     def epoch_loss(self) -> float:
@@ -122,6 +132,8 @@ class Recorder(L.Callback):
         self._sum, self._epoch_sum = self._sum + loss, self._epoch_sum + loss
         self._batches += 1
         self._epoch_batches += 1
+        if module.position < module.plan.batches_per_epoch:
+            self._first_sum, self._first_batches = self._epoch_sum, self._epoch_batches
         self._timed += 1
         ends_step = module.between_steps or module.epoch_complete
         step = trainer.global_step

@@ -1,7 +1,6 @@
 """Put a pretraining run together, run it, and leave its results behind. Read it from top to bottom."""
 
 import contextlib
-import csv
 import logging
 import time
 import warnings
@@ -77,7 +76,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     if trainer.is_global_zero:
         draw(module, f"epoch {module.epochs_done:g}")
         run.write(run.encoder, lambda path: save_encoder(module.best_spark.encoder, path))
-        console.print(_result(module, run, time.perf_counter() - started), soft_wrap=True, highlight=False)
+        console.print(_result(module, recorder, time.perf_counter() - started), soft_wrap=True, highlight=False)
         if config.trainer.savings:
             frames = _some_windows(windows, config)
             precision = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
@@ -247,16 +246,10 @@ def _painter(sample: Tensor, scale: float, masks: MaskSampler, run: RunDirectory
     return draw
 
 
-def _result(module: SparkPretraining, run: RunDirectory, seconds: float) -> str:
-    with run.metrics.open(newline="") as file:
-        rows = [(float(row["epoch"]), float(row["loss"])) for row in csv.DictReader(file)]
-    # Means over whole epochs: a single row says little, as the loss depends on how wet the masked patches
-    # are.
-    first = [loss for epoch, loss in rows if epoch <= rows[0][0] + 1 - 1 / module.plan.batches_per_epoch]
-    last = [loss for epoch, loss in rows if epoch > rows[-1][0] - 1]
+def _result(module: SparkPretraining, recorder: Recorder, seconds: float) -> str:
     return (
         f"Trained {module.plan.total_steps} steps ({module.epochs_done:.4g} epochs), {seconds:.0f} s; mean loss "
-        f"{sum(first) / max(len(first), 1):.4f} in the first epoch, {sum(last) / len(last):.4f} in the last"
+        f"{recorder.first_loss:.4f} in the first epoch, {recorder.epoch_loss:.4f} in the last"
     )
 
 

@@ -1,6 +1,7 @@
 """The command pretrain from end to end, on small synthetic radar and on real KNMI frames."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from spatspark_fast.training.module import step_seed
 from spatspark_fast.training.savings import measure_encoder
 from spatspark_fast.training.stream import BatchStream, epoch_order
 
-from .pretrain_runs import checkpoint, pretrain, rows, same
+from .pretrain_runs import arguments, checkpoint, pretrain, rows, same, start
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     state = checkpoint(tmp_path / "run")
     assert state["position"] == 4
     assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_the_summary_compares_epochs_also_when_rows_span_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def summary(name: str, log_every: int) -> str:
+        assert pretrain(tmp_path / name, trainer__log_every=log_every) == 0
+        return capsys.readouterr().out.partition("mean loss ")[2].rpartition("mean loss ")[2].splitlines()[0]
+
+    often, seldom = summary("often", 1), summary("seldom", 12)
+    losses = [float(row["loss"]) for row in rows(tmp_path / "often")]
+    first, last = np.mean(losses[:4]), np.mean(losses[-4:])
+    assert often == seldom == f"{first:.4f} in the first epoch, {last:.4f} in the last"
+
+
+def test_two_processes_train_one_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = start(arguments(out, trainer__accelerator="cpu", trainer__devices=2, trainer__epochs=2), strict=False)
+    try:
+        said, _ = process.communicate(timeout=200)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == 0, said
+    assert [(int(row["step"]), float(row["epoch"])) for row in rows(out)] == [(1, 0.5), (2, 1), (3, 1.5), (4, 2)]
+    state = checkpoint(out)
+    assert (state["position"], state["batches_per_epoch"]) == (4, 2)
 
 
 def test_bf16_trains_with_float32_weights(tmp_path: Path) -> None:
