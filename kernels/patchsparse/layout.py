@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gather_patches", "packed_empty", "packed_like", "scatter_patches"]
+__all__ = ["dense_operand", "gather_patches", "packed_empty", "packed_like", "scatter_patches"]
 
 
 def packed_empty(like: Tensor, count: int | torch.SymInt, channels: int, height: int, width: int) -> Tensor:
@@ -20,6 +20,15 @@ def packed_empty(like: Tensor, count: int | torch.SymInt, channels: int, height:
 def packed_like(x: Tensor) -> Tensor:
     """Return ``x`` ``(N, C, ph, pw)`` with channels_last strides; a view where memory allows."""
     return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def dense_operand(x: Tensor) -> Tensor:
+    """Return ``x`` with plain strides if it has one channel, for PyTorch's own convolution.
+
+    With one channel in and out, channels_last strides and unequal strides such as (1, 2), float32 ``F.conv2d`` on the
+    CPU returns wrong numbers (seen in PyTorch 2.15); the same tensor with plain strides is right.
+    """
+    return x.squeeze(1).unsqueeze(1) if x.shape[1] == 1 else x
 
 
 def gather_patches(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:

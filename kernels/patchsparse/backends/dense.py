@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Call, Window
-from ..layout import gather_patches, scatter_patches
+from ..layout import dense_operand, gather_patches, scatter_patches
 
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "why_not"]
 
@@ -23,7 +23,7 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
 ) -> Tensor:
     """Convolve the zero-filled image and keep the active patches."""
-    image = scatter_patches(x, slot, coords)
+    image = dense_operand(scatter_patches(x, slot, coords))
     out = F.conv2d(image, weight, bias, window.stride, window.padding, window.dilation, groups)
     return gather_patches(out, slot, coords)
 

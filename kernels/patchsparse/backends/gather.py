@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Call, Window
+from ..layout import dense_operand
 from . import tables
 
 __all__ = [
@@ -113,7 +114,7 @@ def conv2d(
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     size = _patch_size(x)
     if method(x, x.shape[1], weight.shape[0], window, groups) == "halo":
-        tile = halo(x, slot, coords, window.before, window.after)
+        tile = dense_operand(halo(x, slot, coords, window.before, window.after))
         return F.conv2d(tile, weight, bias, window.stride, 0, window.dilation, groups)
     pairs = tables.tap_pairs(slot, coords, size, window)
     matrices = _tap_matrices(weight).transpose(1, 2)
@@ -134,7 +135,7 @@ def conv2d_dgrad(
         rows = _as_rows(grad).index_select(0, pairs.outputs)
         products = _multiply_taps(rows, pairs.counts, _tap_matrices(weight))
         return _from_rows(_sum_bags(products, *pairs.by_input), grad.shape[0], size)
-    tile = halo(grad, slot, coords, window.before_grad, window.after_grad)
+    tile = dense_operand(halo(grad, slot, coords, window.before_grad, window.after_grad))
     if window.stride == (1, 1):
         flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
         return F.conv2d(tile, flipped, None, 1, 0, window.dilation, groups)
@@ -168,7 +169,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
         for g, i, out in zip(grads, inputs, _tap_matrices(weight), strict=True):
             torch.mm(g.t(), i, out=out)
         return weight
-    tile = halo(x, slot, coords, window.before, window.after)
+    tile = dense_operand(halo(x, slot, coords, window.before, window.after))
     weight = x.new_empty(shape)
     return torch.ops.aten.convolution_backward(
         grad,
