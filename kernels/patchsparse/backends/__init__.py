@@ -28,7 +28,9 @@ def why_not(name: str, call: Call) -> str | None:
 
 def order(call: Call) -> tuple[str, ...]:
     """Return the engines that ``"auto"`` tries for a call, best first, by measurement (``benchmarks/``)."""
-    return ("triton", "gather") if call.device == "cuda" else ("gather",)
+    if call.device == "cuda":
+        return "triton", "gather"
+    return ("cpp", "gather") if engine("cpp").pays(call) else ("gather",)
 
 
 def choose(call: Call, backend: str) -> str:

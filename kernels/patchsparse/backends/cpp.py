@@ -19,7 +19,7 @@ from ..layout import packed_empty, packed_like
 from . import native
 from .tables import remember
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "why_not"]
+__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "pays", "why_not"]
 
 Size = tuple[int, int]
 DTYPES = {torch.float32: 0, torch.float64: 1}
@@ -37,6 +37,31 @@ def why_not(call: Call) -> str | None:
     if call.num_active * call.size[0] * call.size[1] * max(call.window.stride) ** 2 > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} pixels in all patches"
     return native.library().problem
+
+
+def pays(call: Call) -> bool:
+    """Return whether this engine is the faster one on a CPU, where ``gather`` hands tiles to PyTorch's own kernels.
+
+    Measured (``benchmarks/test_cpp_engine.py``; batch 8, 60 % masked, one core of a 4th-generation Xeon), time of
+    ``gather`` / time of ``cpp``, forward, input gradient, weight gradient:
+
+    ========================  ================  ==================
+    operation                 float32           bfloat16
+    ========================  ================  ==================
+    3x3, p=8..2, C=64..256    1.3 1.4 1.3       0.3 0.3 0.5 (p=8)
+    3x3, p=2, C=16..64        2 .. 6            1.3 .. 6
+    3x3, p=1, C=512           1.1 1.0 2.1       9 .. 25
+    3x3 stride 2              1 .. 2.7          0.5 .. 20
+    7x7 depthwise             3 .. 160          1.1 .. 230
+    max-pooling               7                 5
+    7x7 stride 2, C=12 -> 64  1.2 1.1 0.8       0.3 0.3 0.25
+    ========================  ================  ==================
+    """
+    if call.operation.startswith("max_pool2d") or call.groups != 1:
+        return call.dtype != torch.float64
+    if call.dtype == torch.float32:
+        return call.in_channels >= (16 if call.operation == "conv2d_wgrad" else 8)
+    return call.dtype == torch.bfloat16 and min(call.window.output_size(call.size)) <= 2
 
 
 class _Plan:
@@ -171,9 +196,7 @@ def _taps_first(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _depthwise(
-    the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flip: bool
-) -> None:
+def _depthwise(the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flip: bool) -> None:
     matrix = _taps_first(weight)
     args = native.Depthwise(
         *(the_plan.pointer, source.data_ptr(), matrix.data_ptr(), None if bias is None else bias.data_ptr()),
@@ -182,9 +205,7 @@ def _depthwise(
     _run("ps_depthwise", args)
 
 
-def conv2d_wgrad(
-    x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int
-) -> Tensor:
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
     dtype, (kh, kw) = x.dtype, window.kernel
     x, grad = _compute(x), _compute(grad)
@@ -220,9 +241,7 @@ def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple
     return out.to(dtype), tap
 
 
-def max_pool2d_grad(
-    grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window
-) -> Tensor:
+def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
     """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
     dtype = grad.dtype
     grad, tap = _compute(grad), packed_like(tap)

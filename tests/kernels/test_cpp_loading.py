@@ -1,0 +1,96 @@
+"""Finding the C++ engine: instruction sets by name, threads borrowed from torch, and life without it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from patchsparse import PatchGrid, available_backends, explain, patch_conv2d
+from patchsparse.backends import cpp, native
+from patchsparse.geometry import Call, Window
+
+built = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+CALL = Call("conv2d", "cpu", torch.float32, 8, (4, 4), 16, 16, Window((3, 3), (1, 1), (1, 1)))
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """Make the engine look as if it had not been built."""
+    absent = native.Library(None, f"the C++ engine was not built; {native.HOW}")
+    monkeypatch.setattr(native, "library", lambda: absent)
+
+
+@pytest.fixture
+def problem():
+    grid = PatchGrid.random(2, (3, 3), keep=4, generator=torch.Generator().manual_seed(0))
+    return grid, torch.randn(8, 16, 4, 4), torch.randn(16, 16, 3, 3)
+
+
+def test_without_the_library_another_engine_serves_and_explain_says_how_to_get_it(missing, problem):
+    grid, packed, weight = problem
+    assert patch_conv2d(packed, weight, None, grid, padding=1).shape == packed.shape
+    text = explain(packed, weight, grid, padding=1)
+    assert "gather: taken" in text
+    assert "cpp: cannot run, the C++ engine was not built" in text
+    assert "compiler" in text
+    assert "cpp" not in available_backends()
+    with pytest.raises(RuntimeError, match="not built"):
+        patch_conv2d(packed, weight, None, grid, padding=1, backend="cpp")
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": "cuda"}, "runs on the CPU"),
+        ({"dtype": torch.float16}, "not torch.float16"),
+        ({"groups": 4}, "groups=1 or depthwise"),
+        ({"num_active": 2**28}, "at most"),
+    ],
+)
+def test_why_not_names_the_reason(change, reason):
+    assert cpp.why_not(CALL) is None
+    assert reason in str(cpp.why_not(Call(**{**CALL.__dict__, **change})))
+
+
+@built
+def test_an_unknown_instruction_set_is_refused(problem, monkeypatch):
+    grid, packed, weight = problem
+    monkeypatch.setenv(native.ISA, "avx9000")
+    with pytest.raises(RuntimeError, match=r"PATCHSPARSE_ISA=avx9000 cannot run here; choose one of portable"):
+        patch_conv2d(packed, weight, None, grid, padding=1, backend="cpp")
+
+
+@built
+def test_without_an_openmp_runtime_one_thread_gives_the_same(problem):
+    grid, packed, weight = problem
+    handle = native.library().handle
+    assert handle is not None
+    expected = patch_conv2d(packed, weight, None, grid, padding=1, backend="cpp")
+    handle.ps_set_runtime(None, None, None)
+    try:
+        alone = patch_conv2d(packed, weight, None, grid, padding=1, backend="cpp")
+    finally:
+        native.library.cache_clear()
+        assert native.library().serial is None
+    assert torch.equal(alone, expected)
+
+
+@built
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_the_engine_brings_no_second_openmp_runtime():
+    """Two runtimes would keep two pools of threads spinning against each other; in a fresh process there is one."""
+    program = """
+import torch
+torch.set_num_threads(2)
+from patchsparse import PatchGrid, patch_conv2d
+grid = PatchGrid.random(2, (3, 3), keep=4)
+patch_conv2d(torch.randn(8, 16, 4, 4), torch.randn(16, 16, 3, 3), None, grid, padding=1, backend="cpp")
+torch.randn(512, 512) @ torch.randn(512, 512)
+print(open("/proc/self/maps").read())
+"""
+    maps = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "_engine.so" in maps
+    assert len(set(re.findall(r"lib[gi]?omp[^\s/]*\.so\S*", maps))) <= 1
