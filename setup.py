@@ -57,13 +57,12 @@ class BuildEngine(build_ext):
     def compile_source(self, source: str) -> str:
         """Compile one file with its instruction set, or without if the compiler does not know it."""
         special = ISA_FLAGS.get(Path(source).stem, []) if X86 else []
-        extra = os.environ.get("PATCHSPARSE_CXXFLAGS", "").split()  # scripts/sanitize.sh
         try:
-            return self.compiler.compile([source], self.build_temp, extra_postargs=FLAGS + special + extra)[0]
+            return self.compiler.compile([source], self.build_temp, extra_postargs=FLAGS + special)[0]
         except CompileError:
             if not special:
                 raise
-            return self.compiler.compile([source], self.build_temp, extra_postargs=FLAGS + extra)[0]
+            return self.compiler.compile([source], self.build_temp, extra_postargs=FLAGS)[0]
 
 
 csrc = Path("csrc")

@@ -13,6 +13,7 @@ __all__ = ["ISA", "ISAS", "Conv", "Depthwise", "Geometry", "Library", "Pool", "W
 
 ABI = 1
 ISA = "PATCHSPARSE_ISA"
+ENGINE = "PATCHSPARSE_ENGINE"
 ISAS = ("portable", "avx2", "avx512", "amx")
 HOW = (
     "reinstall with a C++17 compiler on the PATH (`pip install --force-reinstall --no-deps .`); "
@@ -101,10 +102,13 @@ class Library(NamedTuple):
 
 @cache
 def library() -> Library:
-    """Load the engine on first use; the result says why if that fails."""
-    path = Path(__file__).parent.parent / "_engine.so"
+    """Load the engine on first use; the result says why if that fails.
+
+    The environment variable ``PATCHSPARSE_ENGINE`` names another build, such as one with sanitizers.
+    """
+    path = Path(os.environ.get(ENGINE) or Path(__file__).parent.parent / "_engine.so")
     if not path.exists():
-        return Library(None, f"the C++ engine was not built; {HOW}")
+        return Library(None, f"the C++ engine was not built ({path.name} is missing); {HOW}")
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:

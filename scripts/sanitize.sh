@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Build the C++ engine with AddressSanitizer and UndefinedBehaviorSanitizer, and run its tests on that build.
+# The library goes to a temporary place; the installed one is not touched. Arguments are passed to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+compiler=${CXX:-g++}
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+flags=(-std=c++17 -O1 -g -fPIC -fvisibility=hidden -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
+jobs=()
+for source in csrc/*.cpp; do
+  isa=()
+  if [ "$(uname -m)" = x86_64 ]; then
+    case $source in
+      *kernels_avx2.cpp) isa=(-mavx2 -mfma) ;;
+      *kernels_avx512.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma) ;;
+    esac
+  fi
+  "$compiler" "${flags[@]}" "${isa[@]}" -c "$source" -o "$build/$(basename "$source").o" &
+  jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job"; done
+"$compiler" -shared "${flags[@]}" "$build"/*.o -o "$build/_engine.so"
+
+# Python itself leaks by design, and torch's libraries are not instrumented: only our code's faults count.
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
+export PATCHSPARSE_ENGINE=$build/_engine.so OMP_NUM_THREADS=2
+LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
+  python -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_cpp.py tests/kernels/test_cpp_loading.py "$@"
