@@ -1,5 +1,7 @@
-// Depthwise convolution: by rows of a patch where stride and dilation are 1 and rows are long enough, else by pixel.
+// Depthwise convolution: whole patches where stride and dilation are 1 and rows are long enough, else by pixel with
+// its active taps. Either way a slice of channels is taken at a time, narrow enough for the first-level cache.
 #include <algorithm>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -9,6 +11,15 @@
 namespace patchsparse {
 namespace {
 
+constexpr int64_t SLICE = 64;          // channels
+constexpr int64_t BATCH_PIXELS = 128;  // pixels whose lists of taps are kept while all slices pass
+
+// The active taps of a batch of targets, one list after the other.
+struct TapLists {
+    std::vector<int32_t> in, taps, start;
+    std::vector<int64_t> target;  // row of each pixel
+};
+
 template <class T>
 class Depthwise {
   public:
@@ -16,17 +27,22 @@ class Depthwise {
         : args_(args), plan_(*args.plan), kernels_(kernels), v_(plan_.axis[0]), h_(plan_.axis[1]) {
         const ps_geometry& g = plan_.geometry;
         const bool plain = !g.adjoint && g.stride[0] == 1 && g.stride[1] == 1 && g.dilation[0] == 1 && g.dilation[1] == 1;
-        by_rows_ = kernels.depthwise_row != nullptr && plain && h_.target >= 4 &&
-                   (h_.taps == 3 || h_.taps == 5 || h_.taps == 7);
+        by_patch_ = kernels.depthwise_patch != nullptr && plain && h_.target >= 4 &&
+                    (h_.taps == 3 || h_.taps == 5 || h_.taps == 7);
     }
 
     void forward() const {
-        parallel_for(args_.threads, plan_.geometry.patches, [this](int64_t patch) {
-            for (int32_t y = 0; y < v_.target; ++y) {
-                if (by_rows_) kernels_.depthwise_row(row_args(patch, y));
-                else for_pixels(patch, y, [this](const PixelArgs<T>& a) { kernels_.depthwise_pixel(a); });
+        auto share = [this](int thread, int team) {
+            const int64_t patches = plan_.geometry.patches;
+            const int64_t first = patches * thread / team, last = patches * (thread + 1) / team;
+            if (by_patch_) {
+                for (int64_t patch = first; patch < last; ++patch)
+                    kernels_.depthwise_patch(patch_args(patch, 0, args_.channels));
+                return;
             }
-        });
+            for_pixels(first, last, 0, args_.channels, [this](const PixelArgs<T>& a) { kernels_.depthwise_pixel(a); });
+        };
+        parallel(args_.threads, share);
     }
 
     // A thread owns a range of channels and adds over all patches in order: the same for any number of threads.
@@ -39,55 +55,65 @@ class Depthwise {
             const int64_t last = std::min(args_.channels, steps * (thread + 1) / team * STEP);
             for (int32_t tap = 0; tap < plan_.taps(); ++tap)
                 std::fill(gradient + tap * args_.channels + first, gradient + tap * args_.channels + last, T(0));
-            for (int64_t patch = 0; first < last && patch < plan_.geometry.patches; ++patch)
-                for (int32_t y = 0; y < v_.target; ++y) {
-                    if (by_rows_) {
-                        kernels_.depthwise_row_wgrad(row_args(patch, y), gradient, first, last);
-                        continue;
-                    }
-                    for_pixels(patch, y, [&](const PixelArgs<T>& a) {
-                        kernels_.depthwise_pixel_wgrad(a, gradient, first, last);
-                    });
-                }
+            if (first == last) return;
+            if (by_patch_) {
+                for (int64_t patch = 0; patch < plan_.geometry.patches; ++patch)
+                    kernels_.depthwise_patch_wgrad(patch_args(patch, first, last), gradient);
+                return;
+            }
+            for_pixels(0, plan_.geometry.patches, first, last,
+                       [&](const PixelArgs<T>& a) { kernels_.depthwise_pixel_wgrad(a, gradient); });
         };
         parallel(args_.threads, share);
     }
 
   private:
-    T* target_row(int64_t patch, int32_t y, int32_t x) const {
-        return static_cast<T*>(args_.target) + ((patch * v_.target + y) * h_.target + x) * args_.channels;
+    DepthwiseArgs<T> patch_args(int64_t patch, int64_t first, int64_t last) const {
+        const int64_t row = h_.target * args_.channels;
+        return {static_cast<const T*>(args_.source), plan_.halo_of(patch), h_.halo, {v_.taps, h_.taps},
+                static_cast<const T*>(args_.weight), static_cast<const T*>(args_.bias),
+                static_cast<T*>(args_.target) + patch * v_.target * row, args_.channels, row, v_.target, h_.target,
+                args_.flip != 0, first, last};
     }
 
-    DepthwiseArgs<T> row_args(int64_t patch, int32_t y) const {
-        return {static_cast<const T*>(args_.source), plan_.halo_of(patch) + int64_t(v_.at[size_t(y) * v_.taps]) * h_.halo,
-                h_.halo, {v_.taps, h_.taps}, static_cast<const T*>(args_.weight), static_cast<const T*>(args_.bias),
-                target_row(patch, y, 0), args_.channels, h_.target, args_.flip != 0};
-    }
-
-    // Call f for each target of a row with its active taps.
-    template <class F>
-    void for_pixels(int64_t patch, int32_t y, F f) const {
-        constexpr int32_t FEW = 128;
-        int32_t few_in[FEW], few_taps[FEW];
-        std::vector<int32_t> many;
-        int32_t *in = few_in, *taps = few_taps;
-        if (plan_.taps() > FEW) {
-            many.resize(size_t(plan_.taps()) * 2);
-            in = many.data();
-            taps = in + plan_.taps();
-        }
-        for (int32_t x = 0; x < h_.target; ++x) {
-            int32_t count = 0;
-            for (int32_t tap = 0; tap < plan_.taps(); ++tap) {
-                const int32_t hy = v_.at[size_t(y) * v_.taps + tap / h_.taps];
-                const int32_t hx = h_.at[size_t(x) * h_.taps + tap % h_.taps];
-                const int32_t row = hy < 0 || hx < 0 ? INACTIVE : plan_.halo_of(patch)[int64_t(hy) * h_.halo + hx];
-                if (row < 0) continue;
-                in[count] = row;
-                taps[count++] = args_.flip ? plan_.taps() - 1 - tap : tap;
+    void add_lists(TapLists& lists, int64_t patch) const {
+        for (int32_t y = 0; y < v_.target; ++y)
+            for (int32_t x = 0; x < h_.target; ++x) {
+                lists.start.push_back(int32_t(lists.in.size()));
+                lists.target.push_back((patch * v_.target + y) * h_.target + x);
+                for (int32_t ky = 0; ky < v_.taps; ++ky) {
+                    const int32_t hy = v_.at[size_t(y) * v_.taps + ky];
+                    for (int32_t kx = 0; hy >= 0 && kx < h_.taps; ++kx) {
+                        const int32_t hx = h_.at[size_t(x) * h_.taps + kx];
+                        const int32_t row = hx < 0 ? INACTIVE : plan_.halo_of(patch)[int64_t(hy) * h_.halo + hx];
+                        if (row < 0) continue;
+                        const int32_t tap = ky * h_.taps + kx;
+                        lists.in.push_back(row);
+                        lists.taps.push_back(args_.flip ? plan_.taps() - 1 - tap : tap);
+                    }
+                }
             }
-            f(PixelArgs<T>{static_cast<const T*>(args_.source), in, taps, count, static_cast<const T*>(args_.weight),
-                           static_cast<const T*>(args_.bias), target_row(patch, y, x), args_.channels});
+    }
+
+    // Call f for each target of patches [first, last) with its active taps, slice by slice of channels [low, high).
+    template <class F>
+    void for_pixels(int64_t first, int64_t last, int64_t low, int64_t high, F f) const {
+        const int64_t batch = std::max<int64_t>(1, BATCH_PIXELS / (int64_t(v_.target) * h_.target));
+        TapLists lists;
+        for (int64_t begin = first; begin < last; begin += batch) {
+            lists.in.clear();
+            lists.taps.clear();
+            lists.start.clear();
+            lists.target.clear();
+            for (int64_t patch = begin; patch < std::min(begin + batch, last); ++patch) add_lists(lists, patch);
+            lists.start.push_back(int32_t(lists.in.size()));
+            for (int64_t c = low; c < high; c += SLICE)
+                for (size_t i = 0; i < lists.target.size(); ++i)
+                    f(PixelArgs<T>{static_cast<const T*>(args_.source), lists.in.data() + lists.start[i],
+                                   lists.taps.data() + lists.start[i], lists.start[i + 1] - lists.start[i],
+                                   static_cast<const T*>(args_.weight), static_cast<const T*>(args_.bias),
+                                   static_cast<T*>(args_.target) + lists.target[i] * args_.channels, args_.channels, c,
+                                   std::min(c + SLICE, high)});
         }
     }
 
@@ -95,7 +121,7 @@ class Depthwise {
     const ps_plan& plan_;
     const Kernels<T>& kernels_;
     const Axis &v_, &h_;
-    bool by_rows_;
+    bool by_patch_;
 };
 
 template <class T>

@@ -60,22 +60,23 @@ struct OuterArgs {
     bool accumulate;
 };
 
-// One row of depthwise targets, x0 .. x0 + width of a patch, all channels. halo points at the window of target x0.
+// Depthwise targets of one patch, channels [first, last); stride and dilation are 1.
 template <class T>
 struct DepthwiseArgs {
     const T* source;
-    const int32_t* halo;
-    int64_t halo_row;  // entries from one tap row to the next
+    const int32_t* halo;  // the window of the first target
+    int64_t halo_row;     // entries from one row to the next
     int32_t kernel[2];
     const T* weight;  // (taps, channels)
     const T* bias;
-    T* target;  // of target x0; rows are `channels` apart
-    int64_t channels;
-    int32_t width;
+    T* target;  // (height, width, channels)
+    int64_t channels, target_row;
+    int32_t height, width;
     bool flip;
+    int64_t first, last;
 };
 
-// Depthwise by pixel: source rows `in` and their taps, `count` of them; target one row.
+// Depthwise by pixel, channels [first, last): source rows `in` and their taps, `count` of them; target one row.
 template <class T>
 struct PixelArgs {
     const T* source;
@@ -84,7 +85,7 @@ struct PixelArgs {
     const T* weight;
     const T* bias;
     T* target;
-    int64_t channels;
+    int64_t channels, first, last;
 };
 
 template <class T>
@@ -94,12 +95,12 @@ struct Kernels {
     void (*pack)(const PackArgs<T>&);
     void (*gather)(const GatherArgs<T>&);
     void (*outer)(const OuterArgs<T>&);
-    // Stride and dilation 1, kernels 3, 5 or 7 wide; null where the compiled code would not pay for its size.
-    void (*depthwise_row)(const DepthwiseArgs<T>&);
+    // Kernels 3, 5 or 7 wide; null where the compiled code would not pay for its size.
+    void (*depthwise_patch)(const DepthwiseArgs<T>&);
     void (*depthwise_pixel)(const PixelArgs<T>&);
-    // Weight gradient of one row of targets (`target` read), channels [first, last): adds to gradient (taps, channels).
-    void (*depthwise_row_wgrad)(const DepthwiseArgs<T>&, T* gradient, int64_t first, int64_t last);
-    void (*depthwise_pixel_wgrad)(const PixelArgs<T>&, T* gradient, int64_t first, int64_t last);
+    // Weight gradients: `target` is read, the result is added to gradient (taps, channels).
+    void (*depthwise_patch_wgrad)(const DepthwiseArgs<T>&, T* gradient);
+    void (*depthwise_pixel_wgrad)(const PixelArgs<T>&, T* gradient);
     void (*pool_max)(const T* value, int32_t tap, T* best, uint8_t* at, int64_t channels);  // value null: zeros
     void (*pool_add)(const T* gradient, const uint8_t* at, int32_t tap, T* sum, int64_t channels);
 };

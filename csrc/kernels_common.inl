@@ -13,14 +13,14 @@ struct Int {
 #include "pack.inl"
 #include "stencil.inl"
 
-template <class V, int ROWS, int OUTER, bool DEPTHWISE_ROWS>
+template <class V, int ROWS, int OUTER, bool DEPTHWISE_PATCHES>
 constexpr Kernels<typename V::T> table() {
     using T = typename V::T;
     Kernels<T> t{ROWS, OUTER, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V>, any_outer<V, OUTER>, nullptr,
                  depthwise_pixel<V>, nullptr, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
-    if constexpr (DEPTHWISE_ROWS) {
-        t.depthwise_row = depthwise_row<V>;
-        t.depthwise_row_wgrad = depthwise_row_wgrad<V>;
+    if constexpr (DEPTHWISE_PATCHES) {
+        t.depthwise_patch = depthwise_patch<V>;
+        t.depthwise_patch_wgrad = depthwise_patch_wgrad<V>;
     }
     return t;
 }
