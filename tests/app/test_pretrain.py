@@ -295,7 +295,7 @@ def test_real_knmi_rain_trains(radar: Path, tmp_path: Path) -> None:
     frames = torch.stack([windows[i]["input"] for i in range(len(windows))])
     assert frames.shape[1:] == (4, 288, 288)
     before, after = losses_before_and_after(out, frames)
-    assert after < 0.99 * before
+    assert after < 0.97 * before
     with Image.open(out / "reconstruction.png") as image:
         drawn = {tuple(colour) for colour in np.asarray(image.convert("RGB")).reshape(-1, 3).tolist()}
     rain = {tuple(round(255 * part) for part in to_rgb(colour)) for colour in RAIN_COLOURS[:4]}
