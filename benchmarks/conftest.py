@@ -14,7 +14,7 @@ import torch
 
 from .timing import Ratio
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "suite", "case", "way", "against", "ratio", "low", "high", "value", "against_value", "unit",
     "device", "threads", "torch", "commit",
 )  # fmt: skip

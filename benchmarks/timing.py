@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ def peak_bytes(run: Callable[[], object]) -> int:
     if profiler is None or profiler.kineto_results is None:
         raise RuntimeError("torch.profiler recorded nothing")
     held = peak = 0
-    for event in sorted(profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+    events: list[Any] = profiler.kineto_results.events()  # their type stub lacks nbytes
+    for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
