@@ -27,7 +27,11 @@ FLAGS = [
 ]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 # Each file with its own instruction set; dispatch.cpp asks the processor which of them it may call.
-ISA_FLAGS = {"kernels_avx2": ["-mavx2", "-mfma"], "kernels_avx512": AVX512}
+ISA_FLAGS = {
+    "kernels_avx2": ["-mavx2", "-mfma"],
+    "kernels_avx512": AVX512,
+    "kernels_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 

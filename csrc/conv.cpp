@@ -212,10 +212,14 @@ int32_t conv(const ps_conv_args& args) {
 }
 
 }  // namespace
+
+int32_t conv_bf16(const ps_conv_args& args);
+
 }  // namespace patchsparse
 
 int32_t ps_conv(const ps_conv_args* args) {
     if (args->dtype == PS_F32) return patchsparse::conv<float>(*args);
     if (args->dtype == PS_F64) return patchsparse::conv<double>(*args);
+    if (args->dtype == PS_BF16) return patchsparse::conv_bf16(*args);
     return -1;
 }

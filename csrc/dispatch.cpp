@@ -2,8 +2,28 @@
 #include "engine.h"
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace patchsparse {
 namespace {
+
+// Matrix tiles need the processor, AVX-512 with bfloat16, and the system's leave to keep their large state.
+bool has_matrix_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, AVX512_BF16 = 1u << 5;
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILE)) != (BF16 | TILE)) return false;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & AVX512_BF16) == 0) return false;
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
 
 bool processor_has(int32_t isa) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -31,11 +51,17 @@ const Kernels<double>* kernels<double>(int32_t) {
     return kernels_portable_f64();
 }
 
+const Bf16Kernels* kernels_bf16() {
+    static const bool present = processor_has(PS_AVX512) && has_matrix_tiles();
+    return present ? kernels_amx() : nullptr;
+}
+
 }  // namespace patchsparse
 
 int32_t ps_abi() { return 1; }
 
 int32_t ps_isa_supported(int32_t isa) {
-    if (isa < PS_PORTABLE || isa > PS_AVX512) return 0;
+    if (isa < PS_PORTABLE || isa > PS_AMX) return 0;
+    if (isa == PS_AMX && patchsparse::kernels_bf16() == nullptr) return 0;
     return patchsparse::kernels<float>(isa) != nullptr;
 }

@@ -20,7 +20,7 @@ extern "C" {
 typedef struct ps_plan ps_plan;
 
 enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AMX = 3 };  // instruction sets, each including those before it
-enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };
+enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad with PS_AMX only
 
 // What is read by what. `adjoint` = 0: targets are the outputs of a window operation and sources its inputs;
 // `adjoint` = 1: the other way round (strided input gradients). Pairs are (vertical, horizontal).
@@ -45,6 +45,7 @@ typedef struct {
 } ps_conv_args;
 
 // weight gradient[n, k, y, x] = sum over pairs of target[o, n] * source[i(o, tap), k]; one of the first two strides is 1.
+// With PS_BF16 the gradient is float32.
 typedef struct {
     const ps_plan* plan;
     const void* source;

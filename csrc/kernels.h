@@ -105,6 +105,71 @@ struct Kernels {
     void (*pool_add)(const T* gradient, const uint8_t* at, int32_t tap, T* sum, int64_t channels);
 };
 
+// --- bfloat16 on matrix tiles: 32 x 32 results, 32 channels or pairs at a time -----------------------------------------
+
+using Bf16 = uint16_t;
+constexpr int64_t BF16_TILE = 32;  // rows, columns and depth of a step
+
+// sum of `tap_count` products blocks[j] (steps, 32 rows, 32) x panel[taps[j]] (steps, 2, 16, 16, 2), then stored in the rows
+// `out` of `target`, or added to those of `sum`.
+struct Bf16TileArgs {
+    const Bf16* blocks;
+    const int32_t* taps;
+    int32_t tap_count;
+    const Bf16* panel;
+    int64_t steps;  // of depth
+    const int32_t* out;
+    Bf16* target;
+    float* sum;  // null: store in target
+    int64_t target_stride;
+    const Bf16* bias;
+    int32_t rows, columns;
+};
+
+// One tap's weights (columns n, depth k) at n * stride[0] + k * stride[1] -> panel (steps, 2, 16, 16, 2), zero-filled.
+struct Bf16PackArgs {
+    const Bf16* weight;
+    int64_t stride[2];
+    int64_t depth;
+    int32_t columns;
+    Bf16* panel;
+};
+
+// Pairs of rows, 32 at a time -> blocks for the product of p transposed and q: columns [0, columns) of rows `at`.
+struct Bf16GatherArgs {
+    const Bf16* source;
+    int64_t stride;
+    const int32_t* at;
+    int64_t count;
+    int64_t columns;
+    Bf16* out;
+};
+
+struct Bf16OuterArgs {
+    const Bf16 *p, *q;  // (steps, 2, 16 x 32) blocks of 32 columns each
+    int64_t steps;
+    float* result;
+    int64_t result_stride;
+    int32_t rows, columns;
+    bool accumulate;
+};
+
+struct Bf16Kernels {
+    void (*begin)();  // once per thread and call, before any other
+    void (*end)();
+    void (*pack)(const Bf16PackArgs&);
+    void (*gather)(const Bf16GatherArgs&);  // rows -> (steps, 32 rows, 32), zero-filled
+    void (*tile)(const Bf16TileArgs&);
+    void (*gather_p)(const Bf16GatherArgs&);  // 32 columns of pairs, transposed: left side of `outer`
+    void (*gather_q)(const Bf16GatherArgs&);  // 32 columns of pairs, interleaved: right side
+    void (*outer)(const Bf16OuterArgs&);
+    void (*narrow)(const float* from, Bf16* to, int64_t count);
+};
+
+// Null if this build or processor lacks the matrix tiles.
+const Bf16Kernels* kernels_bf16();
+const Bf16Kernels* kernels_amx();
+
 const Kernels<float>* kernels_portable_f32();
 const Kernels<double>* kernels_portable_f64();
 const Kernels<float>* kernels_avx2_f32();

@@ -1,184 +1,57 @@
-// Weight gradient: per tap the product of the transposed target rows with the source rows of its active pairs.
-//
-// A thread owns (tap, tile of the gradient) and adds over all pairs in a fixed order: no reduction between threads,
-// so the result does not depend on their number. Pairs are taken in chunks whose rows stay in the second-level cache,
-// and within a chunk in runs: the columns of a run are gathered into panels, and then every tile of its rows, which
-// stay in the first-level cache, meets all panels, so that the gradient is written in long pieces.
-#include <algorithm>
-#include <atomic>
+// Weight gradient with vectors: columns are gathered into panels, rows are broadcast where they lie.
+#include "wgrad.h"
+
 #include <new>
-#include <vector>
 
 #include "kernels.h"
-#include "parallel.h"
-#include "plan.h"
-#include "scratch.h"
 
 namespace patchsparse {
 namespace {
 
-constexpr int64_t CACHE = 1 << 20;  // bytes of source and target rows that a chunk may touch
-constexpr int64_t RUN = 256;        // pairs of a run
-constexpr int64_t PANELS = 8;       // panels gathered at a time
+template <class T>
+struct VectorPolicy {
+    using Source = T;
+    using Result = T;
+    static constexpr int64_t RUN = 256;
+    const Kernels<T>& kernels;
 
-// Rows [row, row + count) of a group.
-struct Span {
-    int32_t group;
-    int64_t row, count;
-};
+    int64_t tile_rows() const { return kernels.outer_rows; }
+    int64_t tile_columns() const { return kernels.columns; }
+    int64_t left_size() const { return 0; }
+    void begin() const {}
+    void end() const {}
 
-// A run being collected: the pairs' rows on the broadcast side p and on the vector side q.
-struct Run {
-    int32_t p[RUN], q[RUN];
-    int64_t count = 0;
+    void gather_columns(const T* q, int64_t stride, const int32_t* at, int64_t count, int32_t columns, T* panel) const {
+        kernels.gather({q, stride, at, count, columns, panel});
+    }
+    void gather_rows(const T*, int64_t, const int32_t*, int64_t, int32_t, T*) const {}
+    void multiply(const T* p, int64_t stride, const int32_t* at, int64_t count, const T*, const T* panel, T* result,
+                  int64_t result_stride, int32_t rows, int32_t columns, bool accumulate) const {
+        kernels.outer({p, stride, at, count, panel, result, result_stride, rows, columns, accumulate});
+    }
 };
 
 template <class T>
-class Wgrad {
-  public:
-    Wgrad(const ps_wgrad_args& args, const Kernels<T>& kernels) : args_(args), plan_(*args.plan), kernels_(kernels) {
-        by_target_ = args.weight_stride[0] == 1 && args.weight_stride[1] != 1;
-        rows_ = by_target_ ? args.source_channels : args.target_channels;
-        columns_ = by_target_ ? args.target_channels : args.source_channels;
-        row_tiles_ = (rows_ + kernels.outer_rows - 1) / kernels.outer_rows;
-        column_tiles_ = (columns_ + kernels.columns - 1) / kernels.columns;
-        cut_chunks();
-    }
-
-    bool run() {
-        std::vector<int64_t> start{0};  // where each tap begins, in pairs times row tiles
-        for (int32_t tap = 0; tap < plan_.taps(); ++tap) start.push_back(start.back() + (pairs_[tap] + 1) * row_tiles_);
-        std::atomic<bool> failed{false};
-        auto share = [&](int thread, int team) {
-            static thread_local Scratch scratch;
-            T* panels = scratch.get<T>(PANELS * RUN * kernels_.columns);
-            if (panels == nullptr) failed = true;
-            else add_share(start, start.back() * thread / team, start.back() * (thread + 1) / team, panels);
-        };
-        parallel(args_.threads, share);
-        return !failed;
-    }
-
-  private:
-    // The tiles of one tap that a thread adds to: row tiles [low, high) by column tiles [first, last).
-    struct Block {
-        int64_t low, high, first, last;
-        T* result;
-        bool opens;  // nothing has been stored yet
-    };
-
-    // Cut the groups laid end to end into chunks of as many target rows as the cache holds.
-    void cut_chunks() {
-        const int64_t bytes = (args_.source_channels + args_.target_channels) * int64_t(sizeof(T));
-        const int64_t limit = std::max<int64_t>(RUN, CACHE / bytes), taps = plan_.taps();
-        position_.assign(plan_.groups.size() * taps, -1);
-        first_.assign(taps, 0);
-        pairs_.assign(taps, 0);
-        int64_t room = 0;
-        for (size_t g = 0; g < plan_.groups.size(); ++g) {
-            const Group& group = plan_.groups[g];
-            for (int32_t j = 0; j < group.tap_count; ++j) {
-                const int32_t tap = plan_.tap_ids[group.taps + j];
-                position_[g * taps + tap] = j;
-                if (pairs_[tap] == 0) first_[tap] = int64_t(chunks_.size()) - (room > 0);
-                pairs_[tap] += group.rows;
-            }
-            for (int64_t row = 0, count = 0; row < group.rows; row += count, room -= count) {
-                if (room == 0) {
-                    chunks_.emplace_back();
-                    room = limit;
-                }
-                count = std::min<int64_t>(room, group.rows - row);
-                chunks_.back().push_back({int32_t(g), row, count});
-            }
-        }
-        if (chunks_.empty()) chunks_.emplace_back();
-    }
-
-    // Add every row tile that begins in [first, last) of the row tiles of all taps laid end to end.
-    void add_share(const std::vector<int64_t>& start, int64_t first, int64_t last, T* panels) const {
-        for (size_t chunk = 0; chunk < chunks_.size(); ++chunk)
-            for (int32_t tap = 0; tap < plan_.taps(); ++tap) {
-                const int64_t step = pairs_[tap] + 1;
-                const int64_t low = std::clamp<int64_t>((first - start[tap] + step - 1) / step, 0, row_tiles_);
-                const int64_t high = std::clamp<int64_t>((last - start[tap] + step - 1) / step, 0, row_tiles_);
-                for (int64_t c = 0; low < high && c < column_tiles_; c += PANELS)
-                    add_chunk(chunks_[chunk], tap, first_[tap] == int64_t(chunk), low, high, c, panels);
-            }
-    }
-
-    void add_chunk(const std::vector<Span>& spans, int32_t tap, bool opens, int64_t low, int64_t high, int64_t column,
-                   T* panels) const {
-        const int32_t wide = plan_.axis[1].taps;
-        T* result = static_cast<T*>(args_.weight) + tap / wide * args_.weight_stride[2] + tap % wide * args_.weight_stride[3];
-        Block block{low, high, column, std::min(column + PANELS, column_tiles_), result, opens};
-        Run run;
-        for (const Span& span : spans) {
-            const Group& group = plan_.groups[span.group];
-            const int32_t j = position_[size_t(span.group) * plan_.taps() + tap];
-            if (j < 0) continue;
-            const int32_t* source = plan_.in_rows.data() + group.in + int64_t(j) * group.rows + span.row;
-            const int32_t* target = plan_.out_rows.data() + group.out + span.row;
-            for (int64_t i = 0, count = 0; i < span.count; i += count) {
-                count = std::min(RUN - run.count, span.count - i);
-                std::copy_n((by_target_ ? source : target) + i, count, run.p + run.count);
-                std::copy_n((by_target_ ? target : source) + i, count, run.q + run.count);
-                run.count += count;
-                if (run.count == RUN) add_run(run, block, panels);
-            }
-        }
-        if (run.count > 0 || block.opens) add_run(run, block, panels);
-    }
-
-    void add_run(Run& run, Block& block, T* panels) const {
-        const int64_t row_stride = args_.weight_stride[by_target_ ? 1 : 0];
-        const T *source = static_cast<const T*>(args_.source), *target = static_cast<const T*>(args_.target);
-        const T *p = by_target_ ? source : target, *q = by_target_ ? target : source;
-        auto panel = [&](int64_t c) { return panels + (c - block.first) * RUN * kernels_.columns; };
-        for (int64_t c = block.first; c < block.last; ++c)
-            kernels_.gather({q + c * kernels_.columns, columns_, run.q, run.count, columns_at(c), panel(c)});
-        for (int64_t tile = block.low; tile < block.high; ++tile) {
-            const int64_t row = rows_ * tile / row_tiles_;
-            const int32_t rows = int32_t(rows_ * (tile + 1) / row_tiles_ - row);
-            for (int64_t c = block.first; c < block.last; ++c)
-                kernels_.outer({p + row, rows_, run.p, run.count, panel(c),
-                                block.result + row * row_stride + c * kernels_.columns, row_stride, rows, columns_at(c),
-                                !block.opens});
-        }
-        run.count = 0;
-        block.opens = false;
-    }
-
-    int32_t columns_at(int64_t tile) const {
-        return int32_t(std::min<int64_t>(kernels_.columns, columns_ - tile * kernels_.columns));
-    }
-
-    const ps_wgrad_args& args_;
-    const ps_plan& plan_;
-    const Kernels<T>& kernels_;
-    bool by_target_;  // vectors run over target channels
-    int64_t rows_, columns_, row_tiles_, column_tiles_;  // of the gradient: broadcast and vector dimension
-    std::vector<std::vector<Span>> chunks_;
-    std::vector<int32_t> position_;       // (group, tap): the place of the tap in the group, or -1
-    std::vector<int64_t> first_, pairs_;  // of each tap: the chunk that opens its sums, and its number of pairs
-};
-
-template <class T>
-int32_t wgrad(const ps_wgrad_args& args) {
+bool run(const ps_wgrad_args& args) {
     const Kernels<T>* table = kernels<T>(args.isa);
-    if (table == nullptr || (args.weight_stride[0] != 1 && args.weight_stride[1] != 1)) return -1;
-    try {
-        return Wgrad<T>(args, *table).run() ? 0 : -1;
-    } catch (const std::bad_alloc&) {
-        return -1;
-    }
+    return table != nullptr && Wgrad<VectorPolicy<T>>(args, VectorPolicy<T>{*table}).run();
 }
 
 }  // namespace
+
+bool wgrad_bf16(const ps_wgrad_args& args);
+
 }  // namespace patchsparse
 
 int32_t ps_wgrad(const ps_wgrad_args* args) {
-    if (args->dtype == PS_F32) return patchsparse::wgrad<float>(*args);
-    if (args->dtype == PS_F64) return patchsparse::wgrad<double>(*args);
-    return -1;
+    if (args->weight_stride[0] != 1 && args->weight_stride[1] != 1) return -1;
+    try {
+        bool done = false;
+        if (args->dtype == PS_F32) done = patchsparse::run<float>(*args);
+        if (args->dtype == PS_F64) done = patchsparse::run<double>(*args);
+        if (args->dtype == PS_BF16) done = patchsparse::wgrad_bf16(*args);
+        return done ? 0 : -1;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
 }

@@ -15,6 +15,7 @@ for source in csrc/*.cpp; do
     case $source in
       *kernels_avx2.cpp) isa=(-mavx2 -mfma) ;;
       *kernels_avx512.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma) ;;
+      *kernels_amx.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mavx512bf16 -mamx-tile -mamx-bf16) ;;
     esac
   fi
   "$compiler" "${flags[@]}" "${isa[@]}" -c "$source" -o "$build/$(basename "$source").o" &

@@ -131,18 +131,19 @@ def everything(grid: PatchGrid, packed: Tensor, weight: Tensor, deep: Tensor) ->
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("size", "channels"), [(1, 96), (2, 70), (8, 33)])
-def test_results_depend_neither_on_threads_nor_on_the_run(isa, size, channels, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "channels"), [(1, 96), (2, 70), (4, 33)])
+def test_results_depend_neither_on_threads_nor_on_the_run(isa, dtype, size, channels, monkeypatch):
     use(monkeypatch, isa)
     grid = PatchGrid.random(12, (7, 6), keep=0.6, generator=torch.Generator().manual_seed(1))
-    tensors = (torch.randn(grid.num_active, channels, size, size), torch.randn(channels, channels, 3, 3))
-    deep = torch.randn(channels, 1, 7, 7)
+    packed = torch.randn(grid.num_active, channels, size, size).to(dtype)
+    weight, deep = torch.randn(channels, channels, 3, 3).to(dtype), torch.randn(channels, 1, 7, 7).to(dtype)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(everything(grid, *tensors, deep))
+            results.append(everything(grid, packed, weight, deep))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -150,17 +151,19 @@ def test_results_depend_neither_on_threads_nor_on_the_run(isa, size, channels, m
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 4])
-def test_poisoned_buffers_do_not_matter(size, monkeypatch):
+def test_poisoned_buffers_do_not_matter(size, dtype, monkeypatch):
     """Every element of a result is written: memory that the engine gets uninitialised is filled with NaN first."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     grid = PatchGrid.random(2, (3, 4), keep=5, generator=torch.Generator().manual_seed(0))
-    tensors = (torch.randn(10, 17, size, size), torch.randn(17, 17, 3, 3), torch.randn(17, 1, 7, 7))
-    clean = everything(grid, *tensors)
+    packed = torch.randn(10, 17, size, size).to(dtype)
+    weight, deep = torch.randn(17, 17, 3, 3).to(dtype), torch.randn(17, 1, 7, 7).to(dtype)
+    clean = everything(grid, packed, weight, deep)
     torch.use_deterministic_algorithms(True)  # new_empty now returns NaN
     try:
-        assert tensors[0].new_empty(3).isnan().all()
-        poisoned = everything(grid, *tensors)
+        assert packed.new_empty(3).isnan().all()
+        poisoned = everything(grid, packed, weight, deep)
     finally:
         torch.use_deterministic_algorithms(False)
     for a, b in zip(clean, poisoned, strict=True):
@@ -185,11 +188,12 @@ def test_a_nan_wins_the_maximum_as_in_pytorch():
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 2])
-def test_any_layout_of_the_weights_gives_the_same(isa, size, monkeypatch):
+def test_any_layout_of_the_weights_gives_the_same(isa, dtype, size, monkeypatch):
     use(monkeypatch, isa)
     grid = PatchGrid.random(2, (4, 4), keep=7, generator=torch.Generator().manual_seed(3))
-    packed, weight = torch.randn(14, 40, size, size), torch.randn(50, 40, 3, 3)
+    packed, weight = torch.randn(14, 40, size, size).to(dtype), torch.randn(50, 40, 3, 3).to(dtype)
     layouts = (
         weight,
         weight.contiguous(memory_format=torch.channels_last),

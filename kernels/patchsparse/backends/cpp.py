@@ -22,7 +22,7 @@ from .tables import remember
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "pays", "why_not"]
 
 Size = tuple[int, int]
-DTYPES = {torch.float32: 0, torch.float64: 1}
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 MOST_ROWS = 2**31 - 1
 
 
@@ -30,7 +30,7 @@ def why_not(call: Call) -> str | None:
     """Return why this engine cannot take a call, or None if it can."""
     if call.device != "cpu":
         return f"it runs on the CPU, the tensors are on {call.device}"
-    if call.dtype not in DTYPES and call.dtype != torch.bfloat16:
+    if call.dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float64, not {call.dtype}"
     if call.groups != 1 and not call.groups == call.in_channels == call.out_channels:
         return f"it takes groups=1 or depthwise, not groups={call.groups} with {call.in_channels} channels"
@@ -45,23 +45,31 @@ def pays(call: Call) -> bool:
     Measured (``benchmarks/test_cpp_engine.py``; batch 8, 60 % masked, one core of a 4th-generation Xeon), time of
     ``gather`` / time of ``cpp``, forward, input gradient, weight gradient:
 
-    ========================  ================  ==================
-    operation                 float32           bfloat16
-    ========================  ================  ==================
-    3x3, p=8..2, C=64..256    1.3 1.4 1.3       0.3 0.3 0.5 (p=8)
-    3x3, p=2, C=16..64        2 .. 6            1.3 .. 6
-    3x3, p=1, C=512           1.1 1.0 2.1       9 .. 25
-    3x3 stride 2              1 .. 2.7          0.5 .. 20
-    7x7 depthwise             3 .. 160          1.1 .. 230
+    ========================  ================  ===================
+    operation                 float32           bfloat16 (AMX)
+    ========================  ================  ===================
+    3x3, p=16, C=8            1.9 1.7 0.9       0.7 0.6 0.5
+    3x3, p=16, C=32           1.5 1.5 1.2       1.3 1.2 0.8
+    3x3, p=8, C=64            1.4 1.4 1.4       1.2 1.2 1.6
+    3x3 stride 2, p=8, C=64   2.1 2.1 2.7       2.3 3.2 3.9
+    3x3, p=1, C=512           1.1 1.0 2.1       37 46 44
+    7x7 depthwise, C=96..768  3 .. 160          1.1 .. 230
     max-pooling               7                 5
-    7x7 stride 2, C=12 -> 64  1.2 1.1 0.8       0.3 0.3 0.25
-    ========================  ================  ==================
+    7x7 stride 2, C=12 -> 64  1.2 1.1 0.8       0.5 0.9 0.4
+    ========================  ================  ===================
+
+    Without matrix tiles bfloat16 is widened, which pays on small patches alone.
     """
     if call.operation.startswith("max_pool2d") or call.groups != 1:
         return call.dtype != torch.float64
+    weight_gradient = call.operation == "conv2d_wgrad"
     if call.dtype == torch.float32:
-        return call.in_channels >= (16 if call.operation == "conv2d_wgrad" else 8)
-    return call.dtype == torch.bfloat16 and min(call.window.output_size(call.size)) <= 2
+        return call.in_channels >= (16 if weight_gradient else 8)
+    if call.dtype != torch.bfloat16:
+        return False
+    if native.ISAS[native.AMX] in native.library().isas:
+        return call.in_channels >= (64 if weight_gradient else 16)
+    return min(call.window.output_size(call.size)) <= 2
 
 
 class _Plan:
@@ -127,8 +135,12 @@ def _how(x: Tensor) -> tuple[int, int, int]:
     return DTYPES[x.dtype], native.library().isa(), torch.get_num_threads()
 
 
-def _compute(x: Tensor) -> Tensor:
+def _compute(x: Tensor, groups: int) -> Tensor:
     """Return ``x`` packed, and widened where the engine has no kernel for its dtype."""
+    return packed_like(x) if groups == 1 and native.library().isa() == native.AMX else _widened(x)
+
+
+def _widened(x: Tensor) -> Tensor:
     return packed_like(x.float() if x.dtype == torch.bfloat16 else x)
 
 
@@ -141,7 +153,8 @@ def conv2d(
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     dtype = x.dtype
-    x, weight = _compute(x), weight.to(_compute(x[:0]).dtype)
+    x = _compute(x, groups)
+    weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     the_plan = plan(slot, coords, _size(x), window, False, groups == 1)
     out = packed_empty(x, x.shape[0], weight.shape[0], *window.output_size(_size(x)))
@@ -157,7 +170,7 @@ def conv2d_dgrad(
 ) -> Tensor:
     """Return the input gradient ``(N, C_in, ph, pw)``."""
     dtype = grad.dtype
-    grad = _compute(grad)
+    grad = _compute(grad, groups)
     weight = weight.to(grad.dtype)
     the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, groups == 1)
     out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
@@ -208,7 +221,7 @@ def _depthwise(the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | N
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
     dtype, (kh, kw) = x.dtype, window.kernel
-    x, grad = _compute(x), _compute(grad)
+    x, grad = _compute(x, groups), _compute(grad, groups)
     c_in, c_out = x.shape[1], grad.shape[1]
     the_plan = plan(slot, coords, _size(x), window, False, groups == 1)
     if groups != 1:
@@ -218,10 +231,11 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
         )
         _run("ps_depthwise_wgrad", args)
         return matrix.t().unflatten(1, (1, kh, kw)).to(dtype)
+    sums = x.new_empty(0, dtype=torch.float32) if x.dtype == torch.bfloat16 else x
     if c_in < 32 <= c_out:  # few input channels (a stem) would leave the vectors half empty
-        weight = x.new_empty(kh, kw, c_in, c_out).permute(3, 2, 0, 1)
+        weight = sums.new_empty(kh, kw, c_in, c_out).permute(3, 2, 0, 1)
     else:
-        weight = x.new_empty(c_out, kh, kw, c_in).permute(0, 3, 1, 2)
+        weight = sums.new_empty(c_out, kh, kw, c_in).permute(0, 3, 1, 2)
     args = native.Wgrad(
         *(the_plan.pointer, x.data_ptr(), grad.data_ptr(), weight.data_ptr(), weight.stride()),
         *(c_in, c_out, *_how(x)),
@@ -233,7 +247,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
 def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """Return the maximum over each window and the winning tap (uint8, row-major in the kernel)."""
     dtype = x.dtype
-    x = _compute(x)
+    x = _widened(x)
     out = packed_empty(x, x.shape[0], x.shape[1], *window.output_size(_size(x)))
     tap = torch.empty_like(out, dtype=torch.uint8)
     the_plan = plan(slot, coords, _size(x), window, False, False)
@@ -244,7 +258,7 @@ def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple
 def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
     """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
     dtype = grad.dtype
-    grad, tap = _compute(grad), packed_like(tap)
+    grad, tap = _widened(grad), packed_like(tap)
     out = packed_empty(grad, grad.shape[0], grad.shape[1], *size)
     the_plan = plan(slot, coords, _size(grad), window, True, False)
     _pool("ps_max_pool_grad", the_plan, grad, tap, out)

@@ -9,12 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["ISA", "ISAS", "Conv", "Depthwise", "Geometry", "Library", "Pool", "Wgrad", "library"]
+__all__ = ["AMX", "ISA", "ISAS", "Conv", "Depthwise", "Geometry", "Library", "Pool", "Wgrad", "library"]
 
 ABI = 1
 ISA = "PATCHSPARSE_ISA"
 ENGINE = "PATCHSPARSE_ENGINE"
 ISAS = ("portable", "avx2", "avx512", "amx")
+AMX = ISAS.index("amx")
 HOW = (
     "reinstall with a C++17 compiler on the PATH (`pip install --force-reinstall --no-deps .`); "
     "the other engines do not need it"

@@ -1,0 +1,43 @@
+// Weight gradient in bfloat16 on matrix tiles, summed and returned in float32: both sides of a run are gathered, the
+// rows transposed, the columns with neighbouring pairs interleaved.
+#include <new>
+
+#include "kernels.h"
+#include "wgrad.h"
+
+namespace patchsparse {
+namespace {
+
+struct TilePolicy {
+    using Source = Bf16;
+    using Result = float;
+    static constexpr int64_t RUN = 512;
+    const Bf16Kernels& kernels;
+
+    int64_t tile_rows() const { return BF16_TILE; }
+    int64_t tile_columns() const { return BF16_TILE; }
+    int64_t left_size() const { return RUN * BF16_TILE; }
+    void begin() const { kernels.begin(); }
+    void end() const { kernels.end(); }
+
+    void gather_columns(const Bf16* q, int64_t stride, const int32_t* at, int64_t count, int32_t columns, Bf16* panel) const {
+        kernels.gather_q({q, stride, at, count, columns, panel});
+    }
+    void gather_rows(const Bf16* p, int64_t stride, const int32_t* at, int64_t count, int32_t rows, Bf16* left) const {
+        kernels.gather_p({p, stride, at, count, rows, left});
+    }
+    void multiply(const Bf16*, int64_t, const int32_t*, int64_t count, const Bf16* left, const Bf16* panel, float* result,
+                  int64_t result_stride, int32_t rows, int32_t columns, bool accumulate) const {
+        const int64_t steps = (count + BF16_TILE - 1) / BF16_TILE;
+        kernels.outer({left, panel, steps, result, result_stride, rows, columns, accumulate});
+    }
+};
+
+}  // namespace
+
+bool wgrad_bf16(const ps_wgrad_args& args) {
+    const Bf16Kernels* table = args.isa == PS_AMX ? kernels_bf16() : nullptr;
+    return table != nullptr && Wgrad<TilePolicy>(args, TilePolicy{*table}).run();
+}
+
+}  // namespace patchsparse
