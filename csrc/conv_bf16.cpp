@@ -148,7 +148,7 @@ class ConvBf16 {
             for (int32_t j = 0; j < group.tap_count; ++j)
                 kernels_.gather({static_cast<const Bf16*>(args_.source), args_.source_channels,
                                  plan_.in_rows.data() + group.in + int64_t(j) * group.rows + row, rows,
-                                 args_.source_channels, band.blocks + j * steps_ * BLOCK});
+                                 int32_t(args_.source_channels), band.blocks + j * steps_ * BLOCK});
             for (int64_t i = 0; i < band.count; ++i) {
                 const int64_t column = band.column + i * BF16_TILE;
                 kernels_.tile({band.blocks, by_tap_ ? &FIRST : plan_.tap_ids.data() + group.taps, group.tap_count,

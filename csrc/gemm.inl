@@ -11,23 +11,33 @@ inline int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b);
 
 inline int clamp(int a, int most) { return a < 0 ? 0 : least(a, most); }
 
+// Vector n of N of a row; the last one stops at `tail` elements, which is the whole vector in all but the last panel.
+// Always masking it leaves no branch, so that the sums never leave their registers.
+template <class V, int N>
+V load_part(const typename V::T* row, int n, int tail) {
+    return n < N - 1 ? V::load(row + n * V::width) : V::load(row + n * V::width, tail);
+}
+
+template <class V, int N>
+void store_part(const V& sum, typename V::T* row, int n, int tail) {
+    if (n < N - 1) sum.store(row + n * V::width);
+    else sum.store(row + n * V::width, tail);
+}
+
 template <class V, int ROWS, int N>
 void tile(const TileArgs<typename V::T>& a) {
     using T = typename V::T;
     constexpr int W = V::width;
-    const bool full = a.columns == N * W;
     const int tail = a.columns - (N - 1) * W;
     V sum[ROWS][N];
     if (a.accumulate) {
-        for (int r = 0; r < ROWS; ++r) {
-            const T* from = a.target + a.out[r] * a.target_stride;
-            for (int n = 0; n < N; ++n)
-                sum[r][n] = full || n < N - 1 ? V::load(from + n * W) : V::load(from + n * W, tail);
-        }
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r)
+            for (int n = 0; n < N; ++n) sum[r][n] = load_part<V, N>(a.target + a.out[r] * a.target_stride, n, tail);
     } else {
         for (int n = 0; n < N; ++n) {
-            V start = V::zero();
-            if (a.bias != nullptr) start = full || n < N - 1 ? V::load(a.bias + n * W) : V::load(a.bias + n * W, tail);
+            const V start = a.bias != nullptr ? load_part<V, N>(a.bias, n, tail) : V::zero();
+#pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) sum[r][n] = start;
         }
     }
@@ -52,22 +62,18 @@ void tile(const TileArgs<typename V::T>& a) {
         }
         for (; k < a.depth; ++k, panel += LANES * W) channel(k, panel);
     }
-    for (int r = 0; r < ROWS; ++r) {
-        T* to = a.target + a.out[r] * a.target_stride;
-        for (int n = 0; n < N; ++n)
-            if (full || n < N - 1) sum[r][n].store(to + n * W);
-            else sum[r][n].store(to + n * W, tail);
-    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+        for (int n = 0; n < N; ++n) store_part<V, N>(sum[r][n], a.target + a.out[r] * a.target_stride, n, tail);
 }
 
 template <class V, int ROWS, int N>
 void outer(const OuterArgs<typename V::T>& a) {
     using T = typename V::T;
     constexpr int W = V::width;
-    constexpr int64_t AHEAD = 12;  // pairs: rows are found by index, so the processor cannot prefetch them by itself
-    const bool full = a.columns == N * W;
     const int tail = a.columns - (N - 1) * W;
     V sum[ROWS][N];
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
         for (int n = 0; n < N; ++n) {
             __builtin_prefetch(a.result + r * a.result_stride + n * W, 1);
@@ -75,8 +81,8 @@ void outer(const OuterArgs<typename V::T>& a) {
         }
     const T* panel = a.panel;
     for (int64_t i = 0; i < a.count; ++i, panel += LANES * W) {
-        const T* p = a.p + a.rows_of_p[i] * a.p_stride;
-        const T* ahead = a.p + a.rows_of_p[least(i + AHEAD, a.count - 1)] * a.p_stride;
+        const T* p = a.p + a.offsets[i];
+        const T* ahead = a.p + a.offsets[i + OUTER_AHEAD];  // found by index: the processor cannot foresee it
         __builtin_prefetch(ahead);
         __builtin_prefetch(ahead + ROWS - 1);
         V b[N];
@@ -86,27 +92,27 @@ void outer(const OuterArgs<typename V::T>& a) {
             for (int n = 0; n < N; ++n) sum[r][n].add_product(x, b[n]);
         }
     }
+    if (a.accumulate) {
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; ++r)
+            for (int n = 0; n < N; ++n) sum[r][n].add(load_part<V, N>(a.result + r * a.result_stride, n, tail));
+    }
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
-        for (int n = 0; n < N; ++n) {
-            T* to = a.result + r * a.result_stride + n * W;
-            const bool whole = full || n < N - 1;
-            if (a.accumulate) sum[r][n].add(whole ? V::load(to) : V::load(to, tail));
-            if (whole) sum[r][n].store(to);
-            else sum[r][n].store(to, tail);
-        }
+        for (int n = 0; n < N; ++n) store_part<V, N>(sum[r][n], a.result + r * a.result_stride, n, tail);
 }
 
-// Copy columns of indexed rows side by side, so that a panel stays in the first-level cache whatever its row stride.
-template <class V>
+// Copy columns of indexed rows side by side, so that they stay in the first-level cache whatever the rows' distance.
+template <class V, int N>
 void gather(const GatherArgs<typename V::T>& a) {
     constexpr int W = V::width;
-    typename V::T* panel = a.panel;
-    for (int64_t i = 0; i < a.count; ++i, panel += LANES * W) {
-        const typename V::T* from = a.q + a.rows_of_q[i] * a.q_stride;
-        if (a.columns == LANES * W) {
-            for (int n = 0; n < LANES; ++n) V::load(from + n * W).store(panel + n * W);
+    typename V::T* out = a.out;
+    for (int64_t i = 0; i < a.count; ++i, out += N * W) {
+        const typename V::T* from = a.source + a.at[i] * a.stride;
+        if (a.columns == N * W) {
+            for (int n = 0; n < N; ++n) V::load(from + n * W).store(out + n * W);
         } else {
-            for (int n = 0; n < LANES; ++n) V::load(from + n * W, clamp(a.columns - n * W, W)).store(panel + n * W);
+            for (int n = 0; n < N; ++n) V::load(from + n * W, clamp(a.columns - n * W, W)).store(out + n * W);
         }
     }
 }

@@ -35,23 +35,24 @@ struct PackArgs {
     T* panel;
 };
 
-// panel[i, 0..columns) = q[rows_of_q[i], 0..columns), 0 beyond; Kernels::columns wide.
+// out[i, 0..columns) = source[at[i], 0..columns), i < count.
 template <class T>
 struct GatherArgs {
-    const T* q;
-    int64_t q_stride;
-    const int32_t* rows_of_q;
+    const T* source;
+    int64_t stride;
+    const int32_t* at;
     int64_t count;
     int32_t columns;
-    T* panel;
+    T* out;
 };
 
-// result[a, b] = or += sum over i < count: p[rows_of_p[i], a] * panel[i, b], a < rows, b < columns.
+constexpr int64_t OUTER_AHEAD = 12;  // pairs that `outer` prefetches ahead
+
+// result[a, b] = or += sum over i < count: p[offsets[i] + a] * panel[i, b], a < rows, b < columns.
 template <class T>
 struct OuterArgs {
     const T* p;
-    int64_t p_stride;
-    const int32_t* rows_of_p;
+    const int64_t* offsets;  // count + OUTER_AHEAD of them, the last ones valid but only prefetched
     int64_t count;
     const T* panel;
     T* result;
@@ -93,7 +94,8 @@ struct Kernels {
     int32_t rows, outer_rows, columns;  // largest tile
     void (*tile)(const TileArgs<T>&);
     void (*pack)(const PackArgs<T>&);
-    void (*gather)(const GatherArgs<T>&);
+    void (*gather)(const GatherArgs<T>&);       // out is (count, columns of the table), zero-filled
+    void (*gather_left)(const GatherArgs<T>&);  // out is (count, half of them): one vector per row
     void (*outer)(const OuterArgs<T>&);
     // Kernels 3, 5 or 7 wide; null where the compiled code would not pay for its size.
     void (*depthwise_patch)(const DepthwiseArgs<T>&);
@@ -135,16 +137,6 @@ struct Bf16PackArgs {
     Bf16* panel;
 };
 
-// Pairs of rows, 32 at a time -> blocks for the product of p transposed and q: columns [0, columns) of rows `at`.
-struct Bf16GatherArgs {
-    const Bf16* source;
-    int64_t stride;
-    const int32_t* at;
-    int64_t count;
-    int64_t columns;
-    Bf16* out;
-};
-
 struct Bf16OuterArgs {
     const Bf16 *p, *q;  // (steps, 2, 16 x 32) blocks of 32 columns each
     int64_t steps;
@@ -158,10 +150,10 @@ struct Bf16Kernels {
     void (*begin)();  // once per thread and call, before any other
     void (*end)();
     void (*pack)(const Bf16PackArgs&);
-    void (*gather)(const Bf16GatherArgs&);  // rows -> (steps, 32 rows, 32), zero-filled
+    void (*gather)(const GatherArgs<Bf16>&);  // rows -> (steps, 32 rows, 32), zero-filled
     void (*tile)(const Bf16TileArgs&);
-    void (*gather_p)(const Bf16GatherArgs&);  // 32 columns of pairs, transposed: left side of `outer`
-    void (*gather_q)(const Bf16GatherArgs&);  // 32 columns of pairs, interleaved: right side
+    void (*gather_p)(const GatherArgs<Bf16>&);  // 32 columns of pairs, transposed: left side of `outer`
+    void (*gather_q)(const GatherArgs<Bf16>&);  // 32 columns of pairs, interleaved: right side
     void (*outer)(const Bf16OuterArgs&);
     void (*narrow)(const float* from, Bf16* to, int64_t count);
 };

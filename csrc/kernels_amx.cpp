@@ -80,7 +80,7 @@ void pack(const Bf16PackArgs& a) {
         }
 }
 
-void gather(const Bf16GatherArgs& a) {
+void gather(const GatherArgs<Bf16>& a) {
     for (int64_t r = 0; r < a.count; ++r) {
         const Bf16* from = a.source + a.at[r] * a.stride;
         Bf16* to = a.out + r * BF16_TILE;
@@ -166,7 +166,7 @@ void tile(const Bf16TileArgs& a) {
 }
 
 // Rows of pairs 2i and 2i + 1, columns [c, c + 16), interleaved.
-inline void pair_rows(const Bf16GatherArgs& a, int64_t first, int64_t c, __m512i* rows) {
+inline void pair_rows(const GatherArgs<Bf16>& a, int64_t first, int64_t c, __m512i* rows) {
     const int columns = clamp(a.columns - c, HALF);
     for (int64_t i = 0; i < 16; ++i) {
         const int64_t p = first + 2 * i;
@@ -177,7 +177,7 @@ inline void pair_rows(const Bf16GatherArgs& a, int64_t first, int64_t c, __m512i
 }
 
 template <bool TRANSPOSED>
-void gather_pairs(const Bf16GatherArgs& a) {
+void gather_pairs(const GatherArgs<Bf16>& a) {
     Bf16* to = a.out;
     for (int64_t first = 0; first < a.count; first += BF16_TILE)
         for (int64_t c = 0; c < BF16_TILE; c += HALF, to += BLOCK) {

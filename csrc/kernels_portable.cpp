@@ -13,7 +13,7 @@ const Kernels<float>* kernels_portable_f32() {
 }
 
 const Kernels<double>* kernels_portable_f64() {
-    static constexpr Kernels<double> kernels = table<GenericVector<double>, 4, 4, false>();
+    static constexpr Kernels<double> kernels = table<GenericVector<double>, 4, 2, false>();
     return &kernels;
 }
 

@@ -1,4 +1,4 @@
-// Weight gradient with vectors: columns are gathered into panels, rows are broadcast where they lie.
+// Weight gradient with vectors: columns are gathered into panels, rows are broadcast from where they lie or a copy.
 #include "wgrad.h"
 
 #include <new>
@@ -17,17 +17,21 @@ struct VectorPolicy {
 
     int64_t tile_rows() const { return kernels.outer_rows; }
     int64_t tile_columns() const { return kernels.columns; }
-    int64_t left_size() const { return 0; }
+    int64_t left_size() const { return RUN * left_stride(); }
+    int64_t left_stride() const { return kernels.columns / 2; }
     void begin() const {}
     void end() const {}
 
-    void gather_columns(const T* q, int64_t stride, const int32_t* at, int64_t count, int32_t columns, T* panel) const {
-        kernels.gather({q, stride, at, count, columns, panel});
+    void gather_columns(const GatherArgs<T>& args) const { kernels.gather(args); }
+    // Rows whose distance is a power of two fall on few lines of the first-level cache: worth a copy for many panels.
+    bool gather_rows(const GatherArgs<T>& args, int64_t panels) const {
+        if (panels <= 4) return false;
+        kernels.gather_left(args);
+        return true;
     }
-    void gather_rows(const T*, int64_t, const int32_t*, int64_t, int32_t, T*) const {}
-    void multiply(const T* p, int64_t stride, const int32_t* at, int64_t count, const T*, const T* panel, T* result,
-                  int64_t result_stride, int32_t rows, int32_t columns, bool accumulate) const {
-        kernels.outer({p, stride, at, count, panel, result, result_stride, rows, columns, accumulate});
+    void multiply(const T* p, const int64_t* offsets, int64_t count, const T* panel, T* result, int64_t result_stride,
+                  int32_t rows, int32_t columns, bool accumulate) const {
+        kernels.outer({p, offsets, count, panel, result, result_stride, rows, columns, accumulate});
     }
 };
 

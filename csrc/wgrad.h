@@ -12,6 +12,7 @@
 #include <atomic>
 #include <vector>
 
+#include "kernels.h"
 #include "parallel.h"
 #include "plan.h"
 #include "scratch.h"
@@ -27,8 +28,8 @@ struct Span {
     int64_t row, count;
 };
 
-// Policy: types Source and Result; RUN; tile_rows, tile_columns; left_size; begin, end (per thread); gather_columns,
-// gather_rows and multiply.
+// Policy: types Source and Result; RUN; tile_rows, tile_columns; left_size, left_stride; begin, end (per thread);
+// gather_columns; gather_rows, which says whether it did; multiply.
 template <class Policy>
 class Wgrad {
     using Source = typename Policy::Source;
@@ -49,6 +50,7 @@ class Wgrad {
         row_tiles_ = (rows_ + policy.tile_rows() - 1) / policy.tile_rows();
         column_tiles_ = (columns_ + policy.tile_columns() - 1) / policy.tile_columns();
         cut_chunks();
+        for (int64_t i = 0; i < RUN + OUTER_AHEAD; ++i) side_by_side_[i] = std::min(i, RUN - 1) * policy.left_stride();
     }
 
     bool run() {
@@ -149,13 +151,16 @@ class Wgrad {
         Source* left = panels + PANELS * panel_size();
         auto panel = [&](int64_t c) { return panels + (c - block.first) * panel_size(); };
         for (int64_t c = block.first; c < block.last; ++c)
-            policy_.gather_columns(q + c * policy_.tile_columns(), columns_, run.q, run.count, columns_at(c), panel(c));
+            policy_.gather_columns({q + c * policy_.tile_columns(), columns_, run.q, run.count, columns_at(c), panel(c)});
+        int64_t scattered[RUN + OUTER_AHEAD];
+        for (int64_t i = 0; i < run.count + OUTER_AHEAD && run.count > 0; ++i)
+            scattered[i] = run.p[std::min(i, run.count - 1)] * rows_;
         for (int64_t tile = block.low; tile < block.high; ++tile) {
             const int64_t row = rows_ * tile / row_tiles_;
             const int32_t rows = int32_t(rows_ * (tile + 1) / row_tiles_ - row);
-            policy_.gather_rows(p + row, rows_, run.p, run.count, rows, left);
+            const bool gathered = policy_.gather_rows({p + row, rows_, run.p, run.count, rows, left}, block.last - block.first);
             for (int64_t c = block.first; c < block.last; ++c)
-                policy_.multiply(p + row, rows_, run.p, run.count, left, panel(c),
+                policy_.multiply(gathered ? left : p + row, gathered ? side_by_side_ : scattered, run.count, panel(c),
                                  block.result + row * row_stride + c * policy_.tile_columns(), row_stride, rows,
                                  columns_at(c), !block.opens);
         }
@@ -174,6 +179,7 @@ class Wgrad {
     const Policy policy_;
     bool by_target_;  // columns are target channels
     int64_t rows_, columns_, row_tiles_, column_tiles_;  // of the gradient of a tap
+    int64_t side_by_side_[RUN + OUTER_AHEAD];  // offsets of gathered rows
     std::vector<std::vector<Span>> chunks_;
     std::vector<int32_t> position_;       // (group, tap): the place of the tap in the group, or -1
     std::vector<int64_t> first_, pairs_;  // of each tap: the chunk that opens its sums, and its number of pairs

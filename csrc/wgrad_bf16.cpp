@@ -20,14 +20,15 @@ struct TilePolicy {
     void begin() const { kernels.begin(); }
     void end() const { kernels.end(); }
 
-    void gather_columns(const Bf16* q, int64_t stride, const int32_t* at, int64_t count, int32_t columns, Bf16* panel) const {
-        kernels.gather_q({q, stride, at, count, columns, panel});
+    int64_t left_stride() const { return 0; }
+
+    void gather_columns(const GatherArgs<Bf16>& args) const { kernels.gather_q(args); }
+    bool gather_rows(const GatherArgs<Bf16>& args, int64_t) const {
+        kernels.gather_p(args);
+        return true;
     }
-    void gather_rows(const Bf16* p, int64_t stride, const int32_t* at, int64_t count, int32_t rows, Bf16* left) const {
-        kernels.gather_p({p, stride, at, count, rows, left});
-    }
-    void multiply(const Bf16*, int64_t, const int32_t*, int64_t count, const Bf16* left, const Bf16* panel, float* result,
-                  int64_t result_stride, int32_t rows, int32_t columns, bool accumulate) const {
+    void multiply(const Bf16* left, const int64_t*, int64_t count, const Bf16* panel, float* result, int64_t result_stride,
+                  int32_t rows, int32_t columns, bool accumulate) const {
         const int64_t steps = (count + BF16_TILE - 1) / BF16_TILE;
         kernels.outer({left, panel, steps, result, result_stride, rows, columns, accumulate});
     }
