@@ -13,6 +13,7 @@ from .functional import (
     patch_max_pool2d,
 )
 from .grid import PatchGrid
+from .ops_densify import patch_batch_norm_unpack
 from .ops_norm import patch_batch_norm_act
 from .packing import pack, unpack
 from .sparsify import UnsupportedModuleError, sparsify
@@ -26,6 +27,7 @@ __all__ = [
     "pack",
     "patch_avg_pool2d",
     "patch_batch_norm_act",
+    "patch_batch_norm_unpack",
     "patch_conv2d",
     "patch_conv_transpose2d",
     "patch_max_pool2d",

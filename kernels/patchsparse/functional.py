@@ -1,8 +1,8 @@
 """The front door: neighbourhood operations on packed patches, with SparK's dense-and-mask meaning.
 
 An inactive neighbour reads as 0 and the image border as the padding; an output pixel is active if and only if its
-patch is. Pointwise operations (normalisation, activation, 1x1 convolution) need no function of their own: PyTorch's
-run on a packed tensor unchanged.
+patch is. Pointwise operations (normalisation, activation) need no function of their own: PyTorch's run on a packed
+tensor unchanged, as 1x1 convolutions do, which are faster as a product of matrices here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .backends import ENGINES, OVERRIDE, choose, order, why_not
 from .backends.tables import OUTSIDE, tap_rows
 from .geometry import Call, Window, pair
 from .grid import PatchGrid
+from .local import is_product, local_conv2d
 from .packing import check_packed
 
 __all__ = [
@@ -73,7 +74,7 @@ def patch_conv2d(
     _check_weight(packed, weight, bias, packed.shape[1], weight.shape[1] * groups, weight.shape[0], groups)
     window.check((packed.shape[2], packed.shape[3]), "patch_conv2d")
     if window.local:
-        return F.conv2d(packed, weight, bias, window.stride, 0, window.dilation, groups)
+        return local_conv2d(packed, weight, bias, window, groups)
     grid_maps, options = (
         (grid.slot, grid.coords),
         (window.stride, window.padding, window.dilation, groups, backend),
@@ -269,7 +270,8 @@ def explain(
         f"{call.device}, {grid.num_active} of {grid.active.numel()} patches active"
     )
     if window.local:
-        return f"{what}\n  no engine: the window never leaves its patch, so PyTorch's conv2d runs on the packed tensor"
+        how = "one product of matrices" if is_product(call.device, window, groups) else "PyTorch's conv2d"
+        return f"{what}\n  no engine: the window never leaves its patch, so {how} serves on the packed tensor"
     taken = choose(call, backend)
     lines = [what]
     for name in ENGINES:

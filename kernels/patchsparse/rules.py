@@ -13,7 +13,7 @@ from . import nn as patch_nn
 from .geometry import Window, pair
 from .nn import PatchModule, window_of
 
-__all__ = ["Rule", "find_rule", "qualified_name"]
+__all__ = ["POINTWISE", "Rule", "find_rule", "qualified_name"]
 
 
 def accept(module: nn.Module) -> str | None:
@@ -42,6 +42,9 @@ class Rule:
             module = importlib.import_module(".nn_timm", __package__)
             return getattr(module, self.make)
         return self.make
+
+
+POINTWISE = Rule(patch_nn.PatchPointwiseConv2d)
 
 
 def _pair_of(value: Any) -> tuple[int, int]:

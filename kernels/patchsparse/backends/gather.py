@@ -74,8 +74,8 @@ def halo(x: Tensor, slot: Tensor, coords: Tensor, before: Size, after: Size, out
         return x
     matrix = _as_rows(x)
     rows = tables.halo_rows(slot, coords, _patch_size(x), before, after)
-    fills = matrix.new_tensor([0.0, outside])[:, None].expand(2, matrix.shape[1])
-    source = torch.cat((matrix, fills))  # row -1 (inactive) is the first fill, row -2 (outside) the second
+    fills = (matrix.new_full((1, matrix.shape[1]), value) for value in (0.0, outside))
+    source = torch.cat((matrix, *fills))  # row -1 (inactive) is the first fill, row -2 (outside) the second
     at = torch.where(rows >= 0, rows, matrix.shape[0] - 1 - rows).flatten()
     return _from_rows(source.index_select(0, at), x.shape[0], (rows.shape[1], rows.shape[2]))
 
