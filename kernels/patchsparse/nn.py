@@ -18,6 +18,7 @@ from .binding import Binding
 from .functional import patch_avg_pool2d, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d
 from .geometry import Window, pair
 from .grid import PatchGrid
+from .local import local_conv2d
 from .reduce import group_norm, image_mean, spread
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "PatchInstanceNorm2d",
     "PatchMaxPool2d",
     "PatchModule",
+    "PatchPointwiseConv2d",
     "window_of",
 ]
 
@@ -118,6 +120,15 @@ class PatchConv2d(_Windowed, nn.Conv2d):
         return patch_conv2d(
             x, weight, self.bias, grid, w.stride, w.padding, w.dilation, self.groups, self.patch_binding.backend
         )
+
+
+class PatchPointwiseConv2d(PatchModule, nn.Conv2d):
+    """A 1x1 convolution: needs no grid, hence also takes one row per image, as behind a global pooling."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.patch_binding.current() is None or input.dim() != 4:
+            return super().forward(input)
+        return local_conv2d(input, self.weight, self.bias, Window((1, 1)), self.groups)
 
 
 class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):

@@ -63,47 +63,78 @@ def patch_batch_norm_act(
         raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
     if residual is not None and residual.shape != packed.shape:
         raise ValueError(f"residual {tuple(residual.shape)} must have the shape of packed {tuple(packed.shape)}")
-    count = packed.numel() // max(1, packed.shape[1])
-    batch = training or running_mean is None or running_var is None
-    if batch and count == 1:
-        raise ValueError(f"batch statistics need more than one value per channel, got packed {tuple(packed.shape)}")
-    given = (None, None) if batch else (running_mean, running_var)
+    given = given_statistics(packed, running_mean, running_var, training)
     y, mean, var = batch_norm_act(packed, residual, weight, bias, *given, eps, activation, slope, backend)
-    if training and running_mean is not None and running_var is not None and count > 1:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    if training:
+        update_running(packed, running_mean, running_var, mean, var, momentum)
     return y
 
 
-def _uses_triton(x: Tensor, backend: str) -> bool:
-    """Return whether Triton takes the call; raise RuntimeError if it is named and cannot."""
+def given_statistics(
+    packed: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the statistics to normalise with, None for those of the batch; raise ValueError if it has one value."""
+    if not training and running_mean is not None and running_var is not None:
+        return running_mean, running_var
+    if packed.numel() // max(1, packed.shape[1]) == 1:
+        raise ValueError(f"batch statistics need more than one value per channel, got packed {tuple(packed.shape)}")
+    return None, None
+
+
+def update_running(
+    packed: Tensor, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float
+) -> None:
+    """Move the running statistics towards the batch's ``mean`` and biased ``var``, in place; no rows leave them."""
+    count = packed.numel() // max(1, packed.shape[1])
+    if running_mean is not None and running_var is not None and count > 1:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+
+
+def uses_triton(operation: str, x: Tensor, patches: int, backend: str) -> bool:
+    """Return whether Triton takes a call on ``patches``; raise RuntimeError if it is named and cannot."""
     if x.numel() == 0 or (backend == "auto" and x.device.type != "cuda") or backend not in ("auto", "triton"):
         return False
     size = (x.shape[2], x.shape[3])
-    call = Call("batch_norm_act", x.device.type, x.dtype, x.shape[0], size, x.shape[1], x.shape[1], Window((1, 1)))
+    call = Call(operation, x.device.type, x.dtype, patches, size, x.shape[1], x.shape[1], Window((1, 1)))
     reason = engine("triton").why_not(call)
     if reason is not None and backend == "triton":
-        raise RuntimeError(f"backend 'triton' cannot run batch_norm_act: {reason}")
+        raise RuntimeError(f"backend 'triton' cannot run {operation}: {reason}")
     return reason is None
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Return ``x`` in the type that sums are kept in."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _column(values: Tensor) -> Tensor:
-    return _wide(values)[:, None, None]
+def column(values: Tensor) -> Tensor:
+    """Return ``(C,)`` as ``(C, 1, 1)`` in the type that sums are kept in."""
+    return wide(values)[:, None, None]
 
 
-def _normalised(
+def used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None, fast: bool) -> tuple[Tensor, Tensor]:
+    """Return new tensors: the given mean and variance, or those of ``x``, by Triton if ``fast``."""
+    if mean is not None and var is not None:
+        return wide(mean).clone(), wide(var).clone()
+    if fast:
+        from .backends.triton import norm
+
+        return norm.moments(x)
+    if x.numel() == 0:
+        return wide(x.new_zeros(x.shape[1])), wide(x.new_zeros(x.shape[1]))
+    var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
+    return mean, var
+
+
+def normalised(
     x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return ``u = (x - mean) * rstd`` and ``z = u * weight + bias + residual``."""
-    u = z = (_wide(x) - _column(mean)) * _column(rstd)
-    z = z if weight is None else z * _column(weight)
-    z = z if bias is None else z + _column(bias)
+    u = z = (wide(x) - column(mean)) * column(rstd)
+    z = z if weight is None else z * column(weight)
+    z = z if bias is None else z + column(bias)
     return u, z if residual is None else z + residual
 
 
@@ -138,35 +169,20 @@ def batch_norm_act(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result and the mean and biased variance used, those of ``x`` unless given."""
-    fast = _uses_triton(x, backend)
-    if mean is None or var is None:
-        if fast:
-            from .backends.triton import norm
-
-            used = norm.moments(x)
-        else:
-            parts = torch.var_mean(_wide(x), (0, 2, 3), correction=0) if x.numel() else (_zeros(x), _zeros(x))
-            used = (parts[1], parts[0])
-    else:
-        used = (_wide(mean).clone(), _wide(var).clone())
+    fast = uses_triton("batch_norm_act", x, x.shape[0], backend)
+    used = used_statistics(x, mean, var, fast)
     statistics = (used[0], (used[1] + eps).rsqrt(), weight, bias)
     if fast:
         from .backends.triton import norm
 
         return norm.apply(x, residual, statistics, activation, slope), *used
-    z = _normalised(x, residual, *statistics)[1]
+    z = normalised(x, residual, *statistics)[1]
     return packed_like(_activated(z, activation, slope).to(x.dtype)), *used
-
-
-def _zeros(x: Tensor) -> Tensor:
-    return _wide(x.new_zeros(x.shape[1]))
 
 
 @batch_norm_act.register_fake
 def _(x, residual, weight, bias, mean, var, eps, activation, slope, backend):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    statistics = (x.new_empty(x.shape[1], dtype=wide) for _ in range(2))
-    return packed_empty(x, *x.shape), *statistics
+    return packed_empty(x, *x.shape), *(wide(x.new_empty(x.shape[1])) for _ in range(2))
 
 
 @custom_op("patchsparse::batch_norm_act_grad", mutates_args=())
@@ -186,18 +202,18 @@ def batch_norm_act_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients at x, residual (empty without one), weight and bias (both as the statistics' type)."""
     statistics = (mean, (var + eps).rsqrt(), weight, bias)
-    if _uses_triton(x, backend):
+    if uses_triton("batch_norm_act", x, x.shape[0], backend):
         from .backends.triton import norm
 
         gx, gr, gw, gb = norm.grad(grad, x, residual, statistics, activation, slope, batch)
         return gx, x.new_empty(0) if gr is None else gr, gw.clone(), gb.clone()
-    u, z = _normalised(x, residual, *statistics)
-    d = _wide(grad) * _derived(z, activation, slope)
+    u, z = normalised(x, residual, *statistics)
+    d = wide(grad) * _derived(z, activation, slope)
     gb, gw = d.sum((0, 2, 3)), (d * u).sum((0, 2, 3))
     count = max(1, x.numel() // x.shape[1])
-    inner = d - (_column(gb) + u * _column(gw)) / count if batch else d
-    gx = inner * _column(statistics[1])
-    gx = gx if weight is None else gx * _column(weight)
+    inner = d - (column(gb) + u * column(gw)) / count if batch else d
+    gx = inner * column(statistics[1])
+    gx = gx if weight is None else gx * column(weight)
     gr = x.new_empty(0) if residual is None else packed_like(d.to(residual.dtype).clone())
     return packed_like(gx.to(x.dtype)), gr, gw, gb
 

@@ -61,18 +61,20 @@ def unpack(packed: Tensor, grid: PatchGrid, fill: float | Tensor = 0.0) -> Tenso
         x = tiles.permute(0, 5, 1, 3, 2, 4).reshape(B, C, Gh * ph, Gw * pw)
     """
     check_packed(packed, grid)
+    values = fill_values(fill, packed)
+    return ops.unpack(packed, None if values is None else values.to(packed.dtype), grid.slot, grid.coords)
+
+
+def fill_values(fill: float | Tensor, packed: Tensor) -> Tensor | None:
+    """Return ``fill`` as ``(C,)``, None for 0; raise ValueError unless it is a number or one value per channel."""
+    channels = packed.shape[1]
     if isinstance(fill, Tensor):
-        if fill.numel() == packed.shape[1]:
-            fill = fill.reshape(-1).to(packed.dtype)
-        elif fill.numel() == 1:
-            fill = fill.reshape(1).to(packed.dtype).expand(packed.shape[1])
-        else:
-            raise ValueError(f"fill must have one value per channel ({packed.shape[1]}), got {tuple(fill.shape)}")
-        return ops.unpack(packed, fill, grid.slot, grid.coords)
-    if fill == 0:
-        return ops.unpack(packed, None, grid.slot, grid.coords)
-    values = torch.full((packed.shape[1],), fill, dtype=packed.dtype, device=packed.device)
-    return ops.unpack(packed, values, grid.slot, grid.coords)
+        if fill.numel() == channels:
+            return fill.reshape(-1)
+        if fill.numel() == 1:
+            return fill.reshape(1).expand(channels)
+        raise ValueError(f"fill must have one value per channel ({channels}), got {tuple(fill.shape)}")
+    return None if fill == 0 else torch.full((channels,), fill, dtype=packed.dtype, device=packed.device)
 
 
 def check_packed(packed: Tensor, grid: PatchGrid) -> None:

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .backends import ENGINES
 from .binding import Binding
-from .rules import Rule, find_rule, qualified_name
+from .rules import POINTWISE, Rule, find_rule, qualified_name
 from .scan import suspicious_call
 
 __all__ = ["UnsupportedModuleError", "sparsify"]
@@ -109,17 +109,17 @@ def _plan(model: nn.Module, trust_forward: bool) -> Plan:
             _check_unknown(path, module, trust_forward, scanned)
         elif (reason := rule.refuse(module)) is not None:
             raise UnsupportedModuleError(path, module, reason)
-        elif rule.make is not None and not _pixelwise(module):
+        elif rule.make is not None:
             _check_adoptable(path, module)
-            plan.append((path, module, rule))
+            plan.append((path, module, POINTWISE if _pointwise(module) else rule))
         if rule is None or not rule.whole:
             prefix = f"{path}." if path else ""
             todo.extend((prefix + name, child) for name, child in reversed(list(module.named_children())))
     return plan
 
 
-def _pixelwise(module: nn.Module) -> bool:
-    """Whether a convolution is 1x1 without stride and can stay what it is."""
+def _pointwise(module: nn.Module) -> bool:
+    """Whether a convolution is 1x1 without stride, so that it also takes what is not packed (one pixel per image)."""
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == (1, 1)

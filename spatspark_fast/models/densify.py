@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, unpack
+from patchsparse import PatchGrid, pack, patch_batch_norm_unpack, unpack
 from spatspark_fast.errors import UserError
 
 __all__ = ["Densify", "DensifyLevel", "NormKind"]
@@ -35,12 +36,53 @@ class DensifyLevel(nn.Module):
         # SparK cuts the token's normal at one standard deviation.
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def forward(self, features: Tensor, grid: PatchGrid | None = None) -> Tensor:
-        """Map packed ``(N, C, p, p)``, or dense ``(B, C, H, W)`` if no ``grid``, to ``(B, width, H, W)``."""
-        features = self.norm(features)
-        if grid is not None:
-            features = unpack(features, grid, fill=self.mask_token)
-        return self.proj(features)
+    def forward(self, features: Tensor, grid: PatchGrid | None = None, decoded: PatchGrid | None = None) -> Tensor:
+        """Map packed ``(N, C, p, p)``, or dense ``(B, C, H, W)`` if no ``grid``, to ``(B, width, H, W)``.
+
+        With ``decoded``, only its patches are mapped, to packed ``(M, width, p, p)``; their halos are read from the
+        whole image, so that they have the values they would have there.
+        """
+        image = self._filled(features, grid)
+        if decoded is None:
+            return self.proj(image)
+        if isinstance(self.proj, nn.Identity):
+            return pack(image, decoded)
+        halo = self.proj.kernel_size[0] // 2
+        return F.conv2d(_pack_with_halo(image, decoded, halo), self.proj.weight, self.proj.bias)
+
+    def _filled(self, features: Tensor, grid: PatchGrid | None) -> Tensor:
+        """Return the norm of the features as whole images, tokens at masked patches."""
+        norm = self.norm
+        if (
+            grid is not None
+            and isinstance(norm, nn.BatchNorm2d)
+            and norm.momentum is not None
+            and self._fuses(features)
+        ):
+            return self._densified(features, grid, norm, norm.momentum)
+        features = norm(features)
+        return features if grid is None else unpack(features, grid, fill=self.mask_token)
+
+    def _fuses(self, features: Tensor) -> bool:
+        """Return whether norm and token as one operator pay: on a GPU, where both are bound by memory."""
+        return features.is_cuda
+
+    def _densified(self, features: Tensor, grid: PatchGrid, norm: nn.BatchNorm2d, momentum: float) -> Tensor:
+        """Return ``unpack(norm(features), grid, mask_token)``, and count the batch as the module does."""
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        return patch_batch_norm_unpack(
+            features,
+            grid,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            self.mask_token,
+            norm.training,
+            momentum,
+            norm.eps,
+        )
 
 
 class Densify(nn.Module):
@@ -61,7 +103,33 @@ class Densify(nn.Module):
             for level, (channel, width) in enumerate(wanted)
         )
 
-    def forward(self, features: Sequence[Tensor], grid: PatchGrid | None = None) -> list[Tensor]:
-        """Map features, shallow to deep, to dense maps ``(B, width, H, W)`` of the levels that are wanted."""
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        grid: PatchGrid | None = None,
+        decoded: PatchGrid | None = None,
+        whole_levels: int = 1,
+    ) -> list[Tensor]:
+        """Map features, shallow to deep, to dense maps ``(B, width, H, W)`` of the levels that are wanted.
+
+        With ``decoded``, the deepest ``whole_levels`` are whole images and the others packed on these patches.
+        """
         wanted = features[-len(self.levels) :]
-        return [level(feature, grid) for level, feature in zip(self.levels, wanted, strict=True)]
+        whole = len(wanted) if decoded is None else whole_levels
+        return [
+            level(feature, grid, decoded if index < len(wanted) - whole else None)
+            for index, (level, feature) in enumerate(zip(self.levels, wanted, strict=True))
+        ]
+
+
+def _pack_with_halo(image: Tensor, grid: PatchGrid, halo: int) -> Tensor:
+    """Return the active patches of ``image`` and ``halo`` pixels around them, ``(N, C, p + 2 halo, p + 2 halo)``.
+
+    Pixels beyond the image read as 0.
+    """
+    rows, columns = grid.shape
+    height, width = image.shape[2] // rows, image.shape[3] // columns
+    number, row, column = grid.coords.long().unbind(1)
+    padded = F.pad(image.permute(0, 2, 3, 1), (0, 0, halo, halo, halo, halo))
+    windows = padded.unfold(1, height + 2 * halo, height).unfold(2, width + 2 * halo, width)  # (B, Gh, Gw, C, h, w)
+    return windows[number, row, column].contiguous(memory_format=torch.channels_last)

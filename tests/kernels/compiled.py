@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from patchsparse.backends.triton import configs, conv, norm, pool
+from patchsparse.backends.triton import configs, conv, image, norm, pool
 from patchsparse.backends.triton.launch import Launch, rows_like
 from patchsparse.geometry import Window
 
@@ -131,6 +131,19 @@ def norms(c: int = 256, p: int = 4) -> Iterator[tuple[str, Launch]]:
         yield launch.kernel.__name__, launch
 
 
+def unpacks(dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4) -> Iterator[tuple[str, Launch]]:
+    """Yield the launches of batch normalisation fused with ``unpack``; 40 % of 128 images of 9x9 patches are active."""
+    single = torch.float32
+    x, images = _meta(4096, p, p, c, dtype=dtype), _meta(128, 9 * p, 9 * p, c, dtype=dtype)
+    mean, rstd, weight, bias = (_meta(c, dtype=single) for _ in range(4))
+    statistics = (mean, rstd, weight, bias)
+    token, total = _meta(c, dtype=single), _meta(3, c, dtype=single)
+    forward = image.unpack_norm_launch(x, token, images.permute(0, 3, 1, 2), GRID, statistics)
+    gx = rows_like(x, 4096, (p, p), c)
+    for launch in (forward, *image.unpack_norm_grad_launches(images, x, gx, total, GRID, statistics, True)):
+        yield f"{launch.kernel.__name__} {str(dtype).removeprefix('torch.')} C{c}", launch
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
     """Yield a name and a launch for every configuration of every kernel."""
     single = torch.float32
@@ -153,6 +166,9 @@ def launches() -> Iterator[tuple[str, Launch]]:
             yield f"{kind} ieee {name}", replace(launch, constants=launch.constants | {"PRECISION": "ieee"})
     yield from memory_bound()
     yield from norms()
+    yield from norms(c=3)  # no wide loads
+    yield from unpacks()
+    yield from unpacks(torch.float32, c=70, p=3)
 
 
 def supported(launch: Launch, architectures: tuple[int, ...]) -> tuple[int, ...]:

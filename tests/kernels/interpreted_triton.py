@@ -11,7 +11,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchsparse import PatchGrid, pack, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d
+from patchsparse import (
+    PatchGrid,
+    pack,
+    patch_batch_norm_unpack,
+    patch_conv2d,
+    patch_conv_transpose2d,
+    patch_max_pool2d,
+)
 from patchsparse.backends import gather, triton
 from patchsparse.backends.triton import conv, tuning
 from patchsparse.backends.triton.configs import CONV, WGRAD, Tile
@@ -270,6 +277,51 @@ def test_batch_norm_act_in_bfloat16_without_affine_or_residual():
         lambda b, x: patch_batch_norm_act(x, None, None, None, None, True, activation="relu", backend=b),
         5,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("channels", "size", "training"), [(70, (2, 3), True), (3, (5, 4), True), (16, (1, 1), False)])
+def test_norm_and_unpack(channels, size, training, dtype):
+    """Unequal counts, one image without any; the interpreter's poison shows pixels that are never written."""
+    grid = PatchGrid.from_active(torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5)
+    grid.active[1] = False
+    grid = PatchGrid.from_active(grid.active)
+    x, *rest = normal(channels, (grid.num_active, channels, *size), (channels,), (channels,), (channels,))
+    state: dict[str, list[Tensor]] = {}
+
+    def run(backend: str, x: Tensor, w: Tensor, b: Tensor, token: Tensor) -> Tensor:
+        mean, var = (torch.full((channels,), value, dtype=w.dtype) for value in (0.5, 2.0))
+        y = patch_batch_norm_unpack(x, grid, w, b, mean, var, token, training, backend=backend)
+        if x.dtype == dtype:
+            state[backend] = [mean, var]
+        return y
+
+    check(((x * 3 + 2).to(dtype), *rest), run, channels)
+    for got, expected in zip(state["triton"], state["gather"], strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("visible", [0, 1, 12])
+def test_norm_and_unpack_of_no_patch_one_patch_all_patches(visible):
+    grid = PatchGrid.random(2, (3, 4), visible, torch.Generator().manual_seed(0))
+    x, token = normal(0, (grid.num_active, 5, 2, 2), (5,))
+    check((x, token), lambda b, x, t: patch_batch_norm_unpack(x, grid, None, None, None, None, t, backend=b), 6)
+    check((x,), lambda b, x: patch_batch_norm_unpack(x, grid, None, None, None, None, backend=b), 7)
+
+
+def test_gradients_of_norm_and_unpack_are_deterministic_and_rows_permute():
+    grid = PatchGrid.random(3, (4, 4), 0.4, torch.Generator().manual_seed(0))
+    x, token = normal(1, (grid.num_active, 24, 4, 4), (24,))
+    order = torch.randperm(grid.num_active, generator=torch.Generator().manual_seed(0))
+
+    def gradients(x: Tensor, grid: PatchGrid) -> list[Tensor]:
+        return results("triton", (x, token), lambda b, x, t: patch_batch_norm_unpack(
+            x, grid, None, None, None, None, t, backend=b), 0)  # fmt: skip
+
+    first, again, permuted = gradients(x, grid), gradients(x, grid), gradients(x[order], grid.permute(order))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.testing.assert_close(permuted[0], first[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(permuted[1], first[1][order], rtol=1e-5, atol=1e-5)
 
 
 def test_batch_norm_variance_of_far_off_values():

@@ -79,7 +79,18 @@ def test_parameters_hooks_keys_and_answers_to_isinstance_stay() -> None:
 def test_pixelwise_modules_stay() -> None:
     model = sparsify(encoder("convnext_atto"))
     assert not any(isinstance(m, PatchModule) for m in model.modules() if isinstance(m, (nn.Linear, nn.LayerNorm)))
-    assert type(sparsify(nn.Sequential(nn.Conv2d(3, 4, 1)))[0]) is nn.Conv2d
+
+
+def test_a_pointwise_convolution_takes_packed_patches_and_one_pixel_per_image() -> None:
+    conv = nn.Conv2d(3, 4, 1).double()
+    head = sparsify(nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.AdaptiveAvgPool2d(1), conv).double())
+    plain = nn.Conv2d(3, 4, 1).double()
+    plain.load_state_dict(conv.state_dict())
+    grid = PatchGrid.from_active(UNEQUAL)
+    x = images(UNEQUAL, 8)
+    with bind(head, grid):
+        assert torch.allclose(conv(pack(x, grid)), pack(plain(x), grid), rtol=1e-12)
+        assert head(pack(x, grid)).shape == (len(UNEQUAL), 4, 1, 1)
 
 
 def test_a_lone_module_is_adopted_in_place_and_shared_ones_once() -> None:

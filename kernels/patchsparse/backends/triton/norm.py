@@ -17,26 +17,37 @@ from .norms import (
     norm_total_kernel,
 )
 
-__all__ = ["Statistics", "apply", "apply_launch", "grad", "grad_launches", "moments", "moments_launches"]
+__all__ = [
+    "Statistics",
+    "apply",
+    "apply_launch",
+    "blocks",
+    "contiguous",
+    "grad",
+    "grad_launches",
+    "moments",
+    "moments_launches",
+    "share_of",
+]
 
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, rstd, weight, bias: (C,)
 
 
-def _blocks(channels: int) -> tuple[int, int]:
-    """Return rows and channels of a tile: 4096 values, at most 64 channels."""
+def blocks(channels: int) -> tuple[int, int]:
+    """Return rows and channels of a tile: 4096 values, at most 64 channels; half if loads are of single values."""
     c = min(64, max(16, 1 << (channels - 1).bit_length()))
-    return 4096 // c, c
+    return (4096 if channels % 8 == 0 else 2048) // c, c
 
 
-def _split(x: Tensor, count: int) -> tuple[int, int]:
-    """Return the number of splits of the rows, and the rows of each: whole blocks, four programs per processor."""
-    m, c = _blocks(x.shape[-1])
+def share_of(x: Tensor, count: int, m: int, c: int) -> tuple[int, int]:
+    """Return the number of splits of the rows, and the rows of each: whole tiles, four programs per processor."""
     wanted = ceil(4 * processors(x.device) / ceil(x.shape[-1] / c))
     share = ceil(ceil(count / wanted) / m) * m
     return ceil(count / share), share
 
 
-def _contiguous(statistics: Statistics) -> Statistics:
+def contiguous(statistics: Statistics) -> Statistics:
+    """Return the same values, each without gaps in memory."""
     mean, rstd, weight, bias = (None if s is None else s.contiguous() for s in statistics)
     return mean, rstd, weight, bias  # pyright: ignore[reportReturnType]
 
@@ -53,8 +64,8 @@ def moments_launches(rows: Tensor, mean: Tensor, var: Tensor) -> list[Launch]:
     """Return the launches that fill ``mean`` and ``var`` from ``rows`` ``(N, ph, pw, C)``."""
     channels = rows.shape[-1]
     count = rows.numel() // channels
-    m, c = _blocks(channels)
-    splits, share = _split(rows, count)
+    m, c = blocks(channels)
+    splits, share = share_of(rows, count, m, c)
     parts = rows.new_empty(2, splits, channels, dtype=torch.float32).unbind()
     tiles_c = ceil(channels / c)
     block = {"BLOCK_M": m, "BLOCK_C": c}
@@ -67,7 +78,7 @@ def apply(x: Tensor, residual: Tensor | None, statistics: Statistics, activation
     """Return ``act((x - mean) * rstd * weight + bias + residual)``."""
     y = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
     other = None if residual is None else as_rows(residual)
-    apply_launch(as_rows(x), other, y, _contiguous(statistics), activation, slope).run()
+    apply_launch(as_rows(x), other, y, contiguous(statistics), activation, slope).run()
     return y
 
 
@@ -77,7 +88,7 @@ def apply_launch(
     """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` and ``residual`` ``(N, ph, pw, C)``."""
     channels = rows.shape[-1]
     count = rows.numel() // channels
-    m, c = _blocks(channels)
+    m, c = blocks(channels)
     return Launch(
         norm_apply_kernel,
         (ceil(count / m), ceil(channels / c)),
@@ -99,7 +110,7 @@ def grad(
     other = None if residual is None else as_rows(residual)
     outputs = (gx, gr, total)
     for launch in grad_launches(
-        as_rows(g), as_rows(x), other, outputs, _contiguous(statistics), activation, slope, batch
+        as_rows(g), as_rows(x), other, outputs, contiguous(statistics), activation, slope, batch
     ):
         launch.run()
     return gx, gr, total[1], total[0]
@@ -118,8 +129,8 @@ def grad_launches(
     """Return the launches that fill ``outputs`` = (gx, gr, (sum d, sum d u)) from tensors ``(N, ph, pw, C)``."""
     channels = x.shape[-1]
     count = x.numel() // channels
-    m, c = _blocks(channels)
-    splits, share = _split(x, count)
+    m, c = blocks(channels)
+    splits, share = share_of(x, count, m, c)
     sums = x.new_empty(2, splits, channels, dtype=torch.float32)
     tiles_c = ceil(channels / c)
     block = {"ACT": activation, "BLOCK_M": m, "BLOCK_C": c}

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "channel_statistics",
     "norm_apply_kernel",
     "norm_combine_kernel",
     "norm_grad_apply_kernel",
@@ -100,7 +101,7 @@ def norm_combine_kernel(
 
 
 @triton.jit
-def _channel(p_mean, p_rstd, p_weight, p_bias, o_c, m_c):
+def channel_statistics(p_mean, p_rstd, p_weight, p_bias, o_c, m_c):
     """Return mean, rstd, weight and bias of the channels, float32; no weight is 1, no bias is 0."""
     mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
     rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
@@ -121,7 +122,7 @@ def norm_apply_kernel(
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    mean, rstd, weight, bias = _channel(p_mean, p_rstd, p_weight, p_bias, o_c, m_c)
+    mean, rstd, weight, bias = channel_statistics(p_mean, p_rstd, p_weight, p_bias, o_c, m_c)
     at, m_x = o_m.to(tl.int64)[:, None] * channels + o_c, (o_m < count)[:, None] & m_c
     z = (tl.load(p_x + at, mask=m_x, other=0.0).to(tl.float32) - mean) * rstd * weight + bias
     if p_residual is not None:
@@ -132,7 +133,7 @@ def norm_apply_kernel(
 @triton.jit
 def _chain(p_g, p_x, p_residual, p_mean, p_rstd, p_weight, p_bias, at, o_c, m_x, m_c, slope, ACT: tl.constexpr):
     """Return ``d = grad * act'(z)`` (0 beyond the rows), ``u`` and ``rstd * weight``."""
-    mean, rstd, weight, bias = _channel(p_mean, p_rstd, p_weight, p_bias, o_c, m_c)
+    mean, rstd, weight, bias = channel_statistics(p_mean, p_rstd, p_weight, p_bias, o_c, m_c)
     u = (tl.load(p_x + at, mask=m_x, other=0.0).to(tl.float32) - mean) * rstd
     z = u * weight + bias
     if p_residual is not None:
@@ -166,7 +167,7 @@ def norm_grad_sums_kernel(
 
 @triton.jit
 def norm_total_kernel(p_parts, p_total, splits, channels, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Compute ``total[i] = sum over splits of parts[i, split]`` in a fixed order; ``parts`` is (2, splits, C)."""
+    """Compute ``total[i] = sum over splits of parts[i, split]`` in a fixed order; ``parts`` is (n, splits, C)."""
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     first = tl.program_id(1) * splits
