@@ -91,9 +91,10 @@ def test_cpp_against_gather(benchmark, record):
     benchmark.pedantic(cpp["packed"], rounds=1)
 
 
-def test_memory_of_resnet18_activations(benchmark, record):
-    """Peak bytes of a step above the parameters and their gradients, which all ways share."""
-    steps, parity = ways("resnet18", "gather", 0.6)
+@pytest.mark.parametrize("backend", ["gather", "auto"])
+def test_memory_of_resnet18_activations(benchmark, record, backend):
+    """Peak bytes of a step above the parameters and their gradients, shared by all ways; 32 of 81 patches visible."""
+    steps, parity = ways("resnet18", backend, 0.6)
     parity()
     for step in steps.values():
         step()  # allocate the weight gradients, which stay
@@ -102,12 +103,5 @@ def test_memory_of_resnet18_activations(benchmark, record):
     for rival in ("dense-and-mask", "dense"):
         ratio = peaks[rival] / peaks["packed"]
         values = (peaks["packed"] / 2**20, peaks[rival] / 2**20)
-        record(
-            "memory",
-            f"resnet18 gather 60% masked batch {BATCH}",
-            "packed",
-            rival,
-            Ratio(ratio, ratio, ratio),
-            values,
-            "MiB",
-        )
+        case = f"resnet18 {backend} 60% masked batch {BATCH}"
+        record("memory", case, "packed", rival, Ratio(ratio, ratio, ratio), values, "MiB")

@@ -1,0 +1,127 @@
+"""The GPU script on a machine without one: its refusal, its order of cases, its tables, its rows of peers."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import gpu_densify, gpu_kernels, gpu_timing
+from benchmarks.conftest import COLUMNS
+from benchmarks.convolutions import GROUPS, Problem, Shape, problem
+from benchmarks.gpu_timing import Case, contenders, peer_rows
+from benchmarks.peers import Dense, DenseAndMask, Layer, Packed, Spconv, base
+from benchmarks.peers.dense import _DenseLayer
+from patchsparse import unpack
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "benchmarks.gpu_kernels"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr == "gpu_kernels needs a CUDA device; on a CPU run pytest tests/kernels/test_triton.py\n"
+
+
+def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Packed, "why_not", lambda *_: "Triton is not installed")
+    assert gpu_kernels.main([]) == 2
+    assert capsys.readouterr().err == "gpu_kernels cannot run the triton engine: Triton is not installed\n"
+
+
+def test_the_first_masked_share_is_timed_for_all_shapes_first() -> None:
+    order = list(gpu_kernels.cases(["3x3", "stride2", "densify"], [0.6, 0.3]))
+    assert [share for share, _ in order] == [0.6] * 11 + [0.3] * 11
+    assert [shape[1] for _, shape in order[:4]] == [64, 128, 256, 512]
+    every = [shape for group in GROUPS.values() for shape in group]
+    assert all(32 % s.p == 0 and s.p % s.stride == 0 for s in every)  # stages of a network on patches of 32
+
+
+class Wrong(Dense):
+    """Give an output that is 10 % too large."""
+
+    name = "wrong"
+
+    def build(self, p: Problem) -> Layer:
+        class Larger(_DenseLayer):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return super().forward(x) * 1.1
+
+        return Larger(p, masks=False)
+
+
+class Broken(Dense):
+    """Fail as a library may."""
+
+    name = "broken"
+
+    def build(self, p: Problem) -> Layer:
+        raise RuntimeError("no kernel image is available")
+
+
+def test_peers_are_timed_only_if_they_agree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(base, "find_spec", lambda _: None)
+    case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2, tuned=False)
+    told: set[str] = set()
+    given = (case, Packed("gather", "cpu"), (DenseAndMask(), Wrong(), Broken(), Spconv()), told)
+    contenders(*given)
+    found = contenders(*given)
+    assert [c.label for c in found] == ["gather bf16", "dense-and-mask bf16"]
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    assert len(said) == 3  # each once
+    assert "wrong bf16 3x3 s1 p2 C8-8 g1 deviates from dense-and-mask by" in said[0]
+    assert said[1] == "left out  broken bf16 3x3 s1 p2 C8-8 g1 failed: RuntimeError: no kernel image is available"
+    assert "spconv is not installed" in said[2]
+    rows = peer_rows(case, found)
+    kinds = [str(row["case"]).split(" 3x3")[0] for row in rows]
+    assert kinds == [f"{kind} eager" for kind in ("fwd", "dgrad", "wgrad", "bwd", "step")]  # it has no map
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert (row["way"], row["against"], row["unit"]) == ("gather bf16", "dense-and-mask bf16", "ms")
+        assert float(str(row["ratio"])) > 0
+        assert float(str(row["value"])) > 0
+        assert "p2 C8-8 g1 masked 0.60" in str(row["case"])
+
+
+def test_densifying_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_timing, "capture", lambda run: (SimpleNamespace(replay=run), run()))
+    rows = gpu_densify.densify_rows((2, 8), 0.6, 1, 2, "cpu")
+    assert [row["case"] for row in rows] == [
+        f"{kind} graph norm + unpack p2 C8 masked 0.60" for kind in ("fwd", "step")
+    ]
+    assert all(tuple(row) == COLUMNS and row["against"] == "batch_norm, unpack" for row in rows)
+    monkeypatch.setattr(gpu_densify, "unpack", lambda packed, grid, fill: unpack(packed, grid, fill + 1))
+    with pytest.raises(AssertionError, match="norm \\+ unpack y p2 C8 differs by"):
+        gpu_densify.densify_rows((2, 8), 0.6, 1, 2, "cpu")
+
+
+def test_our_engine_must_agree() -> None:
+    class Ours(Packed):
+        def why_not(self, shape: Shape | None = None) -> str:
+            return "it is not there"
+
+    case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2, tuned=False)
+    with pytest.raises(RuntimeError, match="the gather engine did not run 3x3 s1 p2 C8-8 g1"):
+        contenders(case, Ours("gather", "cpu"), (Dense(),), set())
+
+
+def test_several_calls_fill_one_table(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    row: dict[str, object] = dict.fromkeys(COLUMNS, "x")
+    gpu_kernels.save([row | {"case": "a", "value": "1"}, row | {"case": "b", "value": "2"}], tmp_path)
+    gpu_kernels.save([row | {"case": "b", "value": "3"}, row | {"case": "c", "value": "4"}], tmp_path)
+    with (tmp_path / "gpu_kernels.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["case"], line["value"]) for line in lines] == [("a", "1"), ("b", "3"), ("c", "4")]
