@@ -5,6 +5,7 @@ into YAML, into a checkpoint that loads with ``weights_only=True``, and back.
 """
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -17,8 +18,12 @@ __all__ = [
     "OptimConfig",
     "PretrainConfig",
     "TrainerConfig",
+    "check_betas_and_devices",
+    "check_least",
     "differences",
     "from_plain",
+    "groups_from_plain",
+    "need",
     "to_plain",
     "validate",
 ]
@@ -36,7 +41,13 @@ class DataConfig:
         flip: flip a window at random, left-right and up-down
         quarter_turns: turn a window at random by a multiple of 90 degrees
         batch_size: windows in one forward pass on one device; never more than the data set has
-        num_workers: reading processes on each device; 0 reads in the training process
+        resident: where the windows stay during training: "device", uncompressed in the memory of the GPU (on a
+            CPU as "host"); "host", in the memory of the machine, sent ahead of their use; "auto", on the GPU if
+            they take at most a third of its free memory; "off" reads the file window by window
+        cache: folder for the uncompressed copy of the file, which is made once; by default spatspark-fast in the
+            user's cache folder
+        num_workers: reading processes on each device, in training with resident "off", else to unpack the file;
+            0 reads in the training process
         synthetic_windows: number of windows of the synthetic radar
         synthetic_size: side in pixels (1 km each) of a synthetic image
     """
@@ -48,6 +59,8 @@ class DataConfig:
     flip: bool = False
     quarter_turns: bool = False
     batch_size: int = 128
+    resident: Literal["auto", "device", "host", "off"] = "auto"
+    cache: str | None = None
     num_workers: int = 0
     synthetic_windows: int = 64
     synthetic_size: int = 288
@@ -83,6 +96,9 @@ class ModelConfig:
         patch: side in pixels of the square patches that are hidden or seen
         decoder: "unet" (the published one) or "light" (one block and a 1x1 convolution)
         decoder_width: channels of the decoder's first block
+        decode_ratio: share of an image's patches that the U-Net reconstructs in a training step, masked patches at
+            random, anew each step; 1 reconstructs the whole image
+        dense_decoder_blocks: first blocks of the U-Net that run on the whole image even if decode_ratio is below 1
         levels: feature maps used, at strides 4, 8, 16, 32; fewer than 4 allow patches of 16 or 8 pixels
         loss_on: "masked" patches only (SparK), or "all" patches
         backend: engine of the sparse convolutions; "auto" chooses by device, dtype and shape
@@ -92,6 +108,8 @@ class ModelConfig:
     patch: int = 32
     decoder: Literal["unet", "light"] = "unet"
     decoder_width: int = 768
+    decode_ratio: float = 1.0
+    dense_decoder_blocks: int = 1
     levels: int = 4
     loss_on: Literal["masked", "all"] = "masked"
     backend: str = "auto"
@@ -134,6 +152,8 @@ class TrainerConfig:
         max_steps: stop after so many optimiser steps, if that comes first; the schedules end there too
         seed: seed of weights, data order, augmentation, masks and drop-path
         precision: "fp32", or "bf16" (autocast; weights stay in float32)
+        compile: torch.compile of the model: "off", or its mode: "default", "reduce-overhead" (CUDA graphs, for
+            small batches) or "max-autotune"
         accumulate: forward passes for one optimiser step
         accelerator: "auto", "cpu" or "gpu"
         devices: number of devices, or "auto" for all (one process on a CPU)
@@ -149,6 +169,7 @@ class TrainerConfig:
     max_steps: int | None = None
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
     accumulate: int = 1
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: str = "auto"
@@ -182,7 +203,7 @@ GROUPS: dict[str, type] = {
 
 AT_LEAST_ONE = (
     *("data.input_length", "data.batch_size", "data.crop", "data.synthetic_windows", "data.synthetic_size"),
-    *("model.patch", "model.levels", "model.decoder_width"),
+    *("model.patch", "model.levels", "model.decoder_width", "model.dense_decoder_blocks"),
     *("trainer.epochs", "trainer.max_steps", "trainer.accumulate", "trainer.log_every"),
 )
 AT_LEAST_ZERO = (
@@ -199,14 +220,19 @@ def to_plain(config: PretrainConfig) -> dict[str, dict[str, Any]]:
 
 def from_plain(plain: dict[str, dict[str, Any]]) -> PretrainConfig:
     """Build a configuration from nested dicts; unknown names raise `UserError`."""
+    return PretrainConfig(**groups_from_plain(GROUPS, plain))
+
+
+def groups_from_plain(kinds: Mapping[str, type], plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the groups of options of a command from nested dicts; unknown names raise `UserError`."""
     groups = {}
-    for name, group in GROUPS.items():
+    for name, group in kinds.items():
         values = dict(plain.get(name) or {})
         known = {f.name for f in fields(group)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"unknown option {name}.{unknown[0]}; known are {', '.join(sorted(known))}")
         groups[name] = group(**values)
-    return PretrainConfig(**groups)
+    return groups
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
@@ -219,55 +245,67 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return found
 
 
-def _need(condition: bool, option: str, value: object, remedy: str) -> None:
+def need(condition: bool, option: str, value: object, remedy: str) -> None:
+    """Raise `UserError` naming the option, its value and the remedy, unless the condition holds."""
     if not condition:
         raise UserError(f"--{option} is {value}: {remedy}")
 
 
-def _at_least(config: PretrainConfig, option: str, least: float) -> None:
-    group, name = option.split(".")
-    value = getattr(getattr(config, group), name)
-    if value is not None:
-        _need(math.isfinite(value) and value >= least, option, value, f"give a number of at least {least:g}")
+def check_least(config: object, options: Iterable[str], least: int) -> None:
+    """Raise `UserError` for the first of the ``group.name`` options that is given and below ``least``."""
+    for option in options:
+        group, name = option.split(".")
+        value = getattr(getattr(config, group), name)
+        fits = value is None or (math.isfinite(value) and value >= least)
+        need(fits, option, value, f"give a number of at least {least}")
+
+
+def check_betas_and_devices(betas: Sequence[float], devices: str) -> None:
+    """Raise `UserError` for values of ``optim.betas`` or ``trainer.devices`` that mean nothing."""
+    need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)")
+    need(devices == "auto" or devices.isdigit(), "trainer.devices", devices, 'give a number or "auto"')
+    need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')
 
 
 def validate(config: PretrainConfig) -> None:
     """Check the values that need no file; raise `UserError` naming the option and the remedy."""
-    for option in AT_LEAST_ONE:
-        _at_least(config, option, 1)
-    for option in AT_LEAST_ZERO:
-        _at_least(config, option, 0)
+    check_least(config, AT_LEAST_ONE, 1)
+    check_least(config, AT_LEAST_ZERO, 0)
     mask, optim = config.mask, config.optim
     share = "give a share of hidden patches of at least 0 and below 1, for example 0.6"
-    _need(0 <= mask.ratio < 1, "mask.ratio", mask.ratio, share)
-    _need(mask.ratio_end is None or 0 <= mask.ratio_end < 1, "mask.ratio_end", mask.ratio_end, share)
+    need(0 <= mask.ratio < 1, "mask.ratio", mask.ratio, share)
+    need(mask.ratio_end is None or 0 <= mask.ratio_end < 1, "mask.ratio_end", mask.ratio_end, share)
     if mask.schedule == "constant":
-        _need(mask.ratio > 0, "mask.ratio", mask.ratio, "with nothing hidden there is nothing to learn from")
-        _need(
+        need(mask.ratio > 0, "mask.ratio", mask.ratio, "with nothing hidden there is nothing to learn from")
+        need(
             mask.ratio_end in (None, mask.ratio),
             "mask.ratio_end",
             mask.ratio_end,
             "choose a --mask.schedule for it",
         )
     else:
-        _need(mask.ratio_end is not None, "mask.ratio_end", None, f"the schedule {mask.schedule} needs it")
-    _need(
+        need(mask.ratio_end is not None, "mask.ratio_end", None, f"the schedule {mask.schedule} needs it")
+    need(
         0 < optim.base_lr < math.inf,
         "optim.base_lr",
         optim.base_lr,
         "give a positive number, for example 2e-4",
     )
-    _need(0 <= optim.final_lr <= 1, "optim.final_lr", optim.final_lr, "give a share of the peak, 0 to 1")
-    _need(
+    need(0 <= optim.final_lr <= 1, "optim.final_lr", optim.final_lr, "give a share of the peak, 0 to 1")
+    need(
         0 <= optim.ema < 1,
         "optim.ema",
         optim.ema,
         "give a decay of at least 0 and below 1, for example 0.9999",
     )
-    betas = optim.betas
-    _need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)")
-    devices = config.trainer.devices
-    _need(devices == "auto" or devices.isdigit(), "trainer.devices", devices, 'give a number or "auto"')
-    _need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')
+    model = config.model
+    need(0 < model.decode_ratio <= 1, "model.decode_ratio", model.decode_ratio, "give a share above 0, at most 1")
+    need(
+        model.decode_ratio == 1 or model.decoder == "unet",
+        "model.decode_ratio",
+        model.decode_ratio,
+        "the light decoder has no fine blocks to leave out; take --model.decoder unet, or 1",
+    )
+    check_betas_and_devices(optim.betas, config.trainer.devices)
     crop, patch = config.data.crop, config.model.patch
-    _need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")
+    need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")

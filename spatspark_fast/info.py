@@ -1,8 +1,8 @@
 """Say what this installation can do: ``python -m spatspark_fast.info``.
 
 Versions, devices, the CPU's instruction set, which engine of `patchsparse` a convolution would take and why
-not the others, and with ``--model NAME`` the multiply-adds of an encoder and its decoder, dense and on
-visible patches.
+not the others, and with ``--model NAME`` what pretraining that encoder costs: multiply-adds of every block,
+dense and on the patches that it runs on, and memory.
 """
 
 import os
@@ -10,8 +10,9 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal, cast
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from spatspark_fast.cli import run_command
 from spatspark_fast.errors import UserError
@@ -33,8 +34,10 @@ def info(argv: Sequence[str]) -> None:
     options = _parser().parse_args(list(argv))
     if not 0 < options.ratio < 1:
         raise UserError(f"--ratio is {options.ratio}: give the hidden share, strictly between 0 and 1")
-    if min(options.size, options.patch, options.frames, options.decoder_width) < 1:
-        raise UserError("--size, --patch, --frames and --decoder_width must be at least 1")
+    if min(options.size, options.patch, options.frames, options.decoder_width, options.batch) < 1:
+        raise UserError("--size, --patch, --frames, --decoder-width and --batch must be at least 1")
+    if not 0 < options.decode_ratio <= 1:
+        raise UserError(f"--decode-ratio is {options.decode_ratio}: give a share above 0, at most 1")
     sections = [
         ("Versions", list(_versions())),
         ("Devices", list(_devices())),
@@ -42,23 +45,31 @@ def info(argv: Sequence[str]) -> None:
     ]
     if options.model is not None:
         title = f"{options.model}, {options.frames} x {options.size} x {options.size}, {options.ratio:.0%} hidden"
-        sections.append((title, list(_macs(options))))
+        from spatspark_fast.costs import CostOptions, model_costs
+
+        sections.append((title, list(model_costs(cast(CostOptions, options)))))
     for title, lines in sections:
-        sys.stdout.write("\n".join([title, *(f"  {line}" for line in lines), "", ""]))
+        sys.stdout.write("\n".join([title, *(f"  {line}".rstrip() for line in lines), "", ""]))
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m spatspark_fast.info",
-        description="Report versions, devices and engines; with --model also multiply-adds.",
+        description="Report versions, devices and engines; with --model also what pretraining costs.",
         exit_on_error=False,
     )
-    parser.add_argument("--model", type=str, help="timm name of an encoder whose multiply-adds are counted")
+    parser.add_argument("--model", type=str, help="timm name of an encoder whose costs are counted")
     parser.add_argument("--frames", type=int, default=12, help="frames of a window, the input channels")
     parser.add_argument("--size", type=int, default=288, help="side of the square image in pixels")
     parser.add_argument("--patch", type=int, default=32, help="side of a patch in pixels")
-    parser.add_argument("--decoder_width", type=int, default=768, help="channels of the decoder's first block")
-    parser.add_argument("--ratio", type=float, default=0.6, help="share of hidden patches")
+    parser.add_argument("--decoder", type=Literal["unet", "light"], default="unet", help="the published one, or light")
+    names = ("--decoder_width", "--decoder-width")
+    parser.add_argument(*names, type=int, default=768, help="channels of the decoder's first block")
+    parser.add_argument("--ratio", "--mask-ratio", type=float, default=0.6, help="share of hidden patches")
+    names = ("--decode_ratio", "--decode-ratio")
+    parser.add_argument(*names, type=float, default=1.0, help="share of patches that a U-Net reconstructs")
+    parser.add_argument("--batch", type=int, default=128, help="windows of a step on one device")
+    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the training step")
     return parser
 
 
@@ -121,31 +132,6 @@ def _engines() -> Iterable[str]:
             packed = packed.contiguous(memory_format=torch.channels_last)
             weight = torch.empty(channels, channels, 3, 3, device=device)
             yield from explain(packed, weight, grid, padding=1).splitlines()
-
-
-def _macs(options: Namespace) -> Iterable[str]:
-    from spatspark_fast.masks import num_visible
-    from spatspark_fast.models.geometry import grid_shape
-    from spatspark_fast.models.macs import count_macs
-    from spatspark_fast.models.spark import build_spark
-
-    size, patch, width = options.size, options.patch, options.decoder_width
-    rows, cols = grid_shape((size, size), patch)
-    visible = num_visible(rows * cols, options.ratio) / (rows * cols)
-    model = build_spark(options.model, in_chans=options.frames, patch=patch, decoder_width=width)
-    macs = count_macs(model, (size, size), visible)
-    giga = 1e9
-    encoder = macs.encoder
-    yield "multiply-adds of one window, forward, in G    dense-and-mask   visible patches      active pairs"
-    columns = (encoder.dense, encoder.visible, encoder.pairs)
-    yield f"{'encoder':42s}" + "".join(f"{value / giga:18.2f}" for value in columns)
-    yield f"{'densify':42s}{macs.densify / giga:18.2f}{macs.densify / giga:18.2f}"
-    yield f"{f'decoder (unet, width {width})':42s}{macs.decoder / giga:18.2f}{macs.decoder / giga:18.2f}"
-    yield f"{'whole model':42s}{macs.dense_step / giga:18.2f}{macs.sparse_step / giga:18.2f}"
-    yield (
-        f"saving: encoder {encoder.dense / encoder.visible:.2f}x, whole model {macs.saving:.2f}x; "
-        "a backward pass costs twice the forward, in the same proportions"
-    )
 
 
 if __name__ == "__main__":

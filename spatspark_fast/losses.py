@@ -17,6 +17,7 @@ from patchsparse import PatchGrid
 __all__ = [
     "LossOn",
     "PatchStatistics",
+    "decoded_loss",
     "denormalise_patches",
     "normalise_patches",
     "patch_errors",
@@ -113,6 +114,22 @@ def reconstruction_loss(
         raise ValueError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
     masked = ~grid.active
     return (errors * masked).sum() / masked.sum().clamp(min=1)
+
+
+def decoded_loss(
+    prediction: Tensor, packed: Tensor, decoded: PatchGrid, loss_on: LossOn = "masked", norm: bool = True
+) -> Tensor:
+    """Return the scalar loss of the patches of ``decoded``, ``prediction`` and ``packed`` frames ``(M, T, p, p)``.
+
+    If these are drawn at random from the masked patches (or, for ``loss_on="all"``, from all), it is in expectation
+    what `reconstruction_loss` is of the same predictions.
+    """
+    errors = patch_errors(prediction, packed, (1, 1), norm)
+    if loss_on == "masked":
+        return errors.mean()
+    if loss_on != "all":
+        raise ValueError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
+    return errors.mean() * (decoded.shape[0] * decoded.shape[1])
 
 
 def _split(frames: Tensor, shape: tuple[int, int]) -> Tensor:

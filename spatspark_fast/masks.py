@@ -18,18 +18,28 @@ from patchsparse import PatchGrid
 from spatspark_fast.errors import UserError
 from spatspark_fast.models.geometry import grid_shape
 
-__all__ = ["MaskSampler", "Schedule", "Strategy", "num_visible", "wet_share"]
+__all__ = ["MaskSampler", "Schedule", "Strategy", "num_decoded", "num_visible", "wet_share"]
 
 Strategy = Literal["random", "rain"]
 Schedule = Literal["constant", "interval", "linear", "cosine"]
 
 # Streams of random numbers that must not repeat each other.
-_RATIO_STREAM, _MASK_STREAM = 0, 1
+# The data order has 2 and the global generators of a step 3.
+_RATIO_STREAM, _MASK_STREAM, _DECODE_STREAM = 0, 1, 4
 
 
 def num_visible(num_patches: int, ratio: float) -> int:
     """Return how many of ``L`` patches stay visible at a mask ``ratio``: ``round(L * (1 - ratio))``, or 1."""
     return min(num_patches, max(1, round(num_patches * (1 - ratio))))
+
+
+def num_decoded(num_patches: int, num_visible: int, share: float, masked: bool = True) -> int:
+    """Return how many of ``L`` patches are reconstructed at a ``share``: ``round(L * share)``, at least 1.
+
+    With ``masked``, no more than there are masked patches.
+    """
+    available = num_patches - num_visible if masked else num_patches
+    return max(1, min(round(share * num_patches), available))
 
 
 def wet_share(frames: Tensor, shape: tuple[int, int], threshold: float = 0.0) -> Tensor:
@@ -103,6 +113,19 @@ class MaskSampler:
         if self.strategy == "rain":
             masking = masking + self.strength * wet_share(frames, shape, self.wet_threshold)
         return PatchGrid.from_scores(-masking, num_visible(shape[0] * shape[1], ratio))
+
+    def decoded(self, grid: PatchGrid, share: float, step: int, rank: int = 0, masked: bool = True) -> PatchGrid:
+        """Return the patches that a decoder reconstructs at a ``step``, a random ``share`` of all patches of an image.
+
+        They are taken from the ``masked`` ones alone (as many as there are, at most; one visible patch if there are
+        none), or from all. Every image gets the same number. Nothing is read back from the device.
+        """
+        generator = _generator(_DECODE_STREAM, self.seed, step, rank)
+        patches = grid.shape[0] * grid.shape[1]
+        count = num_decoded(patches, grid.num_active // grid.batch_size, share, masked)
+        scores = torch.rand((grid.batch_size, *grid.shape), generator=generator)
+        scores = scores.to(grid.device, non_blocking=True)
+        return PatchGrid.from_scores(scores - 2 * grid.active if masked else scores, count)
 
     def ratio_at(self, progress: float, step: int = 0) -> float:
         """Return the mask ratio at a ``progress`` in [0, 1]; ``interval`` depends on ``step`` alone."""

@@ -19,6 +19,7 @@ from spatspark_fast.models.geometry import strides_of
 
 __all__ = [
     "KeyLayout",
+    "build_dense_encoder",
     "build_encoder",
     "encoder_channels",
     "encoder_state_dict",
@@ -42,17 +43,25 @@ def build_encoder(name: str, in_chans: int, backend: str = "auto", levels: int =
     Raises UserError for an unknown name (suggesting close ones), for a model without these strides, and for
     one with a module that has no exact sparse counterpart (naming it).
     """
-    if in_chans < 1:
-        raise UserError(f"in_chans is the number of input frames and must be at least 1, got {in_chans}")
-    indices = _indices_of_strides(name, _create_plain(name, in_chans), strides_of(levels))
-    try:
-        model = timm.create_model(name, in_chans=in_chans, features_only=True, out_indices=indices)
-    except (RuntimeError, AttributeError, AssertionError) as error:
-        raise UserError(f"timm cannot give feature maps of encoder {name!r}: {error}") from error
+    model = build_dense_encoder(name, in_chans, levels)
     try:
         return sparsify(model, backend=backend)
     except UnsupportedModuleError as error:
         raise UserError(f"encoder {name!r} cannot run on visible patches only: {error}") from error
+
+
+def build_dense_encoder(name: str, in_chans: int, levels: int = 4) -> nn.Module:
+    """Build the plain timm model ``name``: the encoder of `build_encoder` for whole images, with its keys.
+
+    Raises UserError for an unknown name (suggesting close ones) and for a model without these strides.
+    """
+    if in_chans < 1:
+        raise UserError(f"in_chans is the number of input frames and must be at least 1, got {in_chans}")
+    indices = _indices_of_strides(name, _create_plain(name, in_chans), strides_of(levels))
+    try:
+        return timm.create_model(name, in_chans=in_chans, features_only=True, out_indices=indices)
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        raise UserError(f"timm cannot give feature maps of encoder {name!r}: {error}") from error
 
 
 def encoder_channels(encoder: nn.Module) -> tuple[int, ...]:

@@ -6,15 +6,18 @@ patches from the deepest level, so that the encoder is nearly the whole cost of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch.nn.functional as F
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
+from patchsparse import PatchGrid, pack, patch_batch_norm_act, patch_conv2d, patch_conv_transpose2d
 from spatspark_fast.errors import UserError
 from spatspark_fast.models.geometry import strides_of
+from spatspark_fast.models.upsample import pays, upsample_conv
 
 __all__ = ["LightDecoder", "UNetBlock", "UNetDecoder"]
 
@@ -33,9 +36,33 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(B, out_channels, 2H, 2W)``."""
-        x = self.up(x)
-        x = self.act(self.norm1(self.conv1(x)))
-        return self.norm2(self.conv2(x))
+        x = upsample_conv(x, self.up, self.conv1) if pays(x, self.up) else self.conv1(self.up(x))
+        return self.norm2(self.conv2(self._norm_act(x)))
+
+    def forward_packed(self, x: Tensor, decoded: PatchGrid, backend: str) -> Tensor:
+        """Map packed ``(N, channels, p, p)`` to ``(N, out_channels, 2p, 2p)``, with halos from ``decoded`` alone."""
+        up, options = self.up, {"padding": 1, "backend": backend}
+        x = patch_conv_transpose2d(x, up.weight, up.bias, decoded, stride=2, **options)
+        x = self._norm_act(patch_conv2d(x, self.conv1.weight, None, decoded, **options))
+        return self.norm2(patch_conv2d(x, self.conv2.weight, None, decoded, **options))
+
+    def _norm_act(self, x: Tensor) -> Tensor:
+        """Normalise and activate; on a GPU in one pass over memory."""
+        norm = self.norm1
+        if not x.is_cuda or type(norm) is not nn.BatchNorm2d or norm.momentum is None:
+            return self.act(norm(x))
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        statistics = (
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.training,
+            norm.momentum,
+            norm.eps,
+        )
+        return patch_batch_norm_act(x, *statistics, activation="leaky_relu", slope=self.act.negative_slope)
 
 
 class UNetDecoder(nn.Module):
@@ -44,27 +71,42 @@ class UNetDecoder(nn.Module):
     One block for every factor 2 of the deepest stride: five for stride 32. The maps at strides 32, 16, 8, 4
     are added at the inputs of the first four. Width ``width`` at the deepest level must be divisible by 2 for
     each block.
+
+    With a grid of ``decoded`` patches, the blocks after the first ``dense_blocks`` run packed on these patches alone.
     """
 
-    def __init__(self, out_chans: int, width: int = 768, levels: int = 4) -> None:
+    def __init__(self, out_chans: int, width: int = 768, levels: int = 4, dense_blocks: int = 1) -> None:
         super().__init__()
         num_blocks = strides_of(levels)[-1].bit_length() - 1
         if width < 1 or width % 2**num_blocks:
             raise UserError(f"decoder_width={width} halves {num_blocks} times: choose a multiple of {2**num_blocks}")
+        if not 1 <= dense_blocks < num_blocks:
+            raise UserError(
+                f"dense_decoder_blocks={dense_blocks} must be at least 1 and below {num_blocks}, the blocks"
+            )
         widths = [width // 2**block for block in range(num_blocks + 1)]
         # Widths of the densified maps that this decoder reads, shallow to deep.
         self.in_widths = tuple(reversed(widths[:levels]))
+        self.dense_blocks = dense_blocks
         self.blocks = nn.ModuleList(UNetBlock(*pair) for pair in pairwise(widths))
         self.head = nn.Conv2d(widths[-1], out_chans, kernel_size=1)
         self.apply(_init_weights)
 
-    def forward(self, densified: Sequence[Tensor]) -> Tensor:
-        """Map densified maps, shallow to deep, to ``(B, out_chans, H, W)`` at full resolution."""
+    def forward(self, densified: Sequence[Tensor], decoded: PatchGrid | None = None, backend: str = "auto") -> Tensor:
+        """Map densified maps, shallow to deep, to ``(B, out_chans, H, W)`` at full resolution.
+
+        With ``decoded``, the maps that blocks after ``dense_blocks`` read are packed on it, and so is the result,
+        ``(N, out_chans, patch, patch)``.
+        """
         *skips, x = densified
-        for level, block in enumerate(self.blocks):
-            if level > 0 and skips:
+        blocks = cast(Iterable[UNetBlock], self.blocks)
+        for index, block in enumerate(blocks):
+            on = decoded if index >= self.dense_blocks else None  # None: the whole image
+            if on is not None and index == self.dense_blocks:
+                x = pack(x, on)
+            if index > 0 and skips:
                 x = x + skips.pop()
-            x = block(x)
+            x = block(x) if on is None else block.forward_packed(x, on, backend)
         return self.head(x)
 
 

@@ -8,18 +8,19 @@ proportions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spatspark_fast.models.decoder import UNetDecoder
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.spark import SparK
 
-__all__ = ["Macs", "SparKMacs", "count_macs"]
+__all__ = ["BlockMacs", "Macs", "SparKMacs", "count_macs"]
 
 aten = torch.ops.aten
 
@@ -37,50 +38,116 @@ class Macs(NamedTuple):
     pairs: float
 
 
+class BlockMacs(NamedTuple):
+    """Hold forward multiply-adds of one block: on the whole image, and on those patches that it runs on."""
+
+    name: str
+    dense: float
+    active: float
+
+
 class SparKMacs(NamedTuple):
-    """Hold the multiply-adds of the parts of a model; densify and decoder always run on the whole image."""
+    """Hold the multiply-adds of the parts of a model, dense, and of all its blocks in the order they run in.
+
+    ``densify`` and ``decoder`` run on the whole image, but for the blocks of sparse decoding.
+    """
 
     encoder: Macs
     densify: float
     decoder: float
+    blocks: tuple[BlockMacs, ...]
 
     @property
     def dense_step(self) -> float:
-        """Forward multiply-adds of one window when the encoder runs dense-and-mask."""
+        """Forward multiply-adds of one window when the encoder runs dense-and-mask and all is decoded."""
         return self.encoder.dense + self.densify + self.decoder
 
     @property
     def sparse_step(self) -> float:
-        """Forward multiply-adds of one window when the encoder runs on visible patches."""
-        return self.encoder.visible + self.densify + self.decoder
+        """Forward multiply-adds of one window when each block runs on its patches only."""
+        return sum(block.active for block in self.blocks)
 
     @property
     def saving(self) -> float:
         """How many times fewer multiply-adds a sparse step has than a dense-and-mask one."""
         return self.dense_step / self.sparse_step
 
+    def active(self, part: str) -> float:
+        """Return the multiply-adds of a part (``encoder``, ``densify``, ``decoder``) on the patches it runs on."""
+        return sum(block.active for block in self.blocks if block.name.split(".")[0] == part)
 
-def count_macs(model: SparK, size: tuple[int, int], visible: float) -> SparKMacs:
+
+def count_macs(model: SparK, size: tuple[int, int], visible: float, decoded: float = 1.0) -> SparKMacs:
     """Count the multiply-adds of ``model`` for one image of ``size`` (H, W) with a ``visible`` share in (0, 1].
 
-    The model itself is not touched; no memory for activations is needed. Raises UserError if the patch does
-    not divide the image, ValueError for a share out of range.
+    ``decoded`` is the share of patches that a U-Net reconstructs, 1 for all. The two convolutions of an upsampling
+    block count as two, also where they run as one. The model itself is not touched; no memory for activations is
+    needed. Raises UserError if the patch does not divide the image, ValueError for a share out of range.
     """
-    if not 0 < visible <= 1:
-        raise ValueError(f"visible must be a share in (0, 1], got {visible}")
+    for name, share in (("visible", visible), ("decoded", decoded)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} must be a share in (0, 1], got {share}")
     shape = grid_shape(size, model.patch)
     ghost = copy.deepcopy(model).to("meta").eval()
     frames = torch.empty(1, model.in_chans, *size, device="meta")
-    encoder, features = _count(lambda: ghost.encode_dense(frames), shape, visible)
-    densify, densified = _count(lambda: ghost.densify(features), shape, visible)
-    decoder, _ = _count(lambda: ghost.decoder(densified), shape, visible)
-    return SparKMacs(encoder, densify.dense, decoder.dense)
+    stages = {f"encoder.{name}": stage for name, stage in ghost.encoder.named_children()}
+    encoder = _Count(lambda: ghost.encode_dense(frames), stages, shape, visible)
+    levels = dict(reversed(list(enumerate(ghost.densify.levels))))  # deepest first, as the decoder reads them
+    named = {f"densify.levels.{level}": module for level, module in levels.items()}
+    densify = _Count(lambda: ghost.densify(encoder.result), named, shape, visible)
+    named = {f"decoder.{name}": block for name, block in ghost.decoder.named_children()}
+    decoder = _Count(lambda: ghost.decoder(densify.result), named, shape, visible)
+    blocks = [BlockMacs(name, macs, macs * visible) for name, macs in encoder.blocks.items()]
+    for order in (densify.blocks, decoder.blocks):
+        # Level and block number i, in the order in which they run, meet: both are packed from the same one on.
+        for index, (name, macs) in enumerate(order.items()):
+            packed = isinstance(ghost.decoder, UNetDecoder) and index >= ghost.decoder.dense_blocks
+            blocks.append(BlockMacs(name, macs, macs * (decoded if packed else 1.0)))
+    found = tuple(block for block in blocks if block.dense)
+    return SparKMacs(encoder.macs, densify.macs.dense, decoder.macs.dense, found)
 
 
-def _count(run: Callable[[], Any], shape: tuple[int, int], visible: float) -> tuple[Macs, Any]:
-    with torch.no_grad(), _Counter(shape, visible) as counter:
-        result = run()
-    return Macs(counter.dense, counter.dense * visible, counter.pairs), result
+class _Count:
+    """Run a part of a model, and hold its result and its multiply-adds, in all and by block.
+
+    A container that is never called itself, since its owner calls its children, counts as these.
+    """
+
+    def __init__(
+        self, run: Callable[[], Any], blocks: Mapping[str, nn.Module], shape: tuple[int, int], visible: float
+    ) -> None:
+        self._counter = _Counter(shape, visible)
+        self._since: list[float] = []
+        counts: dict[str, float] = {}
+        children = {
+            name: {f"{name}.{child}": module for child, module in block.named_children()}
+            for name, block in blocks.items()
+            if isinstance(block, nn.ModuleList | nn.Sequential)
+        }
+        watched = dict(blocks) | {name: module for found in children.values() for name, module in found.items()}
+        handles = [handle for name, block in watched.items() for handle in self._watch(name, block, counts)]
+        with torch.no_grad(), self._counter:
+            self.result = run()
+        for handle in handles:
+            handle.remove()
+        self.macs = Macs(self._counter.dense, self._counter.dense * visible, self._counter.pairs)
+        self.blocks: dict[str, float] = {}
+        for name in blocks:
+            parts = [name] if name in counts or name not in children else list(children[name])
+            self.blocks |= {part: counts.get(part, 0.0) for part in parts}
+        rest = self.macs.dense - sum(self.blocks.values())
+        if rest:  # layers that no block holds
+            self.blocks[f"{next(iter(blocks)).split('.')[0]}.others"] = rest
+
+    def _watch(self, name: str, block: nn.Module, counts: dict[str, float]) -> Iterator[Any]:
+        def start(*_: Any) -> None:
+            self._since.append(self._counter.dense)
+
+        def end(*_: Any) -> None:
+            counts[name] = counts.get(name, 0.0) + self._counter.dense - self._since.pop()
+
+        yield block.register_forward_pre_hook(start)
+        yield block.register_forward_hook(end)
 
 
 class _Counter(TorchDispatchMode):

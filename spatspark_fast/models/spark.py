@@ -11,14 +11,14 @@ The path of the data, one line each in `SparK.forward`::
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack
 from spatspark_fast.errors import UserError
-from spatspark_fast.losses import LossOn, denormalise_patches, patch_statistics, reconstruction_loss
+from spatspark_fast.losses import LossOn, decoded_loss, denormalise_patches, patch_statistics, reconstruction_loss
 from spatspark_fast.models.backbones import build_encoder, encoder_channels
 from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
 from spatspark_fast.models.densify import Densify, NormKind
@@ -30,7 +30,10 @@ DecoderKind = Literal["unet", "light"]
 
 
 class SparKOutput(NamedTuple):
-    """Hold the scalar ``loss`` and the ``prediction`` ``(B, T, H, W)`` in patch-normalised units."""
+    """Hold the scalar ``loss`` and the ``prediction`` ``(B, T, H, W)`` in patch-normalised units.
+
+    Sparse decoding predicts some patches alone: ``(M, T, patch, patch)``.
+    """
 
     loss: Tensor
     prediction: Tensor
@@ -52,6 +55,7 @@ class SparK(nn.Module):
         in_chans: int,
         patch: int = 32,
         loss_on: LossOn = "masked",
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -60,19 +64,27 @@ class SparK(nn.Module):
         self.in_chans = in_chans
         self.patch = patch
         self.loss_on: LossOn = loss_on
+        self.backend = backend
 
-    def forward(self, frames: Tensor, grid: PatchGrid) -> SparKOutput:
+    def forward(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None = None) -> SparKOutput:
         """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units), seen where ``grid`` is active.
+
+        With ``decoded`` the finer blocks of a U-Net run on these patches alone, and the loss is that of these patches
+        (sparse decoding, see docs/training.md); the prediction is then packed, ``(M, T, patch, patch)``.
 
         Raises UserError if the frames, the grid and the model do not fit together.
         """
-        self._check(frames, grid)
+        self._check(frames, grid, decoded)
         packed = pack(frames, grid)
         features = self.encode(packed, grid)
-        densified = self.densify(features, grid)
-        prediction = self.decoder(densified)
-        loss = reconstruction_loss(prediction, frames, grid, self.loss_on)
-        return SparKOutput(loss, prediction)
+        if decoded is None:
+            densified = self.densify(features, grid)
+            prediction = self.decoder(densified)
+            return SparKOutput(reconstruction_loss(prediction, frames, grid, self.loss_on), prediction)
+        decoder = cast(UNetDecoder, self.decoder)
+        densified = self.densify(features, grid, decoded, decoder.dense_blocks)
+        prediction = decoder(densified, decoded, self.backend)
+        return SparKOutput(decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on), prediction)
 
     def encode(self, packed: Tensor, grid: PatchGrid) -> list[Tensor]:
         """Return packed features ``(N, C, p/s, p/s)``, shallow to deep, of ``packed`` ``(N, T, p, p)``."""
@@ -103,7 +115,7 @@ class SparK(nn.Module):
         """Return ``active`` ``(B, Gh, Gw)`` bool as pixels, ``(B, 1, H, W)`` bool."""
         return active.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2).unsqueeze(1)
 
-    def _check(self, frames: Tensor, grid: PatchGrid) -> None:
+    def _check(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None) -> None:
         if frames.ndim != 4 or frames.shape[1] != self.in_chans:
             need = f"(B, {self.in_chans}, H, W)"
             raise UserError(f"frames must be {need} for this model, got {tuple(frames.shape)}")
@@ -112,6 +124,13 @@ class SparK(nn.Module):
             raise UserError(
                 f"the grid is {tuple(grid.active.shape)} (images, rows, columns), but frames "
                 f"{tuple(frames.shape)} in patches of {self.patch} need {expected}"
+            )
+        if decoded is not None and not isinstance(self.decoder, UNetDecoder):
+            raise UserError("sparse decoding needs the unet decoder: the light one has no fine blocks to leave out")
+        if decoded is not None and (decoded.active.shape != grid.active.shape or decoded.num_active == 0):
+            raise UserError(
+                f"the decoded patches are {decoded.num_active} of {tuple(decoded.active.shape)}, the grid is "
+                f"{tuple(grid.active.shape)}: choose at least one patch of the same grid"
             )
         if self.training and grid.num_active < 2:
             raise UserError(
@@ -130,24 +149,28 @@ def build_spark(
     backend: str = "auto",
     levels: int = 4,
     densify_norm: NormKind | Literal["auto"] = "auto",
+    dense_decoder_blocks: int = 1,
 ) -> SparK:
     """Build a SparK model around the timm model ``encoder``.
 
     ``patch`` is the side of a masked patch in pixels, a multiple of the deepest stride: 32 with all four
     ``levels``, 16 with three, 8 with two (the encoder is cut off after them). ``in_chans`` is the number of
-    frames. ``densify_norm`` is ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given.
+    frames. ``dense_decoder_blocks`` of a U-Net run on whole images in sparse decoding. ``densify_norm`` is
+    ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given.
     The image size is not fixed: any multiple of the patch, rectangular or not. Raises UserError for values
     that do not fit.
     """
     check_patch(patch, levels)
     if loss_on not in ("masked", "all"):
         raise UserError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
-    decoders = {"unet": UNetDecoder, "light": LightDecoder}
-    if decoder not in decoders:
+    if decoder not in ("unet", "light"):
         raise UserError(f"decoder must be 'unet' or 'light', got {decoder!r}")
     body = build_encoder(encoder, in_chans, backend, levels)
     if densify_norm == "auto":
         densify_norm = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in body.modules()) else "layer"
-    head = decoders[decoder](in_chans, decoder_width, levels)
+    if decoder == "light":
+        head = LightDecoder(in_chans, decoder_width, levels)
+    else:
+        head = UNetDecoder(in_chans, decoder_width, levels, dense_decoder_blocks)
     densify = Densify(encoder_channels(body), head.in_widths, densify_norm)
-    return SparK(body, densify, head, in_chans, patch, loss_on)
+    return SparK(body, densify, head, in_chans, patch, loss_on, backend)

@@ -30,6 +30,24 @@ def test_multiply_adds_of_the_paper_s_encoder(capsys: pytest.CaptureFixture[str]
     assert costs["decoder"] == pytest.approx([16.75, 16.75], abs=0.05)
 
 
+def test_blocks_and_memory_of_sparse_decoding(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model=resnet18", "--decoder-width=768", "--mask-ratio=0.5", "--decode-ratio=0.25", "--size=128"]
+    assert main([*argv, "--batch=16"]) == 0
+    report = capsys.readouterr().out
+    numbers = {
+        line.split()[0]: [float(n) for n in re.findall(r"\d+\.\d+", line)] for line in report.splitlines() if line
+    }
+    dense, active = numbers["encoder.layer3"]
+    assert active == pytest.approx(dense / 2, rel=0.01)
+    dense, active = numbers["decoder.blocks.2"]
+    assert active == pytest.approx(dense / 4, rel=0.05)
+    batches = [int(n) for n in re.findall(r"(\d+) on (?:16|24|80) GB", report)]
+    assert len(batches) == 3
+    assert batches == sorted(batches)
+    assert batches[0] > 16
+    assert "16 windows" in report
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
@@ -37,6 +55,9 @@ def test_multiply_adds_of_the_paper_s_encoder(capsys: pytest.CaptureFixture[str]
         (["--ratio=1"], "--ratio"),
         (["--model=resnet18", "--size=100"], "100 x 100"),
         (["--size=0"], "at least 1"),
+        (["--decode-ratio=0"], "--decode-ratio"),
+        (["--model=resnet18", "--decoder=light", "--decode-ratio=0.5"], "--decoder unet"),
+        (["--decoder=dense"], "unet"),
         (["--colour=red"], "colour"),
     ],
 )
