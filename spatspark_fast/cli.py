@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,7 +23,20 @@ from spatspark_fast.config import GROUPS, PretrainConfig, from_plain, to_plain, 
 from spatspark_fast.errors import UserError
 from spatspark_fast.runs import RunStopped
 
-__all__ = ["Request", "parse_pretrain", "preset_names", "preset_path", "run_command"]
+__all__ = [
+    "Request",
+    "add_run_options",
+    "add_start_options",
+    "asked",
+    "config_first",
+    "parse_pretrain",
+    "preset_names",
+    "preset_path",
+    "read_yaml",
+    "run_command",
+]
+
+PRESETS = "spatspark_fast.presets"  # of pretrain
 
 
 def run_command(function: Callable[[], int | None]) -> int:
@@ -64,17 +77,17 @@ def _sentence(error: BaseException) -> str:
     return text.replace("Expected a ", "expected ").replace(". Got value: ", ", got ")
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets that come with the package."""
-    folder = resources.files("spatspark_fast.presets")
+def preset_names(package: str = PRESETS) -> list[str]:
+    """Return the names of the presets of a command, which lie in a package of their own."""
+    folder = resources.files(package)
     return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def preset_path(name: str) -> Path:
+def preset_path(name: str, package: str = PRESETS) -> Path:
     """Return the YAML file of a preset; raise `UserError` for an unknown name."""
-    if name not in preset_names():
-        raise UserError(f"unknown preset {name!r}; there are {', '.join(preset_names())}")
-    return Path(str(resources.files("spatspark_fast.presets") / f"{name}.yaml"))
+    if name not in preset_names(package):
+        raise UserError(f"unknown preset {name!r}; there are {', '.join(preset_names(package))}")
+    return Path(str(resources.files(package) / f"{name}.yaml"))
 
 
 @dataclass
@@ -99,25 +112,35 @@ def _parser(preset: Path | None, prog: str) -> ArgumentParser:
         exit_on_error=False,
         default_config_files=[] if preset is None else [str(preset)],
     )
+    add_start_options(parser, PRESETS)
+    add_run_options(parser, "runs/PRESET-DATE-TIME", GROUPS)
+    return parser
+
+
+def add_start_options(parser: ArgumentParser, presets: str) -> None:
+    """Add ``--config`` and ``--preset``; ``presets`` is the package that holds them."""
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options; wins over the preset")
     parser.add_argument(
         "--preset",
-        help=f"options to start from: {', '.join(preset_names())} "
+        help=f"options to start from: {', '.join(preset_names(presets))} "
         "(default: demo without --data.path, nl50-resnet18 with it)",
     )
-    parser.add_argument("--out", help="run directory, new or empty (default: runs/PRESET-DATE-TIME)")
+
+
+def add_run_options(parser: ArgumentParser, default_out: str, groups: Mapping[str, type]) -> None:
+    """Add ``--out``, ``--resume`` and the groups of options of a command that trains."""
+    parser.add_argument("--out", help=f"run directory, new or empty (default: {default_out})")
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
         help='go on from a checkpoint: "auto" (or no value) takes the last one in --out, if there is one',
     )
-    for name, group in GROUPS.items():
+    for name, group in groups.items():
         parser.add_class_arguments(group, name)
-    return parser
 
 
-def _value_of(argv: Sequence[str], option: str) -> str | None:
+def value_of(argv: Sequence[str], option: str) -> str | None:
     """Find ``--option VALUE`` or ``--option=VALUE``; the last one wins."""
     found = None
     for position, word in enumerate(argv):
@@ -128,7 +151,7 @@ def _value_of(argv: Sequence[str], option: str) -> str | None:
     return found
 
 
-def _config_first(argv: Sequence[str]) -> list[str]:
+def config_first(argv: Sequence[str]) -> list[str]:
     """Move ``--config FILE`` to the front, so that options win over files wherever they stand."""
     files: list[str] = []
     others: list[str] = []
@@ -142,11 +165,12 @@ def _config_first(argv: Sequence[str]) -> list[str]:
         else:
             (files if word.startswith("--config=") else others).append(word)
     for file in files:
-        _read_yaml(Path(file.split("=", 1)[1]))
+        read_yaml(Path(file.split("=", 1)[1]))
     return files + others
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the options of a YAML file; raise `UserError` if it cannot be read or holds none."""
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -158,12 +182,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _asked(argv: Sequence[str], option: str) -> str | None:
+def asked(argv: Sequence[str], option: str) -> str | None:
     """Find an option's value on the command line, else in the config file, before the real parser exists."""
-    value: Any = _value_of(argv, option)
-    file = _value_of(argv, "config")
+    value: Any = value_of(argv, option)
+    file = value_of(argv, "config")
     if value is None and file is not None:
-        value = _read_yaml(Path(file))
+        value = read_yaml(Path(file))
         for name in option.split("."):
             value = value.get(name) if isinstance(value, dict) else None
     return None if value in (None, "null", "") else str(value)
@@ -176,13 +200,13 @@ def parse_pretrain(argv: Sequence[str], base: dict[str, Any] | None = None, prog
     its own options. Raises `UserError` or `argparse.ArgumentError`.
     """
     argv = list(argv)
-    asked = _asked(argv, "preset")
-    preset = asked or ("nl50-resnet18" if _asked(argv, "data.path") else "demo")
-    use_preset = asked is not None or base is None
+    chosen = asked(argv, "preset")
+    preset = chosen or ("nl50-resnet18" if asked(argv, "data.path") else "demo")
+    use_preset = chosen is not None or base is None
     parser = _parser(preset_path(preset) if use_preset else None, prog)
     if base is not None:
         parser.set_defaults({f"{g}.{n}": v for g, values in base.items() for n, v in values.items()})
-    parsed = parser.parse_args(_config_first(argv))
+    parsed = parser.parse_args(config_first(argv))
     config = from_plain({name: dict(vars(parsed[name])) for name in GROUPS})
     validate(config)
     return Request(config=from_plain(to_plain(config)), preset=preset, out=parsed.out, resume=parsed.resume)

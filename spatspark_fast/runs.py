@@ -6,6 +6,8 @@
     OUT/versions.json          seed, and for each session: versions, command, time, device
     OUT/metrics.csv            one row per logged optimiser step
     OUT/checkpoints/last.ckpt  newest state; also epoch-NNNN.ckpt, where asked for
+    OUT/checkpoints/best.ckpt  of finetuning: the forecaster with the best validation score
+    OUT/forecast.png           of finetuning: observation and forecast of one window
     OUT/pictures/              reconstructions; OUT/reconstruction.png is the newest
     OUT/encoder.safetensors    weights of the encoder under timm's names, at the end
     OUT/tensorboard/           the same metrics for TensorBoard
@@ -113,8 +115,10 @@ class RunDirectory:
         self.metrics = root / "metrics.csv"
         self.checkpoints = root / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
         self.pictures = root / "pictures"
         self.picture = root / "reconstruction.png"
+        self.forecast = root / "forecast.png"
         self.encoder = root / "encoder.safetensors"
         self.tensorboard = root / "tensorboard"
 
@@ -182,6 +186,13 @@ class RunDirectory:
             "versions": package_versions(),
         }
         record["sessions"] = [*record.get("sessions", []), session]
+        with atomic_path(self.versions) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    def add_to_session(self, found: dict[str, Any]) -> None:
+        """Add what a session found out, plain values, to its entry in ``versions.json``."""
+        record = json.loads(self.versions.read_text())
+        record["sessions"][-1] |= found
         with atomic_path(self.versions) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -68,6 +68,7 @@ class NowcastDataset(Dataset[dict[str, Any]]):
             images = _images(file, self.path, split)
             self._length, frames, height, width = (int(length) for length in images.shape)
             self.attributes = {name: _plain(value) for name, value in file.attrs.items()}
+        self.stored_size = (height, width)
         self.input_length = input_length
         self.output_length = frames - input_length if output_length is None else output_length
         self._check_lengths(frames)
@@ -83,8 +84,7 @@ class NowcastDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = self._checked(index)
         total = self.input_length + self.output_length
-        window = self._read("images", index, total).astype(np.float32, copy=False)
-        self._check_values(window, index)
+        window = self._frames(index, total)
         stacks: tuple[Any, ...] = (window,)
         if self.include_valid:
             stacks += (self.valid(index)[:total],)
@@ -111,6 +111,15 @@ class NowcastDataset(Dataset[dict[str, Any]]):
             self._shared_epoch.fill_(epoch)
         else:
             self._worker_epoch = epoch
+
+    def whole_input(self, index: int) -> np.ndarray:
+        """Return the input frames ``(T_in, *stored_size)`` float32 of a window, without augmentation."""
+        return self._frames(self._checked(index), self.input_length)
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """Return what is done to windows at random."""
+        return self._augmentation
 
     def timestamps(self, index: int) -> list[str]:
         """Return the times of all frames of a window as the file spells them; empty if it has none."""
@@ -162,6 +171,11 @@ class NowcastDataset(Dataset[dict[str, Any]]):
                 f"{self.path}, {self.split} window {index}: {name} cannot be read ({error}); "
                 f"the file is damaged, prepare or download it again"
             ) from error
+
+    def _frames(self, index: int, total: int) -> np.ndarray:
+        window = self._read("images", index, total).astype(np.float32, copy=False)
+        self._check_values(window, index)
+        return window
 
     def _check_values(self, window: np.ndarray, index: int) -> None:
         if window.size == 0:

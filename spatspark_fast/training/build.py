@@ -86,6 +86,7 @@ def build_model(config: PretrainConfig) -> SparK:
         loss_on=model.loss_on,
         backend=model.backend,
         levels=model.levels,
+        dense_decoder_blocks=model.dense_decoder_blocks,
     )
 
 

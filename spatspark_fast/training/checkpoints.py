@@ -15,27 +15,21 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from spatspark_fast.errors import UserError
+from spatspark_fast.models.files import load_plain
 from spatspark_fast.runs import RunDirectory, RunStopped, atomic_path
-from spatspark_fast.training.module import SparkPretraining
+from spatspark_fast.training.planned import PlannedTraining
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a pretraining checkpoint onto the CPU, plain values and tensors only.
+    """Load the checkpoint of a training onto the CPU, plain values and tensors only.
 
     Raises `UserError` if the file is missing, damaged, or no checkpoint of this command.
     """
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # torch raises half a dozen kinds for a file that is damaged or not its own
-        raise UserError(f"{path} is damaged or no checkpoint of this command ({type(error).__name__})") from error
+    checkpoint = load_plain(path, "this command")
     if not isinstance(checkpoint, dict) or not {"config", "position", "state_dict", "global_step"} <= set(checkpoint):
-        raise UserError(f"{path} is no checkpoint of pretrain: it lacks the options or the position")
+        raise UserError(f"{path} is no checkpoint of pretrain or finetune: it lacks the options or the position")
     return checkpoint
 
 
@@ -141,7 +135,7 @@ class Checkpoints(Checkpoint):
         """Give the signals back."""
         self._restore()
 
-    def _save(self, trainer: L.Trainer, module: SparkPretraining) -> None:
+    def _save(self, trainer: L.Trainer, module: PlannedTraining) -> None:
         module.check_finite()
         trainer.save_checkpoint(self.run.last)
 
@@ -152,9 +146,9 @@ class Checkpoints(Checkpoint):
         return RunStopped(signum, f"{message}; go on with --out {self.run.root} --resume")
 
 
-def _ours(module: L.LightningModule) -> SparkPretraining:
-    if not isinstance(module, SparkPretraining):
-        raise TypeError(f"this callback serves SparkPretraining, got {type(module).__name__}")
+def _ours(module: L.LightningModule) -> PlannedTraining:
+    if not isinstance(module, PlannedTraining):
+        raise TypeError(f"this callback serves planned trainings, got {type(module).__name__}")
     return module
 
 

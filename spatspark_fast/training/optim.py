@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.optim.lamb import Lamb
 from torch import nn
 
 from spatspark_fast.config import OptimConfig
+from spatspark_fast.training.lamb import Lamb
 
 __all__ = ["build_optimizer", "parameter_groups", "set_rates"]
 
@@ -29,14 +29,11 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """Build LAMB or AdamW over `parameter_groups`; rates are set anew before each step by `set_rates`.
-
-    Gradient clipping is left to the training loop, so LAMB's own is off.
-    """
+    """Build LAMB or AdamW over `parameter_groups`; rates are set anew before each step by `set_rates`."""
     groups = parameter_groups(named)
     betas = (config.betas[0], config.betas[1])
     if config.name == "lamb":
-        return Lamb(groups, lr=lr, betas=betas, weight_decay=0.0, max_grad_norm=None)
+        return Lamb(groups, lr=lr, betas=betas, weight_decay=0.0)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0)
 
 

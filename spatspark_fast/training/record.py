@@ -2,9 +2,10 @@
 
 import csv
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
@@ -13,7 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from spatspark_fast.training.clock import Lap, StepClock
 from spatspark_fast.training.module import SparkPretraining
+from spatspark_fast.training.planned import PlannedTraining
+from spatspark_fast.training.reading import Reading
+from spatspark_fast.training.speed import Speed
 from spatspark_fast.training.stream import BatchStream
 
 __all__ = ["COLUMNS", "Bar", "MetricsCsv", "Pictures", "Recorder"]
@@ -28,6 +33,9 @@ COLUMNS: tuple[str, ...] = (
     "grad_norm",
     "images_per_s",
     "data_wait_share",
+    "encoder_share",
+    "decoder_share",
+    "optimiser_share",
 )
 
 
@@ -37,9 +45,10 @@ class MetricsCsv(Logger):
     Lightning's own CSV logger starts a file anew when a run goes on.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS) -> None:
         super().__init__()
         self.path = path
+        self.columns = columns
 
     @property
     def name(self) -> str:
@@ -57,27 +66,37 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row; what is not in `COLUMNS` is left out."""
-        new = not self.path.exists()
+        """Append a row; what is not in ``columns`` is left out."""
+        columns = self._columns_there()
         row = {"step": step, **metrics}
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", restval="")
-            if new:
+            writer = csv.DictWriter(file, columns or self.columns, extrasaction="ignore", restval="")
+            if columns is None:
                 writer.writeheader()
             writer.writerow(row)
 
+    def _columns_there(self) -> Sequence[str] | None:
+        """Return the columns that the file has: those of an older version, where such a run goes on."""
+        if not self.path.exists():
+            return None
+        with self.path.open(newline="") as file:
+            return next(csv.reader(file), None)
+
 
 class Recorder(L.Callback):
-    """Log a row every so many optimiser steps: loss over them, rates, images/s, and the share of time
-    waiting for data.
+    """Log a row every so many optimiser steps: loss over them, rates, images/s, and where the time went.
 
-    ``newest`` is the last row. The half-filled row is part of a checkpoint, so a resumed run writes the same
-    rows.
+    Nothing waits for the device: a row is written when its numbers have arrived, on a GPU some steps later,
+    and at the latest when a checkpoint is saved or training ends. With a ``clock`` the shares of the parts of
+    a step are part of it. ``newest`` is the last row. The half-filled row is part of a checkpoint, so a
+    resumed run writes the same rows.
     """
 
-    def __init__(self, every: int) -> None:
+    def __init__(self, every: int, clock: StepClock | None = None) -> None:
         self.every = every
+        self.clock = clock
         self.newest: dict[str, float] = {}
+        self.speed = Speed()
         self._sum: Tensor | float = 0.0
         self._batches = 0
         self._epoch_sum: Tensor | float = 0.0
@@ -86,9 +105,12 @@ class Recorder(L.Callback):
         self._first_batches = 0
         self._timed = 0
         self._since = 0.0
+        self._pending: deque[_Row] = deque()
+        self._write_all: Callable[[], None] = lambda: None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the half-filled row."""
+        """Return the half-filled row; the full ones are written."""
+        self._write_all()
         return {
             "sum": float(self._sum),
             "batches": self._batches,
@@ -114,9 +136,15 @@ class Recorder(L.Callback):
         """Return the mean loss since the current epoch began, of the last one at its end; NaN before any batch."""
         return float(self._epoch_sum) / self._epoch_batches if self._epoch_batches else float("nan")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Start the clock."""
+        self._write_all = lambda: self._write(trainer, pl_module, wait=True)
         self._restart_clock(_stream_of(trainer))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write what is still on its way."""
+        self._write_all()
+        self._write_all = lambda: None
 
     def _restart_clock(self, stream: BatchStream) -> None:
         self._since = time.perf_counter()
@@ -124,8 +152,8 @@ class Recorder(L.Callback):
         self._timed = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Add the batch to the row; write the row when it is full."""
-        module: SparkPretraining = pl_module
+        """Add the batch to the row; close the row when it is full; write rows that are ready."""
+        module: PlannedTraining = pl_module
         if module.position % module.plan.batches_per_epoch == 0:
             self._epoch_sum, self._epoch_batches = 0.0, 0
         loss = module.last["loss"].double()
@@ -138,29 +166,57 @@ class Recorder(L.Callback):
         ends_step = module.between_steps or module.epoch_complete
         step = trainer.global_step
         if ends_step and (step % self.every == 0 or step >= module.plan.total_steps):
-            self._write(trainer, module, step)
+            self._close(trainer, module, step)
+        self._write(trainer, module, wait=False)
 
-    def _write(self, trainer: L.Trainer, module: SparkPretraining, step: int) -> None:
-        module.check_finite()
-        now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+    def _close(self, trainer: L.Trainer, module: PlannedTraining, step: int) -> None:
+        """Take the row off; its numbers on a device are copied when the device gets there."""
         stream = _stream_of(trainer)
         taken = module.plan.step_of(module.position)
-        row = {
-            "epoch": module.epochs_done,
-            "loss": float(self._sum) / self._batches,
-            "lr": module.plan.lr(taken),
-            "weight_decay": module.plan.wd(taken),
-            "mask_ratio": module.masks.ratio_at(module.plan.progress(taken), module.position),
-            "grad_norm": float(module.last["grad_norm"]),
-            "images_per_s": self._timed * stream.batch_size * stream.world_size / seconds,
-            "data_wait_share": min(stream.waited / seconds, 1.0),
-        }
-        self.newest = row
-        for logger in trainer.loggers:
-            logger.log_metrics(row, step)
+        reading = Reading(
+            {
+                "epoch": module.epochs_done,
+                "loss": self._sum / self._batches,
+                "lr": module.plan.lr(taken),
+                "weight_decay": module.plan.wd(taken),
+                **module.extra_row(),
+                "grad_norm": module.last["grad_norm"],
+                "broken": module.broken,
+            }
+        )
+        windows = self._timed * stream.batch_size * stream.world_size
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        lap = None if self.clock is None else self.clock.lap()
+        self._pending.append(_Row(step, reading, windows, seconds, stream.waited, lap))
         self._sum, self._batches = 0.0, 0
         self._restart_clock(stream)
+
+    def _write(self, trainer: L.Trainer, module: PlannedTraining, wait: bool) -> None:
+        while self._pending and (wait or self._pending[0].reading.ready()):
+            row = self._pending.popleft()
+            values = row.reading.get()
+            if values.pop("broken"):
+                module.check_finite()
+            self.newest = {**values, **self.speed.add(row.windows, row.parts())}
+            for logger in trainer.loggers:
+                logger.log_metrics(self.newest, row.step)
+
+
+class _Row(NamedTuple):
+    """Hold a row whose numbers may still be on their way."""
+
+    step: int
+    reading: Reading
+    windows: int
+    seconds: float
+    waited: float
+    lap: Lap | None
+
+    def parts(self) -> dict[str, float]:
+        """Return seconds by part; without a clock, those of waiting for data and all others."""
+        if self.lap is not None:
+            return self.lap.seconds()
+        return {"data": self.waited, "other": max(self.seconds - self.waited, 0.0)}
 
 
 def _stream_of(trainer: L.Trainer) -> BatchStream:

@@ -1,38 +1,35 @@
 """Put a pretraining run together, run it, and leave its results behind. Read it from top to bottom."""
 
-import contextlib
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from rich.console import Console
 from torch import Tensor
 
 from spatspark_fast.config import PretrainConfig, differences, to_plain
-from spatspark_fast.errors import UserError
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.backbones import save_encoder
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.plots import reconstruction_figure, save_figure
 from spatspark_fast.runs import RunDirectory, trim_metrics
 from spatspark_fast.training.build import Windows, build_masks, build_model, open_windows
-from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
+from spatspark_fast.training.checkpoints import Checkpoints, read_checkpoint
+from spatspark_fast.training.clock import StepClock
+from spatspark_fast.training.feed import open_stream
 from spatspark_fast.training.module import SparkPretraining
-from spatspark_fast.training.record import Bar, MetricsCsv, Pictures, Recorder
-from spatspark_fast.training.savings import describe_savings
-from spatspark_fast.training.schedules import Plan, make_plan
+from spatspark_fast.training.record import Bar, Pictures, Recorder
+from spatspark_fast.training.savings import counted_savings, describe_savings
+from spatspark_fast.training.schedules import Plan
+from spatspark_fast.training.speed import describe_speed
 from spatspark_fast.training.stream import BatchStream
+from spatspark_fast.training.trainer import check_plan, known_warnings_off, make_trainer, plan_of, quieten
 
 __all__ = ["train"]
 
-PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 SAMPLE_OF = 16  # windows among which the wettest is drawn
 MEASURED_WINDOWS = 4
 
@@ -53,17 +50,19 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     torch.manual_seed(config.trainer.seed)
     spark = build_model(config)
     draw = _painter(sample, float(windows.scale), masks, run)
-    recorder = Recorder(config.trainer.log_every)
+    clock = StepClock()
+    recorder = Recorder(config.trainer.log_every, clock)
     callbacks = [
+        clock,
         recorder,
         Bar(recorder, console),
         Pictures(draw, config.trainer.picture_every),
         Checkpoints(run, config.trainer.keep_every, config.trainer.log_every),
     ]
-    trainer = _trainer(config, run, callbacks, state)
-    stream = _stream(config, windows, trainer)
-    plan = _plan(config, stream)
-    _check_plan(state, plan, checkpoint)
+    trainer = make_trainer(config.trainer, run, callbacks, state)
+    stream = open_stream(config, windows, trainer, _saying(console, trainer))
+    plan = plan_of(config.trainer, config.optim, stream)
+    check_plan(state, plan, checkpoint)
     if state is not None:  # Lightning restores a loader only within an epoch
         stream.load_state_dict(state)
     if trainer.is_global_zero:
@@ -76,103 +75,29 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     if trainer.is_global_zero:
         draw(module, f"epoch {module.epochs_done:g}")
         run.write(run.encoder, lambda path: save_encoder(module.best_spark.encoder, path))
+        run.add_to_session({"speed": recorder.speed.summary()})
         console.print(_result(module, recorder, time.perf_counter() - started), soft_wrap=True, highlight=False)
+        console.print(describe_speed(recorder.speed), soft_wrap=True, highlight=False)
         if config.trainer.savings:
             frames = _some_windows(windows, config)
             precision = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
             device = trainer.strategy.root_device
-            text = describe_savings(spark.to(device), frames.to(device), config.mask.ratio, precision)
+            counted = counted_savings(spark, windows.image_size, config.mask.ratio, config.model.decode_ratio)
+            run.add_to_session({"multiply_adds_G": counted})
+            options = config.mask.ratio, precision, config.model.decode_ratio
+            text = describe_savings(spark.to(device), frames.to(device), *options)
             console.print(text, soft_wrap=True, highlight=False)
         console.print(_files(run), soft_wrap=True, highlight=False)
 
 
-def quieten() -> None:
-    """Silence what Lightning says on its own behalf: devices found, tips, advertisements. Warnings stay."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def _saying(console: Console, trainer: L.Trainer) -> Callable[[str], None]:
+    """Return the function that tells the user what takes time; one process of several speaks."""
 
+    def say(text: str) -> None:
+        if trainer.is_global_zero:
+            console.print(text, soft_wrap=True, highlight=False)
 
-@contextlib.contextmanager
-def known_warnings_off() -> Iterator[None]:
-    """Ignore warnings that Lightning causes by its own code and that nobody here can heed."""
-    with warnings.catch_warnings():
-        # Lightning 2.6 flattens its loaders by a class that torch 2.10 and later call deprecated.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
-        yield
-
-
-def _trainer(
-    config: PretrainConfig, run: RunDirectory, callbacks: list[L.Callback], state: dict[str, Any] | None
-) -> L.Trainer:
-    options = config.trainer
-    loggers: list[Logger] = [MetricsCsv(run.metrics)]
-    if options.tensorboard:
-        purge = {} if state is None else {"purge_step": state["global_step"] + 1}
-        loggers.append(TensorBoardLogger(run.root, name="", version="tensorboard", **purge))
-    try:
-        return L.Trainer(
-            accelerator=options.accelerator,
-            devices=options.devices if options.devices == "auto" else int(options.devices),
-            precision=PRECISIONS[options.precision],
-            max_epochs=options.epochs,
-            accumulate_grad_batches=options.accumulate,
-            logger=loggers,
-            log_every_n_steps=1,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,  # BatchStream gives each rank its share
-            default_root_dir=run.root,
-        )
-    except (MisconfigurationException, RuntimeError) as error:
-        raise UserError(
-            f"--trainer.accelerator {options.accelerator} with {options.devices} devices: {error}"
-        ) from error
-
-
-def _stream(config: PretrainConfig, windows: Windows, trainer: L.Trainer) -> BatchStream:
-    return BatchStream(
-        windows,
-        config.data.batch_size,
-        seed=config.trainer.seed,
-        num_workers=config.data.num_workers,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        pin_memory=trainer.strategy.root_device.type == "cuda",
-    )
-
-
-def _plan(config: PretrainConfig, stream: BatchStream) -> Plan:
-    return make_plan(
-        batches_per_epoch=stream.batches_per_epoch,
-        epochs=config.trainer.epochs,
-        max_steps=config.trainer.max_steps,
-        accumulate=config.trainer.accumulate,
-        warmup_epochs=config.optim.warmup_epochs,
-        windows_per_batch=stream.batch_size * stream.world_size,
-        base_lr=config.optim.base_lr,
-        final_lr=config.optim.final_lr,
-        weight_decay=config.optim.weight_decay,
-        weight_decay_end=config.optim.weight_decay_end,
-    )
-
-
-def _check_plan(state: dict[str, Any] | None, plan: Plan, checkpoint: Path | None) -> None:
-    """Refuse a checkpoint whose place in the data means another one now, or that is at the end already."""
-    if state is None:
-        return
-    if state["batches_per_epoch"] != plan.batches_per_epoch:
-        raise UserError(
-            f"{checkpoint} is of a run with {state['batches_per_epoch']} batches an epoch, now there are "
-            f"{plan.batches_per_epoch}: the data, --data.batch_size or the number of devices changed; "
-            "give the same again, or start a new run"
-        )
-    if state["global_step"] >= plan.total_steps:
-        raise UserError(
-            f"{checkpoint} is at step {state['global_step']} of {plan.total_steps}, so it is complete: "
-            "give more --trainer.epochs (or --trainer.max_steps) to go on"
-        )
+    return say
 
 
 def _open_run(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack
-from spatspark_fast.masks import num_visible
+from spatspark_fast.masks import num_decoded, num_visible
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.macs import count_macs
 from spatspark_fast.models.spark import SparK
 
-__all__ = ["DenseAndMask", "Measurement", "describe_savings", "measure_encoder"]
+__all__ = ["DenseAndMask", "Measurement", "counted_savings", "describe_savings", "measure_encoder", "shares"]
 
+GIGA = 1e9
 PARITY = 1e-3  # largest difference of features, as a share of the largest feature, at which times are compared
 
 
@@ -138,13 +139,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe_savings(model: SparK, frames: Tensor, ratio: float, precision: torch.dtype = torch.float32) -> str:
+def describe_savings(
+    model: SparK,
+    frames: Tensor,
+    ratio: float,
+    precision: torch.dtype = torch.float32,
+    decode_ratio: float = 1.0,
+) -> str:
     """Say in two lines what this configuration saves: multiply-adds, and seconds measured here and now."""
     size = (frames.shape[2], frames.shape[3])
     shape = grid_shape(size, model.patch)
     visible = num_visible(shape[0] * shape[1], ratio)
-    share = visible / (shape[0] * shape[1])
-    counted = _counted(model, size, share)
+    counted = _counted(model, size, visible, decode_ratio)
     generator = torch.Generator().manual_seed(0)
     grid = PatchGrid.random(len(frames), shape, visible, generator=generator).to(frames.device)
     on_cpu = frames.device.type == "cpu"
@@ -160,11 +166,33 @@ def describe_savings(model: SparK, frames: Tensor, ratio: float, precision: torc
     )
 
 
-def _counted(model: SparK, size: tuple[int, int], visible: float) -> str:
-    macs, giga = count_macs(model, size, visible), 1e9
+def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> tuple[float, float]:
+    """Return the shares of patches that are seen, and that are reconstructed."""
+    rows, columns = grid_shape(size, model.patch)
+    patches = rows * columns
+    if decode_ratio >= 1:
+        return visible / patches, 1.0
+    return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
+
+
+def counted_savings(model: SparK, size: tuple[int, int], ratio: float, decode_ratio: float = 1.0) -> dict[str, float]:
+    """Return forward multiply-adds of one window in G, dense-and-mask and sparse, as plain values for a record."""
+    rows, columns = grid_shape(size, model.patch)
+    macs = count_macs(model, size, *shares(model, size, num_visible(rows * columns, ratio), decode_ratio))
+    return {
+        "encoder_dense": macs.encoder.dense / GIGA,
+        "encoder_sparse": macs.encoder.visible / GIGA,
+        "model_dense": macs.dense_step / GIGA,
+        "model_sparse": macs.sparse_step / GIGA,
+    }
+
+
+def _counted(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> str:
+    seen, decoded = shares(model, size, visible, decode_ratio)
+    macs, giga = count_macs(model, size, seen, decoded), GIGA
     encoder = macs.encoder
     return (
-        f"Counted, one {size[0]}x{size[1]} window, {100 * (1 - visible):.0f} % hidden, forward: the "
+        f"Counted, one {size[0]}x{size[1]} window, {100 * (1 - seen):.0f} % hidden, forward: the "
         f"encoder does {encoder.visible / giga:.2f} G multiply-adds on visible patches instead of "
         f"{encoder.dense / giga:.2f} G dense-and-mask, {encoder.dense / encoder.visible:.2f}x fewer; "
         f"the whole model {macs.sparse_step / giga:.2f} instead of {macs.dense_step / giga:.2f} G, "

@@ -31,12 +31,16 @@ SMALL: dict[str, Any] = {
     "trainer.savings": "false",
 }
 
-TIMES = ("images_per_s", "data_wait_share")
+TIMES = ("images_per_s", "data_wait_share", "encoder_share", "decoder_share", "optimiser_share")
 
 
 def arguments(out: Path, *more: str, **changes: Any) -> list[str]:
     """Return a command line; in ``changes`` a double underscore stands for the dot of an option."""
-    options = SMALL | {name.replace("__", "."): value for name, value in changes.items()}
+    options = (
+        SMALL
+        | {"data.cache": out.parent / "cache"}
+        | {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return [f"--out={out}", *(f"--{name}={value}" for name, value in options.items()), *more]
 
 

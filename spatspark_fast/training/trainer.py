@@ -1,0 +1,123 @@
+"""What every training command asks of Lightning, and of its plan."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from spatspark_fast.config import OptimConfig
+from spatspark_fast.errors import UserError
+from spatspark_fast.runs import RunDirectory
+from spatspark_fast.training.checkpoints import AtomicCheckpointIO
+from spatspark_fast.training.record import COLUMNS, MetricsCsv
+from spatspark_fast.training.schedules import Plan, make_plan
+from spatspark_fast.training.stream import BatchStream
+
+__all__ = ["TrainerOptions", "check_plan", "known_warnings_off", "make_trainer", "plan_of", "quieten"]
+
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
+
+
+class TrainerOptions(Protocol):
+    """Say which options of the group ``trainer`` all commands have."""
+
+    epochs: int
+    max_steps: int | None
+    precision: Literal["fp32", "bf16"]
+    accumulate: int
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: str
+    tensorboard: bool
+
+
+def quieten() -> None:
+    """Silence what Lightning says on its own behalf: devices found, tips, advertisements. Warnings stay."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def known_warnings_off() -> Iterator[None]:
+    """Ignore warnings that Lightning causes by its own code and that nobody here can heed."""
+    with warnings.catch_warnings():
+        # Lightning 2.6 flattens its loaders by a class that torch 2.10 and later call deprecated.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+        # Frozen parts are meant to be in evaluation mode.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        yield
+
+
+def make_trainer(
+    options: TrainerOptions,
+    run: RunDirectory,
+    callbacks: list[L.Callback],
+    state: dict[str, Any] | None,
+    columns: Sequence[str] = COLUMNS,
+) -> L.Trainer:
+    """Make the trainer of a run that goes on from ``state``, if any; ``columns`` are those of metrics.csv.
+
+    Raises UserError for devices that are not there.
+    """
+    loggers: list[Logger] = [MetricsCsv(run.metrics, columns)]
+    if options.tensorboard:
+        purge = {} if state is None else {"purge_step": state["global_step"] + 1}
+        loggers.append(TensorBoardLogger(run.root, name="", version="tensorboard", **purge))
+    try:
+        return L.Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices if options.devices == "auto" else int(options.devices),
+            precision=PRECISIONS[options.precision],
+            max_epochs=options.epochs,
+            accumulate_grad_batches=options.accumulate,
+            logger=loggers,
+            log_every_n_steps=1,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # BatchStream gives each rank its share
+            default_root_dir=run.root,
+        )
+    except (MisconfigurationException, RuntimeError) as error:
+        raise UserError(
+            f"--trainer.accelerator {options.accelerator} with {options.devices} devices: {error}"
+        ) from error
+
+
+def plan_of(trainer: TrainerOptions, optim: OptimConfig, stream: BatchStream) -> Plan:
+    """Return the plan that options and the batches of an epoch make."""
+    return make_plan(
+        batches_per_epoch=stream.batches_per_epoch,
+        epochs=trainer.epochs,
+        max_steps=trainer.max_steps,
+        accumulate=trainer.accumulate,
+        warmup_epochs=optim.warmup_epochs,
+        windows_per_batch=stream.batch_size * stream.world_size,
+        base_lr=optim.base_lr,
+        final_lr=optim.final_lr,
+        weight_decay=optim.weight_decay,
+        weight_decay_end=optim.weight_decay_end,
+    )
+
+
+def check_plan(state: dict[str, Any] | None, plan: Plan, checkpoint: Path | None) -> None:
+    """Refuse a checkpoint whose place in the data means another one now, or that is at the end already."""
+    if state is None:
+        return
+    if state["batches_per_epoch"] != plan.batches_per_epoch:
+        raise UserError(
+            f"{checkpoint} is of a run with {state['batches_per_epoch']} batches an epoch, now there are "
+            f"{plan.batches_per_epoch}: the data, --data.batch_size or the number of devices changed; "
+            "give the same again, or start a new run"
+        )
+    if state["global_step"] >= plan.total_steps:
+        raise UserError(
+            f"{checkpoint} is at step {state['global_step']} of {plan.total_steps}, so it is complete: "
+            "give more --trainer.epochs (or --trainer.max_steps) to go on"
+        )
