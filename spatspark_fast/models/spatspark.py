@@ -1,0 +1,181 @@
+"""SpaT-SparK on the dense path: forecast whole images with what pretraining made of encoder and decoder.
+
+The path of the data, one line each in `SpatSpark.forward`; nothing is masked and no sparse engine is needed::
+
+    frames (B, T_in, H, W) --encode--> features [(B, C, H/s, W/s)]     strides s = 4, 8, 16, 32
+                           --translate--> features of the same shapes  past to future
+                           --densify--> [(B, W, H/s, W/s)]             norm and projection; no mask token is used
+                           --decoder--> prediction (B, T_out, H, W)
+                           --output norm--> forecast (B, T_out, H, W)  data units
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spatspark_fast.errors import UserError
+from spatspark_fast.losses import denormalise_patches, patch_statistics
+from spatspark_fast.models.backbones import build_dense_encoder, encoder_channels
+from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
+from spatspark_fast.models.densify import Densify, NormKind
+from spatspark_fast.models.forecaster import Forecaster, check_lengths
+from spatspark_fast.models.geometry import check_patch, grid_shape
+from spatspark_fast.models.translation import Translation, TranslationKind, build_translation
+
+__all__ = ["Freeze", "OutputNorm", "SpatSpark", "build_spatspark"]
+
+OutputNorm = Literal["none", "input_patch", "input_smooth"]
+Freeze = Literal["none", "encoder", "decoder", "both"]
+
+HEAD = "decoder.head."
+
+
+class SpatSpark(Forecaster):
+    """Forecast rain by encoder, translation network and decoder (SpaT-SparK, arXiv 2412.15917).
+
+    Build one with `build_spatspark`. Encoder, densify and decoder have the parameter names of
+    `spatspark_fast.models.spark.SparK`, so its weights fit.
+
+    ``output_norm="input_patch"`` reads the decoder's output in units of the input: multiplied by the standard
+    deviation and shifted by the mean that the same patch has over the input frames. A pretrained decoder draws
+    in such units, and the published code of SpaT-SparK does the same; edges of patches show until training has
+    learned to undo them. ``"input_smooth"`` interpolates mean and deviation between the centres of patches, so that
+    there are no edges. With ``"none"`` the output counts ``unit`` data units.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        translation: Translation,
+        densify: Densify,
+        decoder: UNetDecoder | LightDecoder,
+        in_length: int,
+        out_length: int,
+        patch: int = 32,
+        output_norm: OutputNorm = "none",
+        unit: float = 1.0,
+    ) -> None:
+        super().__init__(in_length, out_length, multiple=patch)
+        if output_norm not in get_args(OutputNorm):
+            raise UserError(f"output_norm must be one of {', '.join(get_args(OutputNorm))}, got {output_norm!r}")
+        self.encoder = encoder
+        self.translation = translation
+        self.densify = densify
+        self.decoder = decoder
+        self.patch = patch
+        self.output_norm: OutputNorm = output_norm
+        self.unit = unit
+        self._frozen: tuple[nn.Module, ...] = ()
+        for name, parameter in self.densify.named_parameters():
+            if name.endswith("mask_token"):  # nothing is masked here
+                parameter.requires_grad_(False)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Map ``frames`` ``(B, in_length, H, W)`` to ``(B, out_length, H, W)``, both in data units.
+
+        Raises UserError unless the frames fit the model.
+        """
+        self.check(frames)
+        features = list(self.encoder(frames))
+        densified = self.densify(self.translation(features))
+        prediction = self.decoder(densified).to(frames.dtype)
+        if self.output_norm == "none":
+            return prediction * self.unit
+        statistics = patch_statistics(frames, grid_shape(frames.shape[2:], self.patch))
+        if self.output_norm == "input_patch":
+            return denormalise_patches(prediction, statistics)
+        mean, std = (_smooth(value, frames) for value in statistics)
+        return prediction * std + mean
+
+    def load_pretrained(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Take up weights of a `SparK` of the same parts; return the names of those that stay as they were.
+
+        These are the decoder's head, if it draws another number of frames. The translation network is new in
+        any case and not named. Raises UserError, naming the first weight that does not fit.
+        """
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("translation.")}
+        kept = [name for name in own if name.startswith(HEAD) and _differs(weights.get(name), own[name])]
+        for name, value in own.items():
+            if name not in kept and _differs(weights.get(name), value):
+                found = "missing" if name not in weights else str(tuple(weights[name].shape))
+                raise UserError(
+                    f"the pretrained weights do not fit this model: {name} is {found}, not {tuple(value.shape)}; "
+                    "encoder, input length, patch, levels and decoder must be those of pretraining"
+                )
+        self.load_state_dict({name: weights[name] for name in own if name not in kept}, strict=False)
+        return kept
+
+    def freeze(self, parts: Freeze, except_head: bool = False) -> None:
+        """Keep the ``encoder``, the ``decoder`` (with densify) or ``both`` as they are during training.
+
+        Their norms then stay in evaluation mode whatever ``train()`` says. ``except_head`` lets the decoder's
+        last layer move, which has to be where it was not pretrained. Raises UserError if nothing is left to
+        train.
+        """
+        if parts not in get_args(Freeze):
+            raise UserError(f"freeze must be one of {', '.join(get_args(Freeze))}, got {parts!r}")
+        frozen: list[nn.Module] = [self.encoder] if parts in ("encoder", "both") else []
+        frozen += [self.densify, self.decoder] if parts in ("decoder", "both") else []
+        for module in frozen:
+            module.requires_grad_(False)
+        if except_head:
+            self.decoder.head.requires_grad_(True)
+        self._frozen = tuple(frozen)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise UserError(
+                f"freeze {parts} leaves nothing to train, since the translation network 'identity' has no weights: "
+                "take another translation, or freeze less"
+            )
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> SpatSpark:
+        """Set the mode of all parts that are not frozen."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+
+def _smooth(values: Tensor, frames: Tensor) -> Tensor:
+    """Interpolate ``(B, 1, Gh, 1, Gw, 1)``, one value for each patch, to the pixels ``(B, 1, H, W)``."""
+    return F.interpolate(values[:, :, :, 0, :, 0], size=frames.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _differs(found: Tensor | None, own: Tensor) -> bool:
+    return found is None or found.shape != own.shape
+
+
+def build_spatspark(
+    encoder: str = "resnet18",
+    in_length: int = 12,
+    out_length: int = 12,
+    patch: int = 32,
+    levels: int = 4,
+    decoder: Literal["unet", "light"] = "unet",
+    decoder_width: int = 768,
+    translation: TranslationKind = "conv_tanh",
+    output_norm: OutputNorm = "none",
+    unit: float = 1.0,
+) -> SpatSpark:
+    """Build a dense SpaT-SparK around the timm model ``encoder``.
+
+    ``in_length`` and ``out_length`` count frames of 5 minutes. Height and width of the images are free multiples
+    of ``patch`` (pixels), which only ``output_norm="input_patch"`` reads. ``translation="identity"`` is SparK
+    without translation. Raises UserError for values that do not fit.
+    """
+    check_lengths(in_length, out_length)
+    check_patch(patch, levels)
+    decoders = {"unet": UNetDecoder, "light": LightDecoder}
+    if decoder not in decoders:
+        raise UserError(f"decoder must be 'unet' or 'light', got {decoder!r}")
+    body = build_dense_encoder(encoder, in_length, levels)
+    norm: NormKind = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in body.modules()) else "layer"
+    head = decoders[decoder](out_length, decoder_width, levels)
+    channels = encoder_channels(body)
+    densify = Densify(channels, head.in_widths, norm)
+    between = build_translation(translation, channels[-len(head.in_widths) :], out_length)
+    return SpatSpark(body, between, densify, head, in_length, out_length, patch, output_norm, unit)
