@@ -13,7 +13,15 @@ from numpy.typing import ArrayLike
 
 from spatspark_fast.units import FRAME_MINUTES, mm_per_hour
 
-__all__ = ["RAIN_COLOURS", "RAIN_LEVELS", "draw_rain", "rain_colours", "reconstruction_figure", "save_figure"]
+__all__ = [
+    "RAIN_COLOURS",
+    "RAIN_LEVELS",
+    "add_rain_scale",
+    "draw_rain",
+    "rain_colours",
+    "reconstruction_figure",
+    "save_figure",
+]
 
 RAIN_LEVELS = (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 """Bounds of the colour classes in mm/h; below the first a pixel is dry."""
@@ -82,7 +90,7 @@ def reconstruction_figure(
     headings = ("input", f"visible to the encoder ({100 * seen.mean():.0f} %)", "reconstruction")
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)
-    _add_scale(figure, grid.ravel().tolist())
+    add_rain_scale(figure, grid.ravel().tolist())
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
@@ -92,7 +100,8 @@ def _some_frames(count: int) -> Sequence[int]:
     return sorted({0, (count - 1) // 2, count - 1})
 
 
-def _add_scale(figure: Figure, axes: list[Axes]) -> None:
+def add_rain_scale(figure: Figure, axes: list[Axes]) -> None:
+    """Put the colour scale of `draw_rain` beside the axes."""
     colours, classes = rain_colours()
     mappable = ScalarMappable(norm=classes, cmap=colours)
     bar = figure.colorbar(mappable, ax=axes, extend="both", shrink=0.85, pad=0.02, ticks=RAIN_LEVELS)

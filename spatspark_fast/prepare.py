@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -19,10 +19,9 @@ from spatspark_fast.data.sources import get_source
 from spatspark_fast.data.timestamps import parse_time
 from spatspark_fast.data.windows import WetRule, WindowRules
 from spatspark_fast.errors import UserError
+from spatspark_fast.progress import track
 
 __all__ = ["PrepareOptions", "main", "prepare", "summary"]
-
-Item = TypeVar("Item")
 
 _LISTED = 10  # skipped files that the summary names; it counts the others
 
@@ -107,7 +106,7 @@ def prepare(options: PrepareOptions) -> Report:
         workers=options.workers,
         overwrite=options.overwrite,
     )
-    return prepare_archive(plan, _track)
+    return prepare_archive(plan, track)
 
 
 def summary(report: Report) -> str:
@@ -162,16 +161,6 @@ def _run(argv: list[str]) -> None:
     words = [re.sub(r"^--[a-z-]+", lambda option: "--" + option.group(0)[2:].replace("-", "_"), word) for word in argv]
     options = parser.parse_args(words)
     sys.stdout.write(summary(prepare(PrepareOptions(**vars(options)))) + "\n")
-
-
-def _track(items: Iterable[Item], what: str, total: int) -> Iterator[Item]:
-    """Show a progress bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        yield from progress.track(items, total=total, description=what)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Forecasts in mm/h: predictors, sources of the newest frames, and what is written of a forecast."""
