@@ -78,8 +78,6 @@ def parse_finetune(
     parsed = parser.parse_args(config_first(argv))
     config = from_plain({name: dict(vars(parsed[name])) for name in GROUPS})
     config.init = None if parsed.init in (None, "none") else str(parsed.init)
-    if config.model.output_norm == "auto":
-        config.model.output_norm = "none" if config.init is None else "input_patch"
     _check_demands(config, demands or {})
     validate(config)
     return FinetuneRequest(from_plain(to_plain(config)), preset, parsed.out, parsed.resume)

@@ -101,6 +101,7 @@ class ModelConfig:
         dense_decoder_blocks: first blocks of the U-Net that run on the whole image even if decode_ratio is below 1
         levels: feature maps used, at strides 4, 8, 16, 32; fewer than 4 allow patches of 16 or 8 pixels
         loss_on: "masked" patches only (SparK), or "all" patches
+        input_scaling: what the encoder sees: "log", log(1 + R) with R in mm/h, or "none", data values as published
         backend: engine of the sparse convolutions; "auto" chooses by device, dtype and shape
     """
 
@@ -112,6 +113,7 @@ class ModelConfig:
     dense_decoder_blocks: int = 1
     levels: int = 4
     loss_on: Literal["masked", "all"] = "masked"
+    input_scaling: Literal["log", "none"] = "log"
     backend: str = "auto"
 
 

@@ -66,9 +66,11 @@ class ForecastModelConfig:
         decoder_width: channels of the decoder's first block
         translation: network between encoder and decoder: "conv_tanh" (the paper's), "identity",
             "residual_conv", "attention" (axial) or "recurrent" (ConvGRU over the lead times)
-        output_norm: "none", or "input_patch", which reads the output in units of mean and spread of the input
-            patches, as a pretrained decoder expects, or "input_smooth", which interpolates both between patches;
-            "auto" is input_patch with --init and none without
+        input_scaling: what the encoder sees: "log", log(1 + R) with R in mm/h, or "none", data values as published;
+            with a pretraining checkpoint, that of the checkpoint
+        output_norm: "persistence" adds the output to the newest frame, so that training begins with persistence;
+            "none" takes it as rain; "input_patch" reads it in units of mean and spread of the input patches, as the
+            published code does; "input_smooth" interpolates both between patches
         freeze: weights that stay as --init filled them: "none", "encoder", "decoder" or "both"
         base_width: channels of SmaAt-UNet's first stage
     """
@@ -80,7 +82,8 @@ class ForecastModelConfig:
     decoder: Literal["unet", "light"] = "unet"
     decoder_width: int = 768
     translation: Literal["conv_tanh", "identity", "residual_conv", "attention", "recurrent"] = "conv_tanh"
-    output_norm: Literal["auto", "none", "input_patch", "input_smooth"] = "auto"
+    input_scaling: Literal["log", "none"] = "log"
+    output_norm: Literal["persistence", "none", "input_patch", "input_smooth"] = "persistence"
     freeze: Literal["none", "encoder", "decoder", "both"] = "none"
     base_width: int = 64
 
@@ -220,9 +223,6 @@ def forecaster_options(config: FinetuneConfig, scale: float) -> tuple[str, dict[
     model = config.model
     if model.kind == "smaat":
         return "smaat", {"base_width": model.base_width, "unit": 1 / scale}
-    norm = model.output_norm
-    if norm == "auto":
-        norm = "none" if config.init is None else "input_patch"
     return "spatspark", {
         "encoder": model.encoder,
         "patch": model.patch,
@@ -230,8 +230,9 @@ def forecaster_options(config: FinetuneConfig, scale: float) -> tuple[str, dict[
         "decoder": model.decoder,
         "decoder_width": model.decoder_width,
         "translation": "identity" if model.kind == "spark" else model.translation,
-        "output_norm": norm,
+        "output_norm": model.output_norm,
         "unit": 1 / scale,
+        "input_scaling": model.input_scaling,
     }
 
 

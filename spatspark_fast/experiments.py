@@ -197,8 +197,8 @@ def _finetuned(options: Namespace, run: Path, data: Path, arm: Arm, init: Path |
     from spatspark_fast.forecasting.predictors import choose_device
 
     if not (run / "forecast.png").exists():  # written at the end
-        # All arms read their output in the same units and take as many steps, so that only one thing differs.
-        fixed = ["--model.output_norm=input_patch", "--trainer.patience=0", *arm.options]
+        # All arms take as many steps, so that only one thing differs.
+        fixed = ["--trainer.patience=0", *arm.options]
         fixed += [] if init is None else [f"--init={init}"]
         words = options.finetune if init is None else [word for word in options.finetune if not _of_weights(word)]
         _train(finetune.main, run, data, seed, fixed, words)
@@ -211,7 +211,7 @@ def _finetuned(options: Namespace, run: Path, data: Path, arm: Arm, init: Path |
 
 def _of_weights(word: str) -> bool:
     """Tell whether pretrained weights decide an option, which is then for models from scratch only."""
-    names = ("encoder", "patch", "levels", "decoder", "decoder_width")
+    names = ("encoder", "patch", "levels", "decoder", "decoder_width", "input_scaling")
     return word.split("=")[0] in {"data.input_length", *(f"model.{name}" for name in names)}
 
 

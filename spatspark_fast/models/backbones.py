@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from patchsparse import UnsupportedModuleError, sparsify
 from spatspark_fast.errors import UserError
 from spatspark_fast.models.geometry import strides_of
+from spatspark_fast.models.inputs import InputScaling
 
 __all__ = [
     "KeyLayout",
@@ -84,9 +85,11 @@ def encoder_state_dict(encoder: nn.Module, layout: KeyLayout = "classifier") -> 
     return {names[key]: value for key, value in state.items()}
 
 
-def save_encoder(encoder: nn.Module, path: str | Path, layout: KeyLayout = "classifier") -> None:
-    """Write `encoder_state_dict` to a safetensors file, with the timm name in its metadata."""
-    metadata = {"architecture": _timm_name(encoder), "layout": layout, "format": "pt"}
+def save_encoder(
+    encoder: nn.Module, path: str | Path, layout: KeyLayout = "classifier", input_scaling: InputScaling = "none"
+) -> None:
+    """Write `encoder_state_dict` to a safetensors file, with the timm name and what it saw in its metadata."""
+    metadata = {"architecture": _timm_name(encoder), "layout": layout, "input_scaling": input_scaling, "format": "pt"}
     save_file(encoder_state_dict(encoder, layout), str(path), metadata=metadata)
 
 

@@ -19,7 +19,7 @@ __all__ = ["Initial", "read_initial"]
 
 SPARK_PREFIX = "spark."
 # Options of pretraining that a finetuned model has to share, by their place in the configuration.
-SHARED = ("encoder", "patch", "levels", "decoder", "decoder_width")
+SHARED = ("encoder", "patch", "levels", "decoder", "decoder_width", "input_scaling")
 FORECASTER = (*SHARED, "kind", "translation", "output_norm", "base_width")
 
 
@@ -69,7 +69,8 @@ def read_initial(path: str | Path) -> Initial:
     config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not isinstance(config, dict) or "state_dict" not in checkpoint:
         raise UserError(f"--init {path} is no checkpoint of pretrain or finetune: it lacks options or weights")
-    model, data = config.get("model") or {}, config.get("data") or {}
+    # Checkpoints from before there was a choice saw data values as they are.
+    model, data = {"input_scaling": "none"} | (config.get("model") or {}), config.get("data") or {}
     if DESCRIPTION in checkpoint:
         demands = {f"model.{name}": model[name] for name in FORECASTER if name in model}
         weights, what = forecaster_weights(checkpoint), "finetune"
@@ -88,7 +89,8 @@ def _read_encoder(path: Path) -> Initial:
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read --init {path}: {error}") from error
     architecture = metadata.get("architecture")
-    return Initial(path, "encoder", {"model.encoder": architecture} if architecture else {})
+    demands = {"model.encoder": architecture} if architecture else {}
+    return Initial(path, "encoder", demands | {"model.input_scaling": metadata.get("input_scaling", "none")})
 
 
 def _pretrained_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from spatspark_fast.models.backbones import build_encoder, encoder_channels
 from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.geometry import check_patch, grid_shape
+from spatspark_fast.models.inputs import InputScaling, check_input_scaling, scale_input
 
 __all__ = ["DecoderKind", "SparK", "SparKOutput", "build_spark"]
 
@@ -56,6 +57,7 @@ class SparK(nn.Module):
         patch: int = 32,
         loss_on: LossOn = "masked",
         backend: str = "auto",
+        input_scaling: InputScaling = "none",
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -65,6 +67,7 @@ class SparK(nn.Module):
         self.patch = patch
         self.loss_on: LossOn = loss_on
         self.backend = backend
+        self.input_scaling: InputScaling = input_scaling
 
     def forward(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None = None) -> SparKOutput:
         """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units), seen where ``grid`` is active.
@@ -87,13 +90,13 @@ class SparK(nn.Module):
         return SparKOutput(decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on), prediction)
 
     def encode(self, packed: Tensor, grid: PatchGrid) -> list[Tensor]:
-        """Return packed features ``(N, C, p/s, p/s)``, shallow to deep, of ``packed`` ``(N, T, p, p)``."""
+        """Return packed features ``(N, C, p/s, p/s)``, shallow to deep, of ``packed`` ``(N, T, p, p)`` (data units)."""
         with bind(self.encoder, grid):
-            return list(self.encoder(packed))
+            return list(self.encoder(scale_input(packed, self.input_scaling)))
 
     def encode_dense(self, frames: Tensor) -> list[Tensor]:
         """Return features ``(B, C, H/s, W/s)``, shallow to deep, of whole images, by dense layers."""
-        return list(self.encoder(frames))
+        return list(self.encoder(scale_input(frames, self.input_scaling)))
 
     def forward_dense(self, frames: Tensor) -> Tensor:
         """Return the decoder's output ``(B, T, H, W)`` for whole images, by ordinary dense layers only."""
@@ -150,17 +153,20 @@ def build_spark(
     levels: int = 4,
     densify_norm: NormKind | Literal["auto"] = "auto",
     dense_decoder_blocks: int = 1,
+    input_scaling: InputScaling = "none",
 ) -> SparK:
     """Build a SparK model around the timm model ``encoder``.
 
     ``patch`` is the side of a masked patch in pixels, a multiple of the deepest stride: 32 with all four
     ``levels``, 16 with three, 8 with two (the encoder is cut off after them). ``in_chans`` is the number of
     frames. ``dense_decoder_blocks`` of a U-Net run on whole images in sparse decoding. ``densify_norm`` is
-    ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given.
+    ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given. ``input_scaling`` is what the
+    encoder sees of the rain, see `spatspark_fast.models.inputs.scale_input`; ``none`` is the published model.
     The image size is not fixed: any multiple of the patch, rectangular or not. Raises UserError for values
     that do not fit.
     """
     check_patch(patch, levels)
+    check_input_scaling(input_scaling)
     if loss_on not in ("masked", "all"):
         raise UserError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
     if decoder not in ("unet", "light"):
@@ -173,4 +179,4 @@ def build_spark(
     else:
         head = UNetDecoder(in_chans, decoder_width, levels, dense_decoder_blocks)
     densify = Densify(encoder_channels(body), head.in_widths, densify_norm)
-    return SparK(body, densify, head, in_chans, patch, loss_on, backend)
+    return SparK(body, densify, head, in_chans, patch, loss_on, backend, input_scaling)

@@ -24,11 +24,12 @@ from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.forecaster import Forecaster, check_lengths
 from spatspark_fast.models.geometry import check_patch, grid_shape
+from spatspark_fast.models.inputs import InputScaling, check_input_scaling, scale_input
 from spatspark_fast.models.translation import Translation, TranslationKind, build_translation
 
 __all__ = ["Freeze", "OutputNorm", "SpatSpark", "build_spatspark"]
 
-OutputNorm = Literal["none", "input_patch", "input_smooth"]
+OutputNorm = Literal["none", "persistence", "input_patch", "input_smooth"]
 Freeze = Literal["none", "encoder", "decoder", "both"]
 
 HEAD = "decoder.head."
@@ -44,7 +45,9 @@ class SpatSpark(Forecaster):
     deviation and shifted by the mean that the same patch has over the input frames. A pretrained decoder draws
     in such units, and the published code of SpaT-SparK does the same; edges of patches show until training has
     learned to undo them. ``"input_smooth"`` interpolates mean and deviation between the centres of patches, so that
-    there are no edges. With ``"none"`` the output counts ``unit`` data units.
+    there are no edges. With ``"none"`` the output counts ``unit`` data units. ``"persistence"`` adds it, in the same
+    units, to the newest frame, and the decoder's head begins at 0: the model starts as persistence and learns
+    what changes.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class SpatSpark(Forecaster):
         patch: int = 32,
         output_norm: OutputNorm = "none",
         unit: float = 1.0,
+        input_scaling: InputScaling = "none",
     ) -> None:
         super().__init__(in_length, out_length, multiple=patch)
         if output_norm not in get_args(OutputNorm):
@@ -69,6 +73,9 @@ class SpatSpark(Forecaster):
         self.patch = patch
         self.output_norm: OutputNorm = output_norm
         self.unit = unit
+        self.input_scaling: InputScaling = input_scaling
+        if output_norm == "persistence":
+            decoder.head.apply(_zero)
         self._frozen: tuple[nn.Module, ...] = ()
         for name, parameter in self.densify.named_parameters():
             if name.endswith("mask_token"):  # nothing is masked here
@@ -80,11 +87,13 @@ class SpatSpark(Forecaster):
         Raises UserError unless the frames fit the model.
         """
         self.check(frames)
-        features = list(self.encoder(frames))
+        features = list(self.encoder(scale_input(frames, self.input_scaling)))
         densified = self.densify(self.translation(features))
         prediction = self.decoder(densified).to(frames.dtype)
         if self.output_norm == "none":
             return prediction * self.unit
+        if self.output_norm == "persistence":
+            return frames[:, -1:] + prediction * self.unit
         statistics = patch_statistics(frames, grid_shape(frames.shape[2:], self.patch))
         if self.output_norm == "input_patch":
             return denormalise_patches(prediction, statistics)
@@ -94,11 +103,13 @@ class SpatSpark(Forecaster):
     def load_pretrained(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take up weights of a `SparK` of the same parts; return the names of those that stay as they were.
 
-        These are the decoder's head, if it draws another number of frames. The translation network is new in
-        any case and not named. Raises UserError, naming the first weight that does not fit.
+        These are the decoder's head, if it draws another number of frames, or what changes instead of rain
+        (``output_norm="persistence"``). The translation network is new in any case and not named. Raises UserError,
+        naming the first weight that does not fit.
         """
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("translation.")}
-        kept = [name for name in own if name.startswith(HEAD) and _differs(weights.get(name), own[name])]
+        anew = self.output_norm == "persistence"
+        kept = [name for name in own if name.startswith(HEAD) and (anew or _differs(weights.get(name), own[name]))]
         for name, value in own.items():
             if name not in kept and _differs(weights.get(name), value):
                 found = "missing" if name not in weights else str(tuple(weights[name].shape))
@@ -140,6 +151,14 @@ class SpatSpark(Forecaster):
         return self
 
 
+def _zero(module: nn.Module) -> None:
+    """Set weight and bias of a convolution to 0."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.zeros_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 def _smooth(values: Tensor, frames: Tensor) -> Tensor:
     """Interpolate ``(B, 1, Gh, 1, Gw, 1)``, one value for each patch, to the pixels ``(B, 1, H, W)``."""
     return F.interpolate(values[:, :, :, 0, :, 0], size=frames.shape[2:], mode="bilinear", align_corners=False)
@@ -160,6 +179,7 @@ def build_spatspark(
     translation: TranslationKind = "conv_tanh",
     output_norm: OutputNorm = "none",
     unit: float = 1.0,
+    input_scaling: InputScaling = "none",
 ) -> SpatSpark:
     """Build a dense SpaT-SparK around the timm model ``encoder``.
 
@@ -169,6 +189,7 @@ def build_spatspark(
     """
     check_lengths(in_length, out_length)
     check_patch(patch, levels)
+    check_input_scaling(input_scaling)
     decoders = {"unet": UNetDecoder, "light": LightDecoder}
     if decoder not in decoders:
         raise UserError(f"decoder must be 'unet' or 'light', got {decoder!r}")
@@ -178,4 +199,4 @@ def build_spatspark(
     channels = encoder_channels(body)
     densify = Densify(channels, head.in_widths, norm)
     between = build_translation(translation, channels[-len(head.in_widths) :], out_length)
-    return SpatSpark(body, between, densify, head, in_length, out_length, patch, output_norm, unit)
+    return SpatSpark(body, between, densify, head, in_length, out_length, patch, output_norm, unit, input_scaling)

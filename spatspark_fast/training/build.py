@@ -84,6 +84,7 @@ def build_model(config: PretrainConfig) -> SparK:
         decoder=model.decoder,
         decoder_width=model.decoder_width,
         loss_on=model.loss_on,
+        input_scaling=model.input_scaling,
         backend=model.backend,
         levels=model.levels,
         dense_decoder_blocks=model.dense_decoder_blocks,

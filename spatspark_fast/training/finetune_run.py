@@ -138,10 +138,9 @@ def _model(
         if initial.what == "encoder":
             notes = [f"Encoder from {initial.path}; translation network and decoder begin anew"]
         elif any(name.startswith("decoder.head.") for name in kept):
-            notes.append(
-                f"Note: {model.in_length} frames in, {model.out_length} out: the decoder's head begins anew, "
-                "since the pretrained one draws another number of frames"
-            )
+            why = f"the pretrained one draws {model.in_length} frames of rain"
+            what = "change" if config.model.output_norm == "persistence" else "rain"
+            notes.append(f"Note: the decoder's last layer begins anew for {model.out_length} frames of {what}: {why}")
     if config.model.freeze != "none" and config.init is not None:
         if not isinstance(model, SpatSpark):
             raise UserError(f"--model.freeze {config.model.freeze} needs encoder and decoder: --model.kind spatspark")

@@ -74,7 +74,8 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
         trainer.fit(module, stream, ckpt_path=checkpoint)
     if trainer.is_global_zero:
         draw(module, f"epoch {module.epochs_done:g}")
-        run.write(run.encoder, lambda path: save_encoder(module.best_spark.encoder, path))
+        scaling = spark.input_scaling
+        run.write(run.encoder, lambda path: save_encoder(module.best_spark.encoder, path, input_scaling=scaling))
         run.add_to_session({"speed": recorder.speed.summary()})
         console.print(_result(module, recorder, time.perf_counter() - started), soft_wrap=True, highlight=False)
         console.print(describe_speed(recorder.speed), soft_wrap=True, highlight=False)

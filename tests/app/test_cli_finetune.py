@@ -134,7 +134,11 @@ def test_initial_weights_that_do_not_fit_end_in_one_sentence(
         (pretrained, ["--model.encoder=resnet18"], "--model.encoder is resnet18, but --init"),
         (pretrained, ["--data.input_length=4"], "was trained with 3: leave the option out"),
         (pretrained, ["--model.kind=smaat"], "not a SmaAtUNet"),
-        (pretrained, ["--model.freeze=both", "--model.kind=spark"], "nothing to train"),
+        (
+            pretrained,
+            ["--model.freeze=both", "--model.kind=spark", "--model.output_norm=input_patch"],
+            "nothing to train",
+        ),
         (
             pretrained.parents[1] / "encoder.safetensors",
             ["--model.freeze=decoder", "--data.input_length=3"],
@@ -164,11 +168,11 @@ def test_later_wins_defaults_preset_init_config_command_line(tmp_path: Path) -> 
     assert config.loss == FinetuneConfig().loss
 
 
-def test_the_preset_follows_the_data_and_the_norm_follows_the_weights() -> None:
+def test_the_preset_follows_the_data_and_forecasts_begin_as_persistence() -> None:
     assert parse_finetune([]).preset == "demo"
     assert parse_finetune(["--data.path=rain.h5"]).preset == "nl50-resnet18"
-    assert parse_finetune([]).config.model.output_norm == "none"
-    assert parse_finetune(["--init=a.ckpt"]).config.model.output_norm == "input_patch"
+    assert parse_finetune([]).config.model.output_norm == "persistence"
+    assert parse_finetune(["--init=a.ckpt"]).config.model.output_norm == "persistence"
     assert parse_finetune(["--init=a.ckpt", "--model.output_norm=none"]).config.model.output_norm == "none"
 
 

@@ -52,7 +52,7 @@ def test_an_experiment_trains_each_model_once_and_goes_on_after_a_stop(
     assert results["pretrained, 0.5 masked, conv_tanh"]["1"]["pmse"] == pytest.approx(scores["pmse"])
     config = checkpoint(run)["config"]
     assert config["init"] == str(out / "pretrain" / "ratio-0.5" / "seed-1" / "checkpoints" / "last.ckpt")
-    assert (config["trainer"]["seed"], config["model"]["output_norm"]) == (1, "input_patch")
+    assert (config["trainer"]["seed"], config["model"]["output_norm"]) == (1, "persistence")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.ckpt")}
     os.remove(run / "scores.json")
     monkeypatch.setattr(planned.PlannedTraining, "training_step", None)  # nothing is trained again

@@ -82,7 +82,7 @@ def test_the_stored_options_go_back_in(finished: Path) -> None:
     config = from_plain(plain)
     assert to_plain(config) == plain == checkpoint(finished)["config"]
     assert (config.model.encoder, config.model.decoder_width, config.data.input_length) == ("test_resnet", 128, 3)
-    assert config.model.output_norm == "input_patch", "a pretrained decoder draws in units of its input"
+    assert config.model.output_norm == "persistence", "the default"
 
 
 def test_the_best_checkpoint_is_that_of_the_best_row(finished: Path) -> None:
