@@ -1,64 +1,88 @@
-"""Collect the measured ratios: printed at the end, and written as CSV with ``--results DIR``."""
+"""Collect the measured ratios: printed at the end, and written as CSV with ``--results``."""
 
 from __future__ import annotations
 
-import csv
 import os
-import platform
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from .timing import Ratio
+from .machine import RESULTS, device_name, folder_name
+from .scales import NAMES, Scale, scale_of
+from .table import Row, line, make_row, merge
+from .timing import GATE
 
-COLUMNS: tuple[str, ...] = (
-    "suite", "case", "way", "against", "ratio", "low", "high", "value", "against_value", "unit",
-    "device", "threads", "torch", "commit",
-)  # fmt: skip
-
-Recorder = Callable[..., None]
-_rows = pytest.StashKey[list[dict[str, object]]]()
+_rows = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--results", metavar="DIR", help="write one CSV per suite into DIR, replacing it")
+    parser.addoption(
+        "--results", metavar="DIR", help="write a CSV per suite into DIR; 'auto': benchmarks/results/<this device>"
+    )
+    default = os.environ.get("BENCHMARK_SCALE", "quick")
+    parser.addoption("--scale", choices=NAMES, default=default, help="sizes and rounds (env BENCHMARK_SCALE; quick)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
 
 
-def device_name() -> str:
-    """Return the GPU's name, or the processor's with its instruction set."""
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a benchmark for each encoder or masked share of the scale, if it takes one."""
+    sizes = scale_of(metafunc.config.getoption("--scale"))
+    for name, values in (
+        ("encoder", sizes.encoders),
+        ("step_encoder", sizes.step_encoders),
+        ("masked", sizes.masked),
+        ("swept", sizes.sweep),
+    ):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values)
+
+
+@pytest.fixture(scope="session")
+def scale(pytestconfig: pytest.Config) -> Scale:
+    """Return the sizes that were asked for, on the GPU if there is one."""
+    return scale_of(pytestconfig.getoption("--scale"))
+
+
+@pytest.fixture(autouse=True)
+def gate():
+    """Let no parity check serve for the figures of another benchmark."""
+    GATE.close()
+    yield
+    GATE.close()
+
+
+@pytest.fixture(autouse=True)
+def tf32():
+    """Give float32 on a GPU its fast matrix units, to all ways alike."""
+    before = torch.get_float32_matmul_precision()
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+        torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+class Recorder:
+    """Note a ratio, as :func:`~benchmarks.table.make_row` takes it, or a whole row."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        self._rows = rows
+
+    def __call__(self, *what: Any, **details: Any) -> None:
+        self._rows.append(make_row(*what, **details))
+
+    def row(self, row: Row) -> None:
+        self._rows.append(row)
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Recorder:
-    """Return a function that notes the ratio ``against`` / ``way`` of two measured values."""
-    rows = request.config.stash[_rows]
-
-    def note(
-        suite: str, case: str, way: str, against: str, ratio: Ratio, values: tuple[float, float], unit: str
-    ) -> None:
-        fields = (
-            suite, case, way, against, round(ratio.median, 3), round(ratio.low, 3), round(ratio.high, 3),
-            f"{values[0]:.4g}", f"{values[1]:.4g}", unit,
-            device_name(), torch.get_num_threads(), torch.__version__, commit(),
-        )  # fmt: skip
-        rows.append(dict(zip(COLUMNS, fields, strict=True)))
-
-    return note
+    """Return what notes the rows of a benchmark."""
+    return Recorder(request.config.stash[_rows])
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
@@ -67,16 +91,7 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         return
     terminalreporter.section(f"measured ratios ({device_name()}, {torch.get_num_threads()} threads)")
     for row in rows:
-        terminalreporter.write_line(
-            f"{row['suite']:8} {row['case']:44} {row['way']:10} {row['ratio']:6}x ({row['low']}-{row['high']}) "
-            f"over {row['against']}"
-        )
+        terminalreporter.write_line(line(row))
     folder = config.getoption("--results")
     if folder:
-        for suite in sorted({str(row["suite"]) for row in rows}):
-            path = Path(folder) / f"{suite}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
-                writer.writeheader()
-                writer.writerows(row for row in rows if row["suite"] == suite)
+        merge(rows, RESULTS / folder_name() if folder == "auto" else Path(folder))

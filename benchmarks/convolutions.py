@@ -1,7 +1,8 @@
-"""The convolutions that are timed on a GPU: shapes of ResNets and ConvNeXts on 288x288 pixels in patches of 32."""
+"""The convolutions that are timed: shapes of ResNets and ConvNeXts on 288x288 pixels in patches of 32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,8 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchsparse import PatchGrid, pack, unpack
+from patchsparse.backends import tables
+from patchsparse.geometry import Window
 
-__all__ = ["GROUPS", "Problem", "Shape", "dense_and_mask", "problem", "reference"]
+from .timing import exact_float32
+
+__all__ = [
+    "GROUPS",
+    "SIDES",
+    "Problem",
+    "Run",
+    "Shape",
+    "count_pairs",
+    "dense_and_mask",
+    "operators",
+    "problem",
+    "reference",
+]
+
+SIDES = ("fwd", "dgrad", "wgrad")
+Run = Callable[[], list[Tensor]]
 
 
 class Shape(NamedTuple):
@@ -67,9 +86,27 @@ class Problem(NamedTuple):
         s = self.shape
         return [s.stride] * 2, [s.k // 2] * 2, [1, 1], s.groups
 
+    @property
+    def pairs(self) -> int:
+        """How many (active output pixel, active input pixel) pairs a kernel meets."""
+        s = self.shape
+        window = Window((s.k, s.k), (s.stride, s.stride), (s.k // 2, s.k // 2))
+        return count_pairs(self.grid.slot, self.grid.coords, (s.p, s.p), window)
+
+    @property
+    def limit(self) -> float:
+        """How many times fewer products the active pairs have than whole images: no direct convolution gains more."""
+        (rows, columns), s = self.grid.shape, self.shape
+        return self.grid.batch_size * rows * columns * (s.out_p * s.k) ** 2 / self.pairs
+
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the same numbers rounded to ``dtype``."""
         return Problem(self.shape, self.grid, *(t.to(dtype) for t in (self.x, self.weight, self.g)))
+
+
+def count_pairs(slot: Tensor, coords: Tensor, size: tuple[int, int], window: Window) -> int:
+    """Count the (active output pixel, active input pixel) pairs of a window on patches of ``size`` pixels."""
+    return int((tables.tap_rows(slot, coords, size, window) >= 0).sum())
 
 
 def problem(
@@ -102,14 +139,46 @@ def dense_and_mask(p: Problem, x: Tensor, weight: Tensor) -> Tensor:
 
 def reference(p: Problem) -> dict[str, Tensor]:
     """Return output ``y`` and gradients ``x`` and ``w`` by dense-and-mask in float32, without TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+    with exact_float32():
         x, weight, g = (t.detach().float() for t in (p.x, p.weight, p.g))
         x.requires_grad_()
         weight.requires_grad_()
         y = dense_and_mask(p, x, weight)
         gx, gw = torch.autograd.grad(y, (x, weight), g)
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
     return {"y": y.detach(), "x": gx, "w": gw}
+
+
+def operators(p: Problem, backend: str) -> dict[str, Run]:
+    """Return the passes of a problem as bare operators: an engine's, or those of ``"dense"`` convolution of images.
+
+    Plain dense convolves random values everywhere: it gets its masking for free, and no zeros that save power.
+    """
+    stride, padding, dilation, groups = p.options
+    if backend == "dense":
+        x, g = (_image(t, p) for t in (p.x, p.g))
+
+        def backward(wanted: list[bool]) -> list[Tensor]:
+            found = torch.ops.aten.convolution_backward(
+                g, x, p.weight, None, stride, padding, dilation, False, [0, 0], groups, wanted
+            )
+            return [t for t in found if t is not None]
+
+        return {
+            "fwd": lambda: [F.conv2d(x, p.weight, None, stride, padding, dilation, groups)],
+            "dgrad": lambda: backward([True, False, False]),
+            "wgrad": lambda: backward([False, True, False]),
+        }
+    op, maps, rest = torch.ops.patchsparse, (p.grid.slot, p.grid.coords), (*p.options, backend)
+    kernel = list(p.weight.shape[2:])
+    return {
+        "fwd": lambda: [op.conv2d(p.x, p.weight, None, *maps, *rest)],
+        "dgrad": lambda: [op.conv2d_dgrad(p.g, p.weight, *maps, *rest)],
+        "wgrad": lambda: [op.conv2d_wgrad(p.x, p.g, *maps, kernel, *rest)],
+    }
+
+
+def _image(packed: Tensor, p: Problem) -> Tensor:
+    """Return a whole image of random values of the size that ``packed`` unpacks to."""
+    (rows, columns), batch = p.grid.shape, p.grid.batch_size
+    size = (batch, packed.shape[1], rows * packed.shape[2], columns * packed.shape[3])
+    return torch.randn(size, device=packed.device, dtype=packed.dtype).contiguous(memory_format=torch.channels_last)

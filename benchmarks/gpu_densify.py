@@ -11,7 +11,10 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, patch_batch_norm_unpack, unpack
 
-from .gpu_timing import Row, Run, graphed, row
+from .contenders import say
+from .convolutions import Run
+from .gpu_timing import CALLS, graphed
+from .table import Row, make_row
 from .timing import check_parity, in_turn
 
 __all__ = ["LEVELS", "densify_rows"]
@@ -49,12 +52,15 @@ def densify_rows(level: tuple[int, int], masked: float, batch: int, rounds: int,
 
     for name, one, other in zip(("y", "x", "weight", "bias", "token"), step(fused)(), step(apart)(), strict=True):
         check_parity(f"norm + unpack {name} p{p} C{channels}", one.detach(), other.detach(), 2e-2)
-    rows = []
+    found = []
+    ours, parts = "fused", "batch_norm, unpack"
     for kind, runs in {
-        "fwd": {"fused": lambda: [fused()], "batch_norm, unpack": lambda: [apart()]},
-        "step": {"fused": step(fused), "batch_norm, unpack": step(apart)},
+        "fwd": {ours: lambda: [fused()], parts: lambda: [apart()]},
+        "step": {ours: step(fused), parts: step(apart)},
     }.items():
-        ways = graphed(runs, must=("fused", "batch_norm, unpack"))
-        case = f"{kind} graph norm + unpack p{p} C{channels} masked {masked:.2f}"
-        rows.append(row(case, "fused", "batch_norm, unpack", in_turn(ways, rounds)))
-    return rows
+        timing = in_turn(graphed(runs, must=(ours, parts)), rounds)
+        values = tuple(seconds / CALLS * 1e3 for seconds in timing.medians(ours, parts))
+        case = f"norm + unpack p{p} C{channels} {kind}"
+        ratio = timing.ratio(parts, ours)
+        found.append(say(make_row("norm", case, ours, parts, ratio, (values[0], values[1]), "ms", masked=masked)))
+    return found

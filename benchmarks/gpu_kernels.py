@@ -3,46 +3,37 @@
 First every kernel is compared with float64, then steps are captured in CUDA graphs and replayed on other data. Only
 then are convolutions timed: against dense cuDNN on whole images and against ``gather`` as replayed graphs (no time of
 the host in it), default and tuned, and against the peers that are installed (``benchmarks/peers``). Results are written
-after each case and replace those of the same case, so that several calls fill one table: a CSV of ratios and a JSON of
+after each case and replace those of the same case, so that several calls fill one table: a CSV per suite and a JSON of
 what tuning found, in ``results/<device>/``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from .conftest import COLUMNS, device_name
+from .contenders import Case, contenders, peak_rows, peer_rows
 from .convolutions import GROUPS, Shape, problem
 from .gpu_densify import LEVELS, densify_rows
-from .gpu_timing import Case, Row, contenders, graph_rows, peer_rows
+from .gpu_timing import CALLS, graph_rows
+from .machine import RESULTS, folder_name
 from .peers import Packed, peers
+from .table import Row, merge
 
 
 def save(rows: list[Row], folder: Path) -> None:
-    """Write the ratios as CSV, keeping the lines of other cases, and everything that tuning measured as JSON."""
+    """Write rows as CSV, keeping the lines of other cases, and everything that tuning measured as JSON."""
     from patchsparse.backends.triton.tuning import tune
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "gpu_kernels.csv"
-    merged: dict[tuple[str, ...], Row] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            merged = {_key(line): {**line} for line in csv.DictReader(file)}
-    merged |= {_key(line): line for line in rows}
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list[str](COLUMNS))
-        writer.writeheader()
-        writer.writerows(merged.values())
+    merge(rows, folder)
     with tune() as tuner:
         found = {str(key): [asdict(m) for m in measured] for key, measured in tuner.found.items()}
         seconds = tuner.seconds
@@ -51,10 +42,6 @@ def save(rows: list[Row], folder: Path) -> None:
         before = json.loads(tuned.read_text())["found"] if tuned.exists() else {}
         content = {"seconds": seconds, "found": before | found}
         tuned.write_text(json.dumps(content, indent=1, default=str))
-
-
-def _key(line: Mapping[str, object]) -> tuple[str, ...]:
-    return tuple(str(line[name]) for name in ("case", "way", "against", "unit"))
 
 
 def cases(groups: Sequence[str], masked: Sequence[float]) -> Iterator[tuple[float, Shape | tuple[int, int]]]:
@@ -80,9 +67,9 @@ def measure(arguments: argparse.Namespace, folder: Path, began: float) -> None:
             save(densify_rows(shape, share, arguments.batch, arguments.rounds), folder)
             continue
         drawn = problem(shape, share, arguments.batch, torch.bfloat16)
-        case = Case(drawn, share, arguments.rounds, not arguments.no_tune)
+        case = Case(drawn, share, arguments.rounds, CALLS, not arguments.no_tune)
         found = contenders(case, Packed("triton"), (Packed("gather"), *others), told)
-        save([*graph_rows(case, found), *peer_rows(case, found)], folder)
+        save([*graph_rows(case, found), *peer_rows(case, found), *peak_rows(case, found)], folder)
 
 
 def _named(shape: Shape | tuple[int, int]) -> str:
@@ -125,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check("cuda")
         check_graphs("cuda")
     if not arguments.check_only:
-        folder = arguments.out or Path(__file__).parent / "results" / device_name().replace(" ", "_")
-        measure(arguments, folder, began)
+        measure(arguments, arguments.out or RESULTS / folder_name(), began)
     return 0
 
 

@@ -1,105 +1,57 @@
-"""Whole training steps to compare: ours, and the published way of the same model."""
+"""Whole training steps to compare: data, forward, backward, clipping and LAMB; ours, and what they are made of."""
 
 from __future__ import annotations
 
-import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Protocol
 
-import timm
 import torch
-from timm.optim.lamb import Lamb as TimmLamb
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchsparse import PatchGrid
 from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.data.resident import Place, place_windows
 from spatspark_fast.data.store import in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.losses import LossOn, reconstruction_loss
 from spatspark_fast.masks import MaskSampler
-from spatspark_fast.models.decoder import UNetBlock, UNetDecoder
-from spatspark_fast.models.densify import DensifyLevel
 from spatspark_fast.models.spark import SparK, build_spark
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import parameter_groups, set_rates
-from spatspark_fast.training.savings import DenseAndMask
 
-__all__ = ["MASKED", "OurStep", "Published", "PublishedStep", "Step", "build", "windows_on"]
+from .timing import wait
+
+__all__ = ["MASKED", "PARTS", "Marks", "OurStep", "Step", "build", "compiled", "no_mark", "split", "windows_on"]
 
 RATES = (2e-4, 0.04)  # learning rate and weight decay
 BETAS, CLIP = (0.9, 0.95), 5.0
 MASKED = 0.6
+PARTS = ("data", "encoder", "decoder", "optimiser")  # backward passes included
 
 
-def windows_on(device: torch.device, batch: int, size: int, frames: int, augmentation: Augmentation) -> Place:
-    """Return ``batch`` windows of synthetic radar in the memory of a device, 16 bits a pixel."""
-    radar = SyntheticRadar(batch, frames, 0, size)
-    return place_windows(
-        in_memory(radar, radar.scale), augmentation, "host" if device.type == "cpu" else "device", device
-    )
+class Marks(Protocol):
+    """Say that a part of a step ends here; with the encoder's ``features``, also where the decoder's backward ends."""
+
+    def __call__(self, part: str, features: Sequence[Tensor] = ()) -> None: ...
 
 
-class Published(nn.Module):
-    """Run SparK as its published code does: whole images, masked before every layer that looks around, NCHW, eager.
+class Step(Protocol):
+    """Train one step and return its loss."""
 
-    Its weights are copies of those of ``spark``, under other names; the loss is the same.
-    """
+    model: Any
+    optimizer: Any
+    masks: Any
+    frames: Any
 
-    def __init__(self, spark: SparK, encoder: str, grid: PatchGrid) -> None:
-        super().__init__()
-        plain = timm.create_model(encoder, in_chans=spark.in_chans, features_only=True)
-        plain.load_state_dict(spark.encoder.state_dict())
-        device = next(spark.parameters()).device
-        self.encoder = DenseAndMask(plain.to(device), grid)
-        self.densify = copy.deepcopy(spark.densify)
-        self.decoder = copy.deepcopy(cast(UNetDecoder, spark.decoder))
-        self.loss_on: LossOn = spark.loss_on
-        self.to(memory_format=torch.contiguous_format)
+    def loss(self, marks: Marks = ...) -> Tensor: ...
 
-    def forward(self, frames: Tensor, grid: PatchGrid) -> Tensor:
-        """Return the loss of ``frames`` ``(B, T, H, W)``."""
-        self.encoder.active = grid.active
-        features = self.encoder(frames)
-        levels = cast(Sequence[DensifyLevel], self.densify.levels)
-        *skips, x = (self._dense(level, f, grid) for level, f in zip(levels, features[-len(levels) :], strict=True))
-        for index, block in enumerate(cast(Sequence[UNetBlock], self.decoder.blocks)):
-            if index > 0 and skips:
-                x = x + skips.pop()
-            x = block.act(block.norm1(block.conv1(block.up(x))))
-            x = block.norm2(block.conv2(x))
-        return reconstruction_loss(self.decoder.head(x), frames, grid, self.loss_on)
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor: ...
 
-    def _dense(self, level: DensifyLevel, features: Tensor, grid: PatchGrid) -> Tensor:
-        rows, columns = (features.shape[2 + axis] // grid.shape[axis] for axis in (0, 1))
-        active = grid.active.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
-        visible = level.norm(features.permute(0, 2, 3, 1)[active][:, :, None, None])
-        whole = level.mask_token.expand(*active.shape, -1).clone()
-        whole[active] = visible[:, :, 0, 0].to(whole.dtype)
-        return level.proj(whole.permute(0, 3, 1, 2).contiguous())
+    def __call__(self, marks: Marks = ...) -> Tensor: ...
 
 
-class PublishedStep:
-    """Step `Published` with per-parameter LAMB and PyTorch's clipping, on frames that are float32 already."""
-
-    def __init__(self, model: Published, frames: Tensor, masks: MaskSampler) -> None:
-        self.model = model.train()
-        self.frames = frames
-        self.masks = masks
-        self.position = 0
-        groups = parameter_groups(model.named_parameters())
-        self.optimizer = TimmLamb(groups, betas=BETAS, max_grad_norm=None, foreach=False)
-        set_rates(self.optimizer.param_groups, *RATES)
-
-    def __call__(self) -> Tensor:
-        """Train one step; return its loss."""
-        self.position += 1
-        loss = self.model(self.frames, self.masks(self.frames, step=self.position))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
-        return loss.detach()
+def no_mark(part: str, features: Sequence[Tensor] = ()) -> None:
+    """Do nothing: a step that is timed as a whole."""
 
 
 class OurStep:
@@ -123,7 +75,7 @@ class OurStep:
         self.optimizer = Lamb(parameter_groups(model.named_parameters()), betas=BETAS)
         set_rates(self.optimizer.param_groups, *RATES)
 
-    def loss(self) -> Tensor:
+    def loss(self, marks: Marks = no_mark) -> Tensor:
         """Return the loss of the next step."""
         self.position += 1
         frames = next(self.frames)
@@ -131,16 +83,37 @@ class OurStep:
         decoded = None
         if self.decode_ratio < 1:
             decoded = self.masks.decoded(grid, self.decode_ratio, step=self.position)
+        marks("data")
         with torch.autocast(frames.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
-            return self.model(frames, grid, decoded).loss
+            return self.run(frames, grid, decoded, marks)
 
-    def __call__(self) -> Tensor:
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
+        """Return the loss of ``frames`` ``(B, T, H, W)``."""
+        if marks is no_mark:
+            return self.model(frames, grid, decoded).loss
+        encode = self.model.encode
+
+        def marked(*args: Any) -> list[Tensor]:
+            features = encode(*args)
+            marks("encoder", features)
+            return features
+
+        self.model.encode = marked  # type: ignore[method-assign]
+        try:
+            return self.model(frames, grid, decoded).loss
+        finally:
+            del self.model.encode  # the method of the class shows again
+
+    def __call__(self, marks: Marks = no_mark) -> Tensor:
         """Train one step; return its loss."""
-        loss = self.loss()
+        loss = self.loss(marks)
+        marks("decoder")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        marks("encoder")
         clip_gradients(self.model.parameters(), CLIP)
         self.optimizer.step()
+        marks("optimiser")
         return loss.detach()
 
 
@@ -150,11 +123,49 @@ def _endless(place: Place, batch: int) -> Iterator[Tensor]:
         yield from place.batches([keys])
 
 
+def windows_on(device: torch.device, batch: int, size: int, frames: int, augmentation: Augmentation) -> Place:
+    """Return ``batch`` windows of synthetic radar in the memory of a device, 16 bits a pixel."""
+    radar = SyntheticRadar(batch, frames, 0, size)
+    return place_windows(
+        in_memory(radar, radar.scale), augmentation, "host" if device.type == "cpu" else "device", device
+    )
+
+
 def build(decoder: str, width: int, device: torch.device, encoder: str, frames: int) -> SparK:
-    """Build a model of equal weights in every call."""
+    """Build a model of equal weights in every call, in channels_last memory."""
     torch.manual_seed(0)
     options: dict[str, Any] = {"decoder": decoder, "decoder_width": width, "in_chans": frames}
     return build_spark(encoder, **options).to(device)
 
 
-Step = Callable[[], Tensor]
+def compiled(step: OurStep) -> OurStep:
+    """Compile the parts of a step's model in place, as ``--trainer.compile default`` does."""
+    for part in (step.model.encoder, step.model.densify, step.model.decoder):
+        part.compile()
+    return step
+
+
+def split(step: Callable[[Marks], object]) -> dict[str, float]:
+    """Run one step and return the seconds of each of its `PARTS`; the device is waited for between them.
+
+    The backward pass of decoder and densify ends when the last gradient of the encoder's features has arrived.
+    """
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    since = _now()
+
+    def mark(part: str, features: Sequence[Tensor] = ()) -> None:
+        nonlocal since
+        now = _now()
+        found[part] += now - since
+        since = now
+        for feature in features:
+            if feature.requires_grad:
+                feature.register_hook(lambda _: mark("decoder"))
+
+    step(mark)
+    return found
+
+
+def _now() -> float:
+    wait()
+    return time.perf_counter()

@@ -1,10 +1,11 @@
-"""Time several ways of doing the same thing in turn, and compare them pair by pair."""
+"""Time several ways of doing the same thing in turn, and compare them pair by pair; but only what was checked."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,18 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Ratio", "Timing", "check_parity", "in_turn", "peak_bytes"]
+__all__ = [
+    "GATE",
+    "Gate",
+    "Ratio",
+    "Timing",
+    "check_close",
+    "check_parity",
+    "exact_float32",
+    "in_turn",
+    "peak_bytes",
+    "wait",
+]
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,11 @@ class Ratio:
     median: float
     low: float
     high: float
+
+    @classmethod
+    def exact(cls, value: float) -> Ratio:
+        """Return a ratio that has no spread: of bytes or of counts."""
+        return cls(value, value, value)
 
     def __str__(self) -> str:
         return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
@@ -37,41 +54,114 @@ class Timing:
         """Return the median seconds of one way."""
         return statistics.median(self.seconds[way])
 
+    def medians(self, way: str, against: str) -> tuple[float, float]:
+        """Return the median seconds of two ways."""
+        return self.median(way), self.median(against)
+
     def ratio(self, slow: str, fast: str) -> Ratio:
         """Return how many times longer ``slow`` takes than ``fast``."""
         pairs = [a / b for a, b in zip(self.seconds[slow], self.seconds[fast], strict=True)]
-        low, median, high = statistics.quantiles(pairs, n=4)
+        if len(pairs) == 1:
+            return Ratio.exact(pairs[0])
+        low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
         return Ratio(median, low, high)
 
+    def summed(self, way: str, parts: Sequence[str]) -> Timing:
+        """Return a timing with ``way`` besides, the sum of its ``parts`` round by round."""
+        sums = [float(sum(seconds)) for seconds in zip(*(self.seconds[part] for part in parts), strict=True)]
+        return Timing(self.seconds | {way: sums})
 
-def _wait() -> None:
+
+class Gate:
+    """Remember which parity checks have passed; nothing is timed and no row is made before one has.
+
+    ``close`` begins anew, which each benchmark does, so that no check serves for another's figures.
+    """
+
+    def __init__(self) -> None:
+        self._errors: dict[str, float] = {}
+
+    def close(self) -> None:
+        """Forget what has passed."""
+        self._errors = {}
+
+    def let(self, what: str, error: float, limit: float) -> None:
+        """Note that ``what`` differs by ``error``; raise AssertionError if that is above ``limit``, or NaN."""
+        if not error <= limit:
+            self._errors = {}
+            raise AssertionError(f"{what} differs by {error:.2e} (limit {limit:.0e}); no figure is given")
+        self._errors[what] = error
+
+    def worst(self) -> float:
+        """Return the largest difference that passed; raise AssertionError if nothing was checked."""
+        if not self._errors:
+            raise AssertionError("nothing was compared before this; no figure is given")
+        return max(self._errors.values())
+
+
+GATE = Gate()
+
+
+def check_parity(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Open the gate if the results agree, by the norm of their difference; else raise AssertionError."""
+    if actual.shape != expected.shape:
+        raise AssertionError(f"{name} is {tuple(actual.shape)}, not {tuple(expected.shape)}; no figure is given")
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = (actual - expected).norm() / expected.norm().clamp_min(1e-30)
+    GATE.let(name, float(difference), tolerance)
+
+
+def check_close(name: str, actual: float, expected: float, tolerance: float) -> None:
+    """Open the gate if two numbers agree relatively; else raise AssertionError."""
+    GATE.let(name, abs(actual - expected) / max(abs(expected), 1e-30), tolerance)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Compute float32 in float32 on a GPU, without TF32: for comparing, not for timing."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+def wait() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 2) -> Timing:
-    """Run every way once per round, in turn; return the seconds of the counted rounds."""
+    """Run every way once per round, in turn; return the seconds of the counted rounds.
+
+    Raises AssertionError if no parity check has passed.
+    """
+    GATE.worst()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for index in range(warmup + rounds):
         for name, run in ways.items():
-            _wait()
+            wait()
             started = time.perf_counter()
             run()
-            _wait()
+            wait()
             if index >= warmup:
                 seconds[name].append(time.perf_counter() - started)
     return Timing(seconds)
 
 
-def check_parity(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Raise AssertionError unless the results agree: no speed of a wrong result is ever printed."""
-    difference = (actual.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-30)
-    if not float(difference) <= tolerance:
-        raise AssertionError(f"{name} differs by {float(difference):.2e} (limit {tolerance:.0e}); no time is taken")
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Return the most CPU bytes allocated at once by PyTorch during ``run``, above what was held before."""
+def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:
+    """Return the most bytes allocated at once by PyTorch during ``run``, above what was held before."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
     profiler = record.profiler

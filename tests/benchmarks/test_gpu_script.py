@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import subprocess
 import sys
@@ -13,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks import gpu_densify, gpu_kernels, gpu_timing
-from benchmarks.conftest import COLUMNS
+from benchmarks.contenders import Case, contenders, peer_rows
 from benchmarks.convolutions import GROUPS, Problem, Shape, problem
-from benchmarks.gpu_timing import Case, contenders, peer_rows
 from benchmarks.peers import Dense, DenseAndMask, Layer, Packed, Spconv, base
 from benchmarks.peers.dense import _DenseLayer
+from benchmarks.table import COLUMNS, read
 from patchsparse import unpack
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +72,7 @@ def test_peers_are_timed_only_if_they_agree(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(base, "find_spec", lambda _: None)
-    case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2, tuned=False)
+    case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2)
     told: set[str] = set()
     given = (case, Packed("gather", "cpu"), (DenseAndMask(), Wrong(), Broken(), Spconv()), told)
     contenders(*given)
@@ -85,22 +84,20 @@ def test_peers_are_timed_only_if_they_agree(
     assert said[1] == "left out  broken bf16 3x3 s1 p2 C8-8 g1 failed: RuntimeError: no kernel image is available"
     assert "spconv is not installed" in said[2]
     rows = peer_rows(case, found)
-    kinds = [str(row["case"]).split(" 3x3")[0] for row in rows]
-    assert kinds == [f"{kind} eager" for kind in ("fwd", "dgrad", "wgrad", "bwd", "step")]  # it has no map
+    passes = ("fwd", "dgrad", "wgrad", "bwd", "step")  # it has no map
+    assert [row["case"] for row in rows] == [f"{case.p.shape} bfloat16 {kind} eager" for kind in passes]
     for row in rows:
         assert tuple(row) == COLUMNS
         assert (row["way"], row["against"], row["unit"]) == ("gather bf16", "dense-and-mask bf16", "ms")
-        assert float(str(row["ratio"])) > 0
-        assert float(str(row["value"])) > 0
-        assert "p2 C8-8 g1 masked 0.60" in str(row["case"])
+        assert min(float(row[name]) for name in ("ratio", "value", "against_value")) > 0
+        assert (row["masked"], row["suite"]) == ("0.6", "conv")
+        assert 0 < float(row["parity"]) < 2e-2
 
 
 def test_densifying_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_timing, "capture", lambda run: (SimpleNamespace(replay=run), run()))
     rows = gpu_densify.densify_rows((2, 8), 0.6, 1, 2, "cpu")
-    assert [row["case"] for row in rows] == [
-        f"{kind} graph norm + unpack p2 C8 masked 0.60" for kind in ("fwd", "step")
-    ]
+    assert [row["case"] for row in rows] == [f"norm + unpack p2 C8 {kind}" for kind in ("fwd", "step")]
     assert all(tuple(row) == COLUMNS and row["against"] == "batch_norm, unpack" for row in rows)
     monkeypatch.setattr(gpu_densify, "unpack", lambda packed, grid, fill: unpack(packed, grid, fill + 1))
     with pytest.raises(AssertionError, match="norm \\+ unpack y p2 C8 differs by"):
@@ -112,16 +109,14 @@ def test_our_engine_must_agree() -> None:
         def why_not(self, shape: Shape | None = None) -> str:
             return "it is not there"
 
-    case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2, tuned=False)
-    with pytest.raises(RuntimeError, match="the gather engine did not run 3x3 s1 p2 C8-8 g1"):
+    case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2)
+    with pytest.raises(AssertionError, match="the gather engine did not run 3x3 s1 p2 C8-8 g1 rightly"):
         contenders(case, Ours("gather", "cpu"), (Dense(),), set())
 
 
 def test_several_calls_fill_one_table(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    row: dict[str, object] = dict.fromkeys(COLUMNS, "x")
+    row = dict.fromkeys(COLUMNS, "x") | {"suite": "conv"}
     gpu_kernels.save([row | {"case": "a", "value": "1"}, row | {"case": "b", "value": "2"}], tmp_path)
     gpu_kernels.save([row | {"case": "b", "value": "3"}, row | {"case": "c", "value": "4"}], tmp_path)
-    with (tmp_path / "gpu_kernels.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [(line["case"], line["value"]) for line in lines] == [("a", "1"), ("b", "3"), ("c", "4")]
+    assert [(r["case"], r["value"]) for r in read(tmp_path / "conv.csv")] == [("a", "1"), ("b", "3"), ("c", "4")]

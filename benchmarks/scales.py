@@ -1,0 +1,89 @@
+"""How large and how often: ``--scale tiny`` (a test), ``quick`` (the default) or ``full``, on either device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+__all__ = ["NAMES", "Scale", "device", "scale_of"]
+
+NAMES = ("tiny", "quick", "full")
+
+
+def device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes and rounds of the suites.
+
+    Attributes:
+        layer_batch, layer_rounds: images and rounds of a single layer; ``layer_side`` patches along an image.
+        batch: images of an encoder or a step.
+        size, frames: pixels along a window, and its frames.
+        width, light: channels of the U-Net's and of the light decoder.
+        encoders: of ``encoder``; ``step_encoders`` of ``step``.
+        masked: hidden shares of ``encoder``; ``sweep`` those of ``mask_sweep``.
+        rounds, step_rounds, sweep_rounds: of encoders, steps and the sweep.
+        levels: the first stages of a ResNet that layers are taken from.
+        compiled: ways of the step that run compiled.
+    """
+
+    device: torch.device
+    layer_batch: int = 8
+    layer_side: int = 9
+    layer_rounds: int = 5
+    levels: int = 4
+    batch: int = 4
+    size: int = 288
+    frames: int = 12
+    width: int = 768
+    light: int = 512
+    encoders: tuple[str, ...] = ("resnet18", "resnet50", "convnext_tiny")
+    step_encoders: tuple[str, ...] = ("resnet18",)
+    masked: tuple[float, ...] = (0.6,)
+    sweep: tuple[float, ...] = (0.0, 0.3, 0.6, 0.75, 0.9)
+    rounds: int = 3
+    step_rounds: int = 2
+    sweep_rounds: int = 3
+    compiled: tuple[str, ...] = ()
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of our steps; the published way is float32."""
+        return torch.bfloat16 if self.cuda else torch.float32
+
+
+def scale_of(name: str, where: torch.device | None = None) -> Scale:
+    """Return the sizes of a scale on a device; raise ValueError for a name that is not one."""
+    where = device() if where is None else where
+    if name not in NAMES:
+        raise ValueError(f"scale {name!r} is unknown; choose one of {', '.join(NAMES)}")
+    if name == "tiny":
+        return Scale(
+            where, 1, 3, 2, 1, batch=2, size=96, frames=2, width=32, light=32, encoders=("resnet10t",),
+            step_encoders=("resnet10t",), sweep=(0.0, 0.6), rounds=2, step_rounds=2, sweep_rounds=2,
+        )  # fmt: skip
+    found = Scale(where)
+    if where.type == "cuda":
+        found = replace(
+            found, layer_batch=128, layer_rounds=11, batch=128, rounds=11, step_rounds=7, sweep_rounds=7,
+            encoders=("resnet18", "resnet50", "convnext_base"), step_encoders=("resnet18", "resnet50", "convnext_base"),
+            compiled=("dense",),
+        )  # fmt: skip
+    if name == "full":
+        found = replace(
+            found, masked=(0.3, 0.6, 0.75), sweep=(0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9),
+            layer_rounds=11, rounds=max(found.rounds, 7), step_rounds=max(found.step_rounds, 5),
+            sweep_rounds=max(found.sweep_rounds, 5),
+        )  # fmt: skip
+        if where.type == "cuda":
+            found = replace(found, compiled=("dense", "exact", "decode_ratio=0.25", "light"))
+    return found

@@ -1,0 +1,74 @@
+"""Batch norm + ReLU + residual over visible positions, forward + backward: packed against whole images.
+
+Packed rows hold visible positions alone, so that PyTorch's own norm is the sparse one. SparK gathers them out of the
+whole image by ``nonzero`` and puts them back. Plain dense norms whole images, which is another result: its statistics
+are those of hidden positions too; it is the cost of a layer that ignores the mask.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchsparse import PatchGrid, pack, patch_batch_norm_act, unpack
+
+from .convolutions import GROUPS
+from .encoders import DENSE, MASKED
+from .timing import check_parity, in_turn
+
+MASKED_SHARE = 0.6
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("shape", [GROUPS["3x3"][0], GROUPS["3x3"][2]], ids=str)
+def test_norm(benchmark, record, scale, shape):
+    generator = torch.Generator().manual_seed(0)
+    grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED_SHARE, generator=generator)
+    grid, channels = grid.to(scale.device), shape.c_in
+    pixels = grid.active.repeat_interleave(shape.p, 1).repeat_interleave(shape.p, 2)
+
+    def normal() -> Tensor:
+        whole = torch.randn(scale.layer_batch, channels, *(s * shape.p for s in grid.shape), generator=generator)
+        return whole.to(scale.device, scale.precision).contiguous(memory_format=torch.channels_last)
+
+    def masked_norm(x: Tensor, residual: Tensor) -> Tensor:
+        rows = F.batch_norm(x.permute(0, 2, 3, 1)[pixels], None, None, weight, bias, training=True)
+        y = x.new_zeros(x.shape[0], *x.shape[2:], channels)
+        y[pixels] = rows
+        return F.relu(y.permute(0, 3, 1, 2) + residual)
+
+    weight, bias = (torch.rand(channels, generator=generator).to(scale.device).requires_grad_() for _ in range(2))
+    image, residual, g = (normal() for _ in range(3))
+    packed = [pack(t, grid) for t in (image, residual, g)]
+    zeroed = [unpack(t, grid) for t in packed]
+
+    def step(run, operands: list[Tensor]):
+        x, r = (t.detach().clone().requires_grad_() for t in operands[:2])
+
+        def both() -> list[Tensor]:
+            y = run(x, r)
+            return [y, *torch.autograd.grad(y, (x, r, weight, bias), operands[2])]
+
+        return both
+
+    ours = step(
+        lambda x, r: patch_batch_norm_act(x, weight, bias, None, None, True, activation="relu", residual=r), packed
+    )
+    masked = step(masked_norm, zeroed)
+    dense = step(
+        lambda x, r: F.relu(F.batch_norm(x, None, None, weight, bias, training=True) + r), [image, residual, g]
+    )
+    names = ("output", "input gradient", "residual gradient", "weight gradient", "bias gradient")
+    for name, own, whole in zip(names, ours(), masked(), strict=True):
+        expected = pack(whole.detach(), grid) if whole.ndim == 4 else whole
+        check_parity(f"norm {shape.p} {name}", own.detach(), expected, LIMITS[scale.precision])
+    timing = in_turn({"auto": ours, DENSE: dense, MASKED: masked}, scale.layer_rounds)
+    case = f"batch norm + residual + ReLU p{shape.p} C{channels} batch {scale.layer_batch} step"
+    for rival in (DENSE, MASKED):
+        values = tuple(seconds * 1e3 for seconds in timing.medians("auto", rival))
+        limit = 1 / (1 - MASKED_SHARE) if rival == DENSE else None
+        details = {"masked": MASKED_SHARE, "limit": limit}
+        record("norm", case, "auto", rival, timing.ratio(rival, "auto"), values, "ms", **details)
+    benchmark.pedantic(ours, rounds=1)

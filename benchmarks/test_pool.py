@@ -1,0 +1,58 @@
+"""Max-pooling 3x3, stride 2, behind a ResNet's stem, forward + backward: packed against whole images.
+
+On packed patches the halo is read through the slot map. Whole images are pooled by ``F.max_pool2d``, channels_last.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchsparse import PatchGrid, pack, patch_max_pool2d, unpack
+
+from .encoders import DENSE, MASKED
+from .timing import check_parity, in_turn
+
+MASKED_SHARE = 0.6
+
+
+@pytest.mark.parametrize("engine", ["auto", "gather"])
+def test_max_pool(benchmark, record, scale, engine):
+    channels, p = 64, 16
+    generator = torch.Generator().manual_seed(0)
+    grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED_SHARE, generator=generator)
+    grid = grid.to(scale.device)
+
+    def normal(size: int) -> Tensor:
+        whole = torch.randn(scale.layer_batch, channels, *(side * size for side in grid.shape), generator=generator)
+        return whole.to(scale.device, scale.precision).contiguous(memory_format=torch.channels_last)
+
+    image, direction = normal(p), normal(p // 2)
+    packed, g = pack(image, grid).requires_grad_(), pack(direction, grid)
+    zeroed, g_zeroed = unpack(packed.detach(), grid).requires_grad_(), unpack(g, grid)
+    image.requires_grad_()
+
+    def ours() -> list[Tensor]:
+        y = patch_max_pool2d(packed, grid, 3, 2, 1, backend=engine)
+        return [y, *torch.autograd.grad(y, packed, g)]
+
+    def masked() -> list[Tensor]:
+        y = F.max_pool2d(zeroed, 3, 2, 1)
+        return [y, *torch.autograd.grad(y, zeroed, g_zeroed)]
+
+    def dense() -> list[Tensor]:
+        y = F.max_pool2d(image, 3, 2, 1)
+        return [y, *torch.autograd.grad(y, image, direction)]
+
+    for name, own, whole in zip(("output", "gradient"), ours(), masked(), strict=True):
+        check_parity(f"max-pool {engine} {name}", own.detach(), pack(whole.detach(), grid), 1e-6)
+    timing = in_turn({engine: ours, DENSE: dense, MASKED: masked}, scale.layer_rounds)
+    case = f"max-pool 3x3 s2 p{p} C{channels} batch {scale.layer_batch} step"
+    for rival in (DENSE, MASKED):
+        values = tuple(seconds * 1e3 for seconds in timing.medians(engine, rival))
+        limit = 1 / (1 - MASKED_SHARE) if rival == DENSE else None
+        details = {"masked": MASKED_SHARE, "limit": limit}
+        record("pool", case, engine, rival, timing.ratio(rival, engine), values, "ms", **details)
+    benchmark.pedantic(ours, rounds=1)
