@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a benchmark for each encoder or masked share of the scale, if it takes one."""
-    sizes = scale_of(metafunc.config.getoption("--scale"))
+    sizes = scale_of(str(metafunc.config.getoption("--scale")))
     for name, values in (
         ("encoder", sizes.encoders),
         ("step_encoder", sizes.step_encoders),
@@ -45,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def scale(pytestconfig: pytest.Config) -> Scale:
     """Return the sizes that were asked for, on the GPU if there is one."""
-    return scale_of(pytestconfig.getoption("--scale"))
+    return scale_of(str(pytestconfig.getoption("--scale")))
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from .timing import exact_float32
 
 __all__ = [
     "GROUPS",
+    "RESULTS",
     "SIDES",
     "Problem",
     "Run",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 SIDES = ("fwd", "dgrad", "wgrad")
+RESULTS: dict[str, str] = {"fwd": "y", "dgrad": "x", "wgrad": "w"}  # of each side, as `reference` names them
 Run = Callable[[], list[Tensor]]
 
 

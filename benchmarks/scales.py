@@ -35,7 +35,7 @@ class Scale:
     device: torch.device
     layer_batch: int = 8
     layer_side: int = 9
-    layer_rounds: int = 5
+    layer_rounds: int = 11
     levels: int = 4
     batch: int = 4
     size: int = 288
@@ -81,7 +81,7 @@ def scale_of(name: str, where: torch.device | None = None) -> Scale:
     if name == "full":
         found = replace(
             found, masked=(0.3, 0.6, 0.75), sweep=(0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9),
-            layer_rounds=11, rounds=max(found.rounds, 7), step_rounds=max(found.step_rounds, 5),
+            layer_rounds=21, rounds=max(found.rounds, 7), step_rounds=max(found.step_rounds, 5),
             sweep_rounds=max(found.sweep_rounds, 5),
         )  # fmt: skip
         if where.type == "cuda":

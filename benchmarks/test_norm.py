@@ -1,7 +1,8 @@
 """Batch norm + ReLU + residual over visible positions, forward + backward: packed against whole images.
 
-Packed rows hold visible positions alone, so that PyTorch's own norm is the sparse one. SparK gathers them out of the
-whole image by ``nonzero`` and puts them back. Plain dense norms whole images, which is another result: its statistics
+Packed rows hold visible positions alone, so that PyTorch's own norm is the sparse one; ``fused`` is one operator for
+all three (one pass over memory on a GPU, plain PyTorch elsewhere). SparK gathers visible positions out of the whole
+image by ``nonzero`` and puts them back. Plain dense norms whole images, which is another result: its statistics
 are those of hidden positions too; it is the cost of a layer that ignores the mask.
 """
 
@@ -53,22 +54,24 @@ def test_norm(benchmark, record, scale, shape):
 
         return both
 
-    ours = step(
-        lambda x, r: patch_batch_norm_act(x, weight, bias, None, None, True, activation="relu", residual=r), packed
-    )
-    masked = step(masked_norm, zeroed)
-    dense = step(
-        lambda x, r: F.relu(F.batch_norm(x, None, None, weight, bias, training=True) + r), [image, residual, g]
-    )
+    def plain(x: Tensor, r: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True) + r)
+
+    def fused(x: Tensor, r: Tensor) -> Tensor:
+        return patch_batch_norm_act(x, weight, bias, None, None, True, activation="relu", residual=r)
+
+    ours = {"packed": step(plain, packed), "packed, fused": step(fused, packed)}
+    rivals = {DENSE: step(plain, [image, residual, g]), MASKED: step(masked_norm, zeroed)}
     names = ("output", "input gradient", "residual gradient", "weight gradient", "bias gradient")
-    for name, own, whole in zip(names, ours(), masked(), strict=True):
-        expected = pack(whole.detach(), grid) if whole.ndim == 4 else whole
-        check_parity(f"norm {shape.p} {name}", own.detach(), expected, LIMITS[scale.precision])
-    timing = in_turn({"auto": ours, DENSE: dense, MASKED: masked}, scale.layer_rounds)
+    for way, run in ours.items():
+        for name, own, whole in zip(names, run(), rivals[MASKED](), strict=True):
+            expected = pack(whole.detach(), grid) if whole.ndim == 4 else whole
+            check_parity(f"norm {way} p{shape.p} {name}", own, expected, LIMITS[scale.precision])
+    timing = in_turn({**ours, **rivals}, scale.layer_rounds)
     case = f"batch norm + residual + ReLU p{shape.p} C{channels} batch {scale.layer_batch} step"
-    for rival in (DENSE, MASKED):
-        values = tuple(seconds * 1e3 for seconds in timing.medians("auto", rival))
-        limit = 1 / (1 - MASKED_SHARE) if rival == DENSE else None
-        details = {"masked": MASKED_SHARE, "limit": limit}
-        record("norm", case, "auto", rival, timing.ratio(rival, "auto"), values, "ms", **details)
-    benchmark.pedantic(ours, rounds=1)
+    for way in ours:
+        for rival in rivals:
+            values = tuple(seconds * 1e3 for seconds in timing.medians(way, rival))
+            details = {"masked": MASKED_SHARE, "limit": 1 / (1 - MASKED_SHARE) if rival == DENSE else None}
+            record("norm", case, way, rival, timing.ratio(rival, way), values, "ms", **details)
+    benchmark.pedantic(ours["packed"], rounds=1)
