@@ -58,7 +58,7 @@ const Bf16Kernels* kernels_bf16() {
 
 }  // namespace patchsparse
 
-int32_t ps_abi() { return 1; }
+int32_t ps_abi() { return 2; }
 
 int32_t ps_isa_supported(int32_t isa) {
     if (isa < PS_PORTABLE || isa > PS_AMX) return 0;

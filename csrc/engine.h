@@ -97,6 +97,8 @@ PS_API void ps_plan_statistics(const ps_plan* plan, int64_t* out);
 // Each returns 0, or -1 when out of memory or the dtype or instruction set is not offered.
 PS_API int32_t ps_conv(const ps_conv_args* args);
 PS_API int32_t ps_wgrad(const ps_wgrad_args* args);
+PS_API int32_t ps_winograd_conv(const ps_conv_args* args);    // float32, float64; 3x3, stride 1, padding 1, even patches
+PS_API int32_t ps_winograd_wgrad(const ps_wgrad_args* args);  // the same; weight_stride[1] is 1
 PS_API int32_t ps_depthwise(const ps_depthwise_args* args);
 PS_API int32_t ps_depthwise_wgrad(const ps_depthwise_args* args);  // bias unused; source, target read; weight written
 PS_API int32_t ps_max_pool(const ps_pool_args* args);

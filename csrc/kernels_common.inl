@@ -12,13 +12,15 @@ struct Int {
 #include "gemm.inl"
 #include "pack.inl"
 #include "stencil.inl"
+#include "winograd.inl"
 
 template <class V, int ROWS, int OUTER, bool DEPTHWISE_PATCHES>
 constexpr Kernels<typename V::T> table() {
     static_assert(OUTER <= V::width, "a tile of gathered rows is one vector");
     using T = typename V::T;
     Kernels<T> t{ROWS, OUTER, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V, LANES>, gather<V, 1>, any_outer<V, OUTER>, nullptr,
-                 depthwise_pixel<V>, nullptr, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
+                 depthwise_pixel<V>, nullptr, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>,
+                 {winograd_source<V>, winograd_weight<V>, winograd_target<V>, winograd_gradient<V>, winograd_wgrad<V>}};
     if constexpr (DEPTHWISE_PATCHES) {
         t.depthwise_patch = depthwise_patch<V>;
         t.depthwise_patch_wgrad = depthwise_patch_wgrad<V>;

@@ -23,6 +23,9 @@ struct Avx2Vector {
     void store(T* p, int count) const { _mm256_maskstore_ps(p, mask(count), v); }
     void add_product(Avx2Vector a, Avx2Vector b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
     void add(Avx2Vector a) { v = _mm256_add_ps(v, a.v); }
+    Avx2Vector plus(Avx2Vector a) const { return {_mm256_add_ps(v, a.v)}; }
+    Avx2Vector minus(Avx2Vector a) const { return {_mm256_sub_ps(v, a.v)}; }
+    Avx2Vector half() const { return {_mm256_mul_ps(v, _mm256_set1_ps(0.5f))}; }
     static void transpose(Avx2Vector* block) {
         T cells[width][width], turned[width][width];
         for (int i = 0; i < width; ++i) block[i].store(cells[i]);

@@ -21,6 +21,9 @@ struct Avx512Vector {
     void store(T* p, int count) const { _mm512_mask_storeu_ps(p, mask(count), v); }
     void add_product(Avx512Vector a, Avx512Vector b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
     void add(Avx512Vector a) { v = _mm512_add_ps(v, a.v); }
+    Avx512Vector plus(Avx512Vector a) const { return {_mm512_add_ps(v, a.v)}; }
+    Avx512Vector minus(Avx512Vector a) const { return {_mm512_sub_ps(v, a.v)}; }
+    Avx512Vector half() const { return {_mm512_mul_ps(v, _mm512_set1_ps(0.5f))}; }
 
     // Pairs of rows, then of pairs, are interleaved within 128-bit quarters; then the quarters are exchanged twice.
     static void transpose(Avx512Vector* block) {

@@ -32,6 +32,9 @@ struct GenericVector {
     }
     void add_product(GenericVector a, GenericVector b) { v += a.v * b.v; }
     void add(GenericVector a) { v += a.v; }
+    GenericVector plus(GenericVector a) const { return {v + a.v}; }
+    GenericVector minus(GenericVector a) const { return {v - a.v}; }
+    GenericVector half() const { return {v * T(0.5)}; }
     static void transpose(GenericVector* block) {
         T cells[width][width], turned[width][width];
         for (int i = 0; i < width; ++i) block[i].store(cells[i]);

@@ -13,6 +13,7 @@ from .functional import (
     patch_max_pool2d,
 )
 from .grid import PatchGrid
+from .images import image_conv2d, image_engine
 from .ops_densify import patch_batch_norm_unpack
 from .ops_norm import patch_batch_norm_act
 from .packing import pack, unpack
@@ -24,6 +25,8 @@ __all__ = [
     "available_backends",
     "bind",
     "explain",
+    "image_conv2d",
+    "image_engine",
     "pack",
     "patch_avg_pool2d",
     "patch_batch_norm_act",

@@ -248,7 +248,7 @@ def explain(
 
     Takes the arguments of :func:`patch_conv2d` without the bias; nothing is computed.
     """
-    from .backends import gather
+    from .backends import cpp, gather
 
     check_packed(packed, grid)
     window = _window(weight, stride, padding, dilation)
@@ -279,6 +279,10 @@ def explain(
         if name == taken and name == "gather":
             chosen_method = gather.method(packed, call.in_channels, call.out_channels, window, groups)
             lines.append(f"  gather: taken, method {chosen_method}")
+        elif name == taken == "cpp" and cpp.winograd(
+            call.dtype, size, (call.in_channels, call.out_channels), window, groups
+        ):
+            lines.append("  cpp: taken, Winograd's F(2x2, 3x3)")
         elif name == taken:
             lines.append(f"  {name}: taken")
         elif reason is not None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, pack, patch_batch_norm_act, patch_conv2d, patch_conv_transpose2d
+from patchsparse import PatchGrid, image_conv2d, pack, patch_batch_norm_act, patch_conv2d, patch_conv_transpose2d
 from spatspark_fast.errors import UserError
 from spatspark_fast.models.geometry import strides_of
 from spatspark_fast.models.upsample import pays, upsample_conv
@@ -34,10 +34,13 @@ class UNetBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``(B, out_channels, 2H, 2W)``."""
-        x = upsample_conv(x, self.up, self.conv1) if pays(x, self.up) else self.conv1(self.up(x))
-        return self.norm2(self.conv2(self._norm_act(x)))
+    def forward(self, x: Tensor, backend: str = "dense") -> Tensor:
+        """Return ``(B, out_channels, 2H, 2W)``; ``backend`` as in `patchsparse.image_conv2d`."""
+        if pays(x, self.up):
+            x = upsample_conv(x, self.up, self.conv1, backend)
+        else:
+            x = image_conv2d(self.up(x), self.conv1.weight, None, backend)
+        return self.norm2(image_conv2d(self._norm_act(x), self.conv2.weight, None, backend))
 
     def forward_packed(self, x: Tensor, decoded: PatchGrid, backend: str) -> Tensor:
         """Map packed ``(N, channels, p, p)`` to ``(N, out_channels, 2p, 2p)``, with halos from ``decoded`` alone."""
@@ -92,8 +95,10 @@ class UNetDecoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], out_chans, kernel_size=1)
         self.apply(_init_weights)
 
-    def forward(self, densified: Sequence[Tensor], decoded: PatchGrid | None = None, backend: str = "auto") -> Tensor:
+    def forward(self, densified: Sequence[Tensor], decoded: PatchGrid | None = None, backend: str = "dense") -> Tensor:
         """Map densified maps, shallow to deep, to ``(B, out_chans, H, W)`` at full resolution.
+
+        With ``backend="dense"`` whole images are convolved by PyTorch's own layers alone.
 
         With ``decoded``, the maps that blocks after ``dense_blocks`` read are packed on it, and so is the result,
         ``(N, out_chans, patch, patch)``.
@@ -106,7 +111,7 @@ class UNetDecoder(nn.Module):
                 x = pack(x, on)
             if index > 0 and skips:
                 x = x + skips.pop()
-            x = block(x) if on is None else block.forward_packed(x, on, backend)
+            x = block(x, backend) if on is None else block.forward_packed(x, on, backend)
         return self.head(x)
 
 
@@ -127,8 +132,11 @@ class LightDecoder(nn.Module):
         self.head = nn.Conv2d(width, self.stride**2 * out_chans, kernel_size=1)
         self.apply(_init_weights)
 
-    def forward(self, densified: Sequence[Tensor]) -> Tensor:
-        """Map the deepest densified map ``(B, width, h, w)`` to ``(B, out_chans, h*s, w*s)``."""
+    def forward(self, densified: Sequence[Tensor], backend: str = "dense") -> Tensor:
+        """Map the deepest densified map ``(B, width, h, w)`` to ``(B, out_chans, h*s, w*s)``.
+
+        ``backend`` is that of `UNetDecoder`; there is no 3x3 convolution here for it.
+        """
         pixels = self.head(self.block(densified[-1]))
         return F.pixel_shuffle(pixels, self.stride)
 

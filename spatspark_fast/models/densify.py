@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, pack, patch_batch_norm_unpack, unpack
+from patchsparse import PatchGrid, image_conv2d, pack, patch_batch_norm_unpack, unpack
 from spatspark_fast.errors import UserError
 
 __all__ = ["Densify", "DensifyLevel", "NormKind"]
@@ -36,14 +36,22 @@ class DensifyLevel(nn.Module):
         # SparK cuts the token's normal at one standard deviation.
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
-    def forward(self, features: Tensor, grid: PatchGrid | None = None, decoded: PatchGrid | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        grid: PatchGrid | None = None,
+        decoded: PatchGrid | None = None,
+        backend: str = "dense",
+    ) -> Tensor:
         """Map packed ``(N, C, p, p)``, or dense ``(B, C, H, W)`` if no ``grid``, to ``(B, width, H, W)``.
 
         With ``decoded``, only its patches are mapped, to packed ``(M, width, p, p)``; their halos are read from the
-        whole image, so that they have the values they would have there.
+        whole image, so that they have the values they would have there. ``backend`` as in `patchsparse.image_conv2d`.
         """
         image = self._filled(features, grid)
         if decoded is None:
+            if isinstance(self.proj, nn.Conv2d) and self.proj.kernel_size == (3, 3):
+                return image_conv2d(image, self.proj.weight, self.proj.bias, backend)
             return self.proj(image)
         if isinstance(self.proj, nn.Identity):
             return pack(image, decoded)
@@ -109,6 +117,7 @@ class Densify(nn.Module):
         grid: PatchGrid | None = None,
         decoded: PatchGrid | None = None,
         whole_levels: int = 1,
+        backend: str = "dense",
     ) -> list[Tensor]:
         """Map features, shallow to deep, to dense maps ``(B, width, H, W)`` of the levels that are wanted.
 
@@ -117,7 +126,7 @@ class Densify(nn.Module):
         wanted = features[-len(self.levels) :]
         whole = len(wanted) if decoded is None else whole_levels
         return [
-            level(feature, grid, decoded if index < len(wanted) - whole else None)
+            level(feature, grid, decoded if index < len(wanted) - whole else None, backend)
             for index, (level, feature) in enumerate(zip(self.levels, wanted, strict=True))
         ]
 

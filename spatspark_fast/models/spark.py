@@ -81,11 +81,11 @@ class SparK(nn.Module):
         packed = pack(frames, grid)
         features = self.encode(packed, grid)
         if decoded is None:
-            densified = self.densify(features, grid)
-            prediction = self.decoder(densified)
+            densified = self.densify(features, grid, backend=self.backend)
+            prediction = self.decoder(densified, backend=self.backend)
             return SparKOutput(reconstruction_loss(prediction, frames, grid, self.loss_on), prediction)
         decoder = cast(UNetDecoder, self.decoder)
-        densified = self.densify(features, grid, decoded, decoder.dense_blocks)
+        densified = self.densify(features, grid, decoded, decoder.dense_blocks, self.backend)
         prediction = decoder(densified, decoded, self.backend)
         return SparKOutput(decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on), prediction)
 

@@ -3,7 +3,8 @@
 ``ConvTranspose2d(C, C, 4, stride=2, padding=1)`` then ``Conv2d(C, D, 3, padding=1)``, with nothing between, is one
 linear map. Away from the border it is a single ``6 x 6`` transposed convolution of stride 2: 36 products for each pixel
 of the small image and pair of channels, instead of 16 + 36. Composing the kernels costs about ``324 C`` products for
-each such pair, which many pixels pay back (:func:`pays`).
+each such pair, which many pixels pay back (:func:`pays`). Where the C++ engine takes 3x3 convolutions of whole images,
+the composed kernel is one of the small image, with the four phases of the enlarged one as channels: 16 products.
 
 At the border the two steps differ from the one: the second step sees zeros beyond the enlarged image, where the
 composed kernel would see what the transposed convolution spills over. That ring of one pixel depends on the outermost
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from patchsparse import image_conv2d, image_engine
 
 __all__ = ["compose", "pays", "upsample_conv"]
 
@@ -42,10 +45,11 @@ def compose(up: Tensor, weight: Tensor) -> Tensor:
     Step one writes ``u[q] = sum_i x[i] up[q - 2 i + 1]``, step two ``y[p] = sum_v u[p + v - 1] weight[v]``; hence
     ``y[p] = sum_i x[i] kernel[p - 2 i + 2]`` with ``kernel[k] = sum_v up[k - 2 + v] weight[v]``, itself a convolution.
     """
-    return F.conv2d(up, weight, padding=KERNEL - 1)
+    ring = KERNEL - 2  # the rest of the padding
+    return image_conv2d(F.pad(up, (ring, ring, ring, ring)), weight)
 
 
-def upsample_conv(x: Tensor, up: nn.ConvTranspose2d, conv: nn.Conv2d) -> Tensor:
+def upsample_conv(x: Tensor, up: nn.ConvTranspose2d, conv: nn.Conv2d, backend: str = "dense") -> Tensor:
     """Return ``conv(up(x))``, ``(B, D, 2H, 2W)``, of ``x`` ``(B, C, H, W)`` in one convolution, exactly at borders too.
 
     ``up`` must be 4x4 of stride 2 and padding 1, ``conv`` 3x3 of padding 1 without a bias; gradients reach both.
@@ -54,8 +58,25 @@ def upsample_conv(x: Tensor, up: nn.ConvTranspose2d, conv: nn.Conv2d) -> Tensor:
     x, spread, weight = x.to(dtype), up.weight.to(dtype), conv.weight.to(dtype)
     bias = None if up.bias is None else _bias_map(up.bias.to(dtype), weight)
     inner = None if bias is None else bias[:, 1, 1]
-    y = F.conv_transpose2d(x, compose(spread, weight), inner, STRIDE, padding=2)
+    kernel = compose(spread, weight)
+    if image_engine(x, 4 * conv.out_channels, backend):
+        y = _by_phase(x, kernel, inner, backend)
+    else:
+        y = F.conv_transpose2d(x, kernel, inner, STRIDE, padding=2)
     return _SubtractBorder.apply(y, *_spill(x, spread, weight, bias))  # type: ignore[no-any-return]
+
+
+def _by_phase(x: Tensor, kernel: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+    """Return ``F.conv_transpose2d(x, kernel, bias, 2, padding=2)`` as a 3x3 convolution of the small image.
+
+    Pixel ``2 i + a`` reads ``x[i + v - 1]`` with ``kernel[a + 4 - 2 v]``, v = 0, 1, 2: the four phases ``(a, b)`` of
+    the enlarged image are four times the channels (sub-pixel convolution, arXiv 1609.05158).
+    """
+    c, d = kernel.shape[:2]
+    taps = kernel.flip((2, 3)).reshape(c, d, 3, 2, 3, 2).flip((3, 5))  # (C, D, v, a, u, b)
+    weight = taps.permute(3, 5, 1, 0, 2, 4).reshape(4 * d, c, 3, 3)
+    phases = image_conv2d(x, weight, None if bias is None else bias.repeat(4), backend)
+    return _Interleave.apply(phases)  # type: ignore[no-any-return]
 
 
 def _bias_map(bias: Tensor, weight: Tensor) -> Tensor:
@@ -95,6 +116,27 @@ def _spill(x: Tensor, spread: Tensor, weight: Tensor, bias: Tensor | None) -> tu
     left = left + (inner - bias[:, 1, 0])[:, None] * inside
     right = right + (inner - bias[:, 1, 2])[:, None] * inside
     return top, bottom, left, right
+
+
+class _Interleave(torch.autograd.Function):
+    """Put four phases ``(B, 4 D, H, W)`` side by side, ``(B, D, 2H, 2W)``; the result may be written to in place."""
+
+    @staticmethod
+    def forward(ctx: Any, phases: Tensor) -> Tensor:
+        batch, channels, height, width = phases.shape
+        shape = (batch, channels // 4, 2 * height, 2 * width)
+        y = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last)
+        _phases_of(y).copy_(phases.permute(0, 2, 3, 1).unflatten(3, (2, 2, channels // 4)))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _phases_of(grads[0]).flatten(3).permute(0, 3, 1, 2)
+
+
+def _phases_of(image: Tensor) -> Tensor:
+    """Return a view ``(B, H, W, a, b, D)`` of ``image`` ``(B, D, 2H, 2W)``."""
+    return image.permute(0, 2, 3, 1).unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 3, 2, 4, 5)
 
 
 class _SubtractBorder(torch.autograd.Function):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, pack
+from patchsparse import PatchGrid, available_backends, image_engine, pack
 from spatspark_fast.errors import UserError
 from spatspark_fast.losses import decoded_loss, reconstruction_loss
 from spatspark_fast.masks import MaskSampler
@@ -42,6 +42,23 @@ def test_the_composed_convolution_is_the_two_steps(batch, height, width, channel
     grad = torch.randn_like(wanted)
     for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(2, 6, 4), (1, 2, 2)])
+def test_the_composed_convolution_by_phases_is_the_two_steps(batch, height, width) -> None:
+    """32 channels and even sides, where the C++ engine computes the four phases of the enlarged image as channels."""
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(32, 32, 4, 2, 1).double()
+    conv = nn.Conv2d(32, 9, 3, padding=1, bias=False).double()
+    x = torch.randn(batch, 32, height, width, dtype=torch.double, requires_grad=True)
+    if "cpp" in available_backends():
+        assert image_engine(x, 4 * 9)
+    wanted, ours = conv(up(x)), upsample_conv(x, up, conv, "auto")
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+    inputs = [x, *up.parameters(), *conv.parameters()]
+    grad = torch.randn_like(wanted)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(wanted, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 def test_a_block_composes_only_where_it_pays_and_gives_the_same_either_way(monkeypatch) -> None:

@@ -169,6 +169,8 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
         for g, i, out in zip(grads, inputs, _tap_matrices(weight), strict=True):
             torch.mm(g.t(), i, out=out)
         return weight
+    if x.dtype == torch.float16 and not x.is_cuda:  # where a CPU lacks float16, PyTorch rounds after each tile
+        return conv2d_wgrad(x.float(), grad.float(), slot, coords, window, groups).half()
     tile = dense_operand(halo(x, slot, coords, window.before, window.after))
     weight = x.new_empty(shape)
     return torch.ops.aten.convolution_backward(

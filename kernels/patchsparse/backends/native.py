@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 __all__ = ["AMX", "ISA", "ISAS", "Conv", "Depthwise", "Geometry", "Library", "Pool", "Wgrad", "library"]
 
-ABI = 1
+ABI = 2
 ISA = "PATCHSPARSE_ISA"
 ENGINE = "PATCHSPARSE_ENGINE"
 ISAS = ("portable", "avx2", "avx512", "amx")
@@ -133,6 +133,8 @@ def _declare(handle: ctypes.CDLL) -> None:
     for name, args in (
         ("ps_conv", Conv),
         ("ps_wgrad", Wgrad),
+        ("ps_winograd_conv", Conv),
+        ("ps_winograd_wgrad", Wgrad),
         ("ps_depthwise", Depthwise),
         ("ps_depthwise_wgrad", Depthwise),
         ("ps_max_pool", Pool),

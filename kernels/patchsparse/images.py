@@ -1,0 +1,58 @@
+"""Convolution of whole images by an engine of packed patches: an image is a single patch."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backends import OVERRIDE, cpp
+from .functional import patch_conv2d
+from .geometry import Call, Window
+from .grid import PatchGrid
+
+__all__ = ["image_conv2d", "image_engine"]
+
+THREE = Window((3, 3), (1, 1), (1, 1))
+
+
+def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> bool:
+    """Return whether `image_conv2d` of ``image`` ``(B, C, H, W)`` runs by the ``cpp`` engine rather than PyTorch.
+
+    It does where that engine has Winograd's method for it, which neither ``F.conv2d`` nor another engine has:
+    float32 or float64 on a CPU, even sides, 32 channels and more. ``backend`` other than ``"auto"`` and ``"cpp"``,
+    autocast and ``torch.compile`` leave it to PyTorch.
+    """
+    wanted = (os.environ.get(OVERRIDE) or backend) if backend == "auto" else backend
+    if wanted not in ("auto", "cpp") or torch.compiler.is_compiling() or torch.is_autocast_enabled(image.device.type):
+        return False
+    size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
+    call = Call("conv2d", image.device.type, image.dtype, image.shape[0], size, *channels, THREE)
+    return cpp.winograd(image.dtype, size, channels, THREE) and cpp.why_not(call) is None
+
+
+def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Convolve whole images, 3x3 with padding 1: ``F.conv2d(image, weight, bias, padding=1)``, faster where it can be.
+
+    Args:
+        image: ``(B, C_in, H, W)``, any float dtype.
+        weight: ``(C_out, C_in, 3, 3)`` of the same dtype.
+        bias: ``(C_out,)`` or None.
+        backend: ``"auto"`` or ``"cpp"`` may take the engine, see `image_engine`; any other name does not.
+
+    Returns:
+        ``(B, C_out, H, W)``; in channels_last memory if the engine computed it.
+    """
+    if weight.shape[2:] == (3, 3) and image_engine(image, weight.shape[0], backend):
+        return patch_conv2d(image, weight, bias, _whole(image.shape[0]), padding=1, backend="cpp")
+    return F.conv2d(image, weight, bias, padding=1)
+
+
+@lru_cache(maxsize=32)
+def _whole(batch: int) -> PatchGrid:
+    """Return the grid of one active patch per image; it keeps the row lists of all sizes it has met."""
+    with torch.inference_mode(False):
+        return PatchGrid.from_active(torch.ones(batch, 1, 1, dtype=torch.bool))
