@@ -26,7 +26,11 @@ __all__ = ["DENSE", "MASKED", "Encoders", "encoders"]
 
 PATCH = 32
 DENSE, MASKED = "dense", "dense-and-mask"
-FEATURES, GRADIENTS = 1e-4, 1e-3  # relative differences up to which two ways count as the same, in float32
+CHECKED = 8  # images of a batch that are compared, at most
+FEATURES = 1e-4  # relative difference up to which features in float32 count as the same
+# Of gradients: where rounding turns the sign at a ReLU or the winner of a pool, single entries differ wholly, which
+# moves the gradient of a ResNet by up to 2e-3, also that of dense-and-mask itself from float32 to float64.
+GRADIENTS = 1e-2
 
 
 @dataclass
@@ -69,11 +73,8 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
     last = frames.contiguous(memory_format=torch.channels_last)
     masking = DenseAndMask(plain, grid).train().to(memory_format=torch.contiguous_format)
 
-    def packed(model: nn.Module) -> list[Tensor]:
-        with bind(model, grid):
-            return model(pack(last, grid))
-
-    directions = _directions(next(iter(ours.values())), packed, grid)
+    with torch.no_grad():
+        directions = _directions(_packed(next(iter(ours.values())), last, grid))
     images = [unpack(d, grid) for d in directions]
     noise = [torch.randn_like(image) for image in images]  # plain dense has no zeros that save power
 
@@ -87,29 +88,40 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
 
     def check() -> None:
         with exact_float32():
-            features = masking(frames)
-            whole = [pack(f.detach(), grid) for f in features]
-            expected = _gradients(masking, features, images)
-            for backend, model in ours.items():
-                features = packed(model)
-                for level, (p, m) in enumerate(zip(features, whole, strict=True)):
-                    check_parity(f"{name} {backend} level {level}", p.detach(), m, FEATURES)
-                check_parity(f"{name} {backend} gradient", _gradients(model, features, directions), expected, GRADIENTS)
+            _compare(name, ours, plain, frames[:CHECKED], PatchGrid.from_active(grid.active[:CHECKED]))
 
     steps: dict[str, Callable[[], object]] = {
-        **{b: timed(lambda model=model: packed(model), directions) for b, model in ours.items()},
+        **{b: timed(lambda model=model: _packed(model, last, grid), directions) for b, model in ours.items()},
         DENSE: timed(lambda: plain(last), noise),
         MASKED: timed(lambda: masking(frames), images),
     }
     return Encoders(f"{name} batch {scale.batch}", steps, check, device.type)
 
 
-def _directions(model: nn.Module, packed: Callable[[nn.Module], list[Tensor]], grid: PatchGrid) -> list[Tensor]:
-    """Return a random gradient for each packed feature map; ones would vanish in a batch norm."""
-    generator = torch.Generator(grid.device).manual_seed(1)
+def _packed(model: nn.Module, frames: Tensor, grid: PatchGrid) -> list[Tensor]:
+    with bind(model, grid):
+        return model(pack(frames, grid))
+
+
+def _directions(features: Sequence[Tensor]) -> list[Tensor]:
+    """Return a random gradient for each feature map; ones would vanish in a batch norm."""
+    generator = torch.Generator(features[0].device).manual_seed(1)
+    return [torch.randn(f.shape, generator=generator, device=f.device) for f in features]
+
+
+def _compare(name: str, ours: dict[str, nn.Module], plain: nn.Module, frames: Tensor, grid: PatchGrid) -> None:
+    """Open the gate if features and gradients are those of dense-and-mask."""
+    last = frames.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        shapes = [f.shape for f in packed(model)]
-    return [torch.randn(s, generator=generator, device=grid.device) for s in shapes]
+        directions = _directions(_packed(next(iter(ours.values())), last, grid))
+    masking = DenseAndMask(plain, grid).train()
+    whole = masking(frames)
+    expected = _gradients(masking, whole, [unpack(d, grid) for d in directions])
+    for backend, model in ours.items():
+        features = _packed(model, last, grid)
+        for level, (own, other) in enumerate(zip(features, whole, strict=True)):
+            check_parity(f"{name} {backend} level {level}", own, pack(other.detach(), grid), FEATURES)
+        check_parity(f"{name} {backend} gradient", _gradients(model, features, directions), expected, GRADIENTS)
 
 
 def _gradients(model: nn.Module, features: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
