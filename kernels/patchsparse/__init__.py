@@ -11,6 +11,7 @@ from .functional import (
     patch_conv2d,
     patch_conv_transpose2d,
     patch_max_pool2d,
+    why_unavailable,
 )
 from .grid import PatchGrid
 from .images import image_conv2d, image_engine
@@ -36,4 +37,5 @@ __all__ = [
     "patch_max_pool2d",
     "sparsify",
     "unpack",
+    "why_unavailable",
 ]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, ops_gradients  # noqa: F401 - the second registers an operator that the first one calls
 from .backends import ENGINES, OVERRIDE, choose, order, why_not
 from .backends.tables import OUTSIDE, tap_rows
 from .geometry import Call, Window, pair
@@ -26,6 +26,7 @@ __all__ = [
     "patch_conv2d",
     "patch_conv_transpose2d",
     "patch_max_pool2d",
+    "why_unavailable",
 ]
 
 Pair = int | tuple[int, int]
@@ -228,10 +229,19 @@ def patch_avg_pool2d(
 
 def available_backends() -> tuple[str, ...]:
     """Return the names of the engines that can run here: a 3x3 float32 convolution on the CPU or the GPU, if any."""
-    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return tuple(name for name in ENGINES if why_unavailable(name) is None)
+
+
+def why_unavailable(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """Return why an engine cannot run a 3x3 convolution on the CPU, nor on the GPU if there is one; None if it can.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
     window = Window((3, 3), padding=(1, 1))
-    probes = [Call("conv2d", device, torch.float32, 1, (8, 8), 64, 64, window) for device in devices]
-    return tuple(name for name in ENGINES if any(why_not(name, probe) is None for probe in probes))
+    reasons = [why_not(backend, Call("conv2d", device, dtype, 1, (8, 8), 64, 64, window)) for device in devices]
+    return None if None in reasons else reasons[0]
 
 
 def explain(

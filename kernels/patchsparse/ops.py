@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .backends import choose, engine
+from .backends import BOTH_GRADIENTS_AT_ONCE, choose, engine, requested
 from .backends.gather import halo as gather_halo
 from .backends.gather import halo_adjoint as gather_halo_adjoint
 from .geometry import Call, Window
@@ -29,6 +29,14 @@ def _window(kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Window
 
 def _call(name: str, x: Tensor, size: Ints, window: Window, channels: tuple[int, int], groups: int = 1) -> Call:
     return Call(name, x.device.type, x.dtype, x.shape[0], (size[0], size[1]), *channels, window, groups)
+
+
+def convolution_call(
+    name: str, x: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> Call:
+    """Return the call of a convolution of packed ``x`` with ``weight``."""
+    window = _window(weight.shape[2:], stride, padding, dilation)
+    return _call(name, x, x.shape[2:], window, (x.shape[1], weight.shape[0]), groups)
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------
@@ -48,12 +56,11 @@ def conv2d(
     backend: str,
 ) -> Tensor:
     """Convolve packed ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
-    window = _window(weight.shape[2:], stride, padding, dilation)
-    call = _call("conv2d", x, x.shape[2:], window, (x.shape[1], weight.shape[0]), groups)
+    call = convolution_call("conv2d", x, weight, stride, padding, dilation, groups)
     if x.shape[0] == 0:
-        return packed_empty(x, 0, weight.shape[0], *window.output_size(call.size))
+        return packed_empty(x, 0, weight.shape[0], *call.window.output_size(call.size))
     chosen = engine(choose(call, backend))
-    return packed_like(chosen.conv2d(x, weight, bias, slot, coords, window, groups))
+    return packed_like(chosen.conv2d(x, weight, bias, slot, coords, call.window, groups))
 
 
 @conv2d.register_fake
@@ -126,8 +133,12 @@ def _conv2d_backward(ctx, grad):
     x, weight, slot, coords = ctx.saved_tensors
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grid, kernel = (slot, coords), weight.shape[2:]
-    grad_x = conv2d_dgrad(grad, weight, *grid, *ctx.options) if wants_x else None
-    grad_weight = conv2d_wgrad(x, grad, *grid, kernel, *ctx.options) if wants_weight else None
+    if wants_x and wants_weight and requested(ctx.options[-1]) in BOTH_GRADIENTS_AT_ONCE:
+        both = torch.ops.patchsparse.conv2d_gradients  # of ops_gradients.py, which builds on this file
+        grad_x, grad_weight = both(grad, x, weight, *grid, *ctx.options)
+    else:
+        grad_x = conv2d_dgrad(grad, weight, *grid, *ctx.options) if wants_x else None
+        grad_weight = conv2d_wgrad(x, grad, *grid, kernel, *ctx.options) if wants_weight else None
     grad_bias = grad.sum((0, 2, 3)) if wants_bias else None
     return grad_x, grad_weight, grad_bias, None, None, *(None for _ in ctx.options)
 

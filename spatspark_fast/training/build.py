@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 
-from patchsparse import available_backends
+from patchsparse import available_backends, why_unavailable
+from patchsparse.backends import ENGINES, requested
 from spatspark_fast.config import DataConfig, PretrainConfig
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
@@ -74,9 +76,7 @@ def open_windows(config: DataConfig, seed: int = 0) -> Windows:
 def build_model(config: PretrainConfig) -> SparK:
     """Build the model of a configuration; raise `UserError` for names that do not exist."""
     model = config.model
-    engines = ("auto", *available_backends())
-    if model.backend not in engines:
-        raise UserError(f"--model.backend is {model.backend}: here one of {', '.join(engines)} can run")
+    _check_engine(model.backend, torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32)
     return build_spark(
         encoder=model.encoder,
         in_chans=config.data.input_length,
@@ -89,6 +89,17 @@ def build_model(config: PretrainConfig) -> SparK:
         levels=model.levels,
         dense_decoder_blocks=model.dense_decoder_blocks,
     )
+
+
+def _check_engine(backend: str, dtype: torch.dtype) -> None:
+    """Raise `UserError` with the reason if the engine that is named, here or in the environment, cannot run."""
+    name = requested(backend)
+    if name == "auto":
+        return
+    reason = why_unavailable(name, dtype) if name in ENGINES else "there is no such engine"
+    if reason is not None:
+        here = ", ".join(("auto", *available_backends()))
+        raise UserError(f"--model.backend is {name}: {reason}; here one of {here} can run")
 
 
 def build_masks(config: PretrainConfig) -> MaskSampler:

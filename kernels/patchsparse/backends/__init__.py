@@ -8,9 +8,10 @@ from types import ModuleType
 
 from ..geometry import Call
 
-__all__ = ["ENGINES", "OVERRIDE", "choose", "engine", "order", "why_not"]
+__all__ = ["BOTH_GRADIENTS_AT_ONCE", "ENGINES", "OVERRIDE", "choose", "engine", "order", "requested", "why_not"]
 
-ENGINES = ("triton", "cpp", "gather", "dense")
+ENGINES = ("triton", "cpp", "gather", "minkowski", "dense")
+BOTH_GRADIENTS_AT_ONCE = ("minkowski",)
 OVERRIDE = "PATCHSPARSE_BACKEND"
 
 
@@ -33,6 +34,11 @@ def order(call: Call) -> tuple[str, ...]:
     return ("cpp", "gather") if engine("cpp").pays(call) else ("gather",)
 
 
+def requested(backend: str) -> str:
+    """Return the backend that is asked for: ``PATCHSPARSE_BACKEND`` replaces ``"auto"``."""
+    return os.environ.get(OVERRIDE) or "auto" if backend == "auto" else backend
+
+
 def choose(call: Call, backend: str) -> str:
     """Return the name of the engine that takes a call.
 
@@ -44,8 +50,7 @@ def choose(call: Call, backend: str) -> str:
         ValueError: for an unknown name.
         RuntimeError: if the named engine cannot take the call, with its reason.
     """
-    if backend == "auto":
-        backend = os.environ.get(OVERRIDE) or "auto"
+    backend = requested(backend)
     if backend != "auto":
         reason = why_not(backend, call)
         if reason is not None:
