@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .base import Layer, Peer, check, passes
 from .dense import Dense, DenseAndMask
+from .minkowski import Minkowski
 from .ocnn import Ocnn
 from .packed import Packed
 from .spconv import Spconv
@@ -17,6 +18,7 @@ __all__ = [
     "Dense",
     "DenseAndMask",
     "Layer",
+    "Minkowski",
     "Ocnn",
     "Packed",
     "Peer",
@@ -30,4 +32,4 @@ __all__ = [
 
 def peers() -> tuple[Peer, ...]:
     """Return all peers, installed or not."""
-    return Dense(), DenseAndMask(), Ocnn(), Spconv(), WarpConvNet()
+    return Dense(), DenseAndMask(), Ocnn(), Spconv(), WarpConvNet(), Minkowski()

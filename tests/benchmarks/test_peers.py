@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.convolutions import Problem, Shape, problem, reference
-from benchmarks.peers import Dense, DenseAndMask, Ocnn, Packed, Peer, Spconv, WarpConvNet, base, check, passes, peers
+from benchmarks.peers import (
+    Dense,
+    DenseAndMask,
+    Minkowski,
+    Ocnn,
+    Packed,
+    Peer,
+    Spconv,
+    WarpConvNet,
+    base,
+    check,
+    passes,
+    peers,
+)
 from benchmarks.peers.sites import image_offsets, neighbours, pixel_rows, rows_at, sites
+from benchmarks.scales import scale_of
+from benchmarks.test_minkowski import Encoders
 from patchsparse import PatchGrid, pack
-from patchsparse.backends import tables
+from patchsparse.backends import minkowski_loading, tables
 from patchsparse.geometry import Window
 
 from . import imitations
@@ -72,7 +89,11 @@ def test_libraries_are_given_the_same_problem(monkeypatch: pytest.MonkeyPatch, p
 
 def test_missing_libraries_give_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "find_spec", lambda _: None)
+    monkeypatch.setattr(minkowski_loading, "find_spec", lambda _: None)
+    minkowski_loading.library.cache_clear()
     reasons = {peer.name: peer.why_not() for peer in peers()}
+    minkowski_loading.library.cache_clear()
+    assert str(reasons.pop("minkowski")).startswith("MinkowskiEngine is not installed; `python scripts/install_mink")
     assert reasons.pop("dense") is None
     assert reasons.pop("dense-and-mask") is None
     assert set(reasons) == {"ocnn", "spconv", "warpconvnet"}
@@ -145,3 +166,29 @@ def test_installed_libraries_agree_with_dense_and_mask(peer: Peer) -> None:
         pytest.skip(reason)
     p = problem(Shape(4, 32, 64), 0.6, 4, torch.float32).to(peer.dtypes[0])
     assert max(check(peer.build(p), p, reference(p)).values()) < 2e-2
+
+
+@pytest.mark.skipif(Minkowski().why_not() is not None, reason=str(Minkowski().why_not()))
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # it makes one per module
+@pytest.mark.parametrize(
+    "shape", [*PLAIN, Shape(4, 5, 7, k=1), Shape(4, 5, 7, k=1, stride=2), STRIDED, DEPTHWISE], ids=str
+)
+def test_minkowski_agrees_on_the_cpu(shape: Shape) -> None:
+    p = small(shape)
+    layer = Minkowski().build(p)
+    assert max(check(layer, p, reference(p)).values()) < 1e-5
+    runs = passes(layer, p, Minkowski.parts)
+    y, gx, gw = (t.detach() for t in runs["step + map"]())
+    torch.testing.assert_close(runs["fwd"]()[0].detach(), y)
+    for _ in range(2):
+        torch.testing.assert_close(runs["bwd"](), [gx, gw])
+
+
+@pytest.mark.skipif(Minkowski().why_not() is not None, reason=str(Minkowski().why_not()))
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_the_resnet_of_minkowski_is_that_of_dense_and_mask() -> None:
+    """The same check as opens the gate of the benchmark, on small images."""
+    ways = Encoders(replace(scale_of("tiny", torch.device("cpu")), layer_batch=2))
+    ways.check()
+    for step in ways.steps().values():
+        step()
