@@ -138,7 +138,7 @@ def peak_rows(case: Case, contenders: tuple[Contender, ...]) -> list[Row]:
     ours, *others = taken
     name, least = case.named("peak of a step"), max(taken[ours], 1e-9)
     return [
-        say(make_row("memory", name, ours, other, Ratio.exact(taken[other] / least), (least, taken[other]), "MiB",
+        say(make_row("layer_memory", name, ours, other, Ratio.exact(taken[other] / least), (least, taken[other]), "MiB",
                      masked=case.masked))
         for other in others
     ]  # fmt: skip

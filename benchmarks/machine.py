@@ -104,7 +104,8 @@ def command() -> str:
     program, *arguments = sys.orig_argv[1:] if len(sys.orig_argv) > 1 else sys.argv
     if program not in ("-m", "-c"):
         program = Path(program).name
-    return " ".join([program, *arguments]).removeprefix("-m ").replace(f"{ROOT}/", "")
+    line = " ".join([program, *arguments]).removeprefix("-m ").replace(f"{ROOT}/", "")
+    return re.sub(r"(?<![\w.])/\S*/", "", line)
 
 
 def provenance() -> dict[str, str]:

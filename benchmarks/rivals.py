@@ -11,7 +11,7 @@ import torch
 from timm.optim.lamb import Lamb as TimmLamb
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid
+from patchsparse import PatchGrid, image_conv2d
 from spatspark_fast.losses import LossOn, reconstruction_loss
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.decoder import UNetBlock, UNetDecoder
@@ -125,12 +125,14 @@ class DenseStep(OurStep):
         features = model.encode_dense(visible)
         marks("encoder", features)
         levels = cast(Sequence[DensifyLevel], model.densify.levels)
-        filled = [self._filled(level, f, grid) for level, f in zip(levels, features[-len(levels) :], strict=True)]
-        return reconstruction_loss(model.decoder(filled), frames, grid, model.loss_on)
+        dense = [self._densified(level, f, grid) for level, f in zip(levels, features[-len(levels) :], strict=True)]
+        return reconstruction_loss(model.decoder(dense, backend=model.backend), frames, grid, model.loss_on)
 
-    @staticmethod
-    def _filled(level: DensifyLevel, features: Tensor, grid: PatchGrid) -> Tensor:
+    def _densified(self, level: DensifyLevel, features: Tensor, grid: PatchGrid) -> Tensor:
         rows, columns = (features.shape[2 + axis] // grid.shape[axis] for axis in (0, 1))
         active = grid.active.repeat_interleave(rows, 1).repeat_interleave(columns, 2).unsqueeze(1)
         normed = level.norm(features)
-        return level.proj(torch.where(active, normed, level.mask_token.to(normed.dtype)[:, None, None]))
+        image = torch.where(active, normed, level.mask_token.to(normed.dtype)[:, None, None])
+        if isinstance(level.proj, nn.Conv2d) and level.proj.kernel_size == (3, 3):
+            return image_conv2d(image, level.proj.weight, level.proj.bias, self.model.backend)
+        return level.proj(image)

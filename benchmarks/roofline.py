@@ -17,7 +17,8 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchsparse.backends import tables
@@ -26,7 +27,17 @@ from patchsparse.geometry import Window
 from .convolutions import SIDES, Problem, count_pairs
 from .timing import wait
 
-__all__ = ["Ceilings", "Layer", "Work", "ceilings", "conv_work", "counted", "measure_ceilings"]
+__all__ = [
+    "Ceilings",
+    "Layer",
+    "Work",
+    "ceilings",
+    "conv_work",
+    "counted",
+    "lines",
+    "measure_ceilings",
+    "optimiser_seconds",
+]
 
 aten = torch.ops.aten
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}  # of one copy: several times the last cache
@@ -61,7 +72,8 @@ class Ceilings:
 
     Attributes:
         copy: bytes/s of a large copy, read and written bytes counted.
-        rate: multiply-adds/s of a large square matrix product, for each type.
+        rate: multiply-adds/s of a large square matrix product, for each type; the faster of ``torch.mm`` and a 1x1
+            convolution, since they come from different libraries on a CPU.
     """
 
     device: str
@@ -92,7 +104,9 @@ def measure_ceilings(
     rate = {}
     for dtype in dtypes:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        rate[dtype] = side**3 / _fastest(partial(torch.mm, a, b, out=torch.empty_like(a)), rounds)
+        image, weight = a.t()[None, :, None], b[:, :, None, None]  # the same product as a 1x1 convolution
+        products = (partial(torch.mm, a, b, out=torch.empty_like(a)), partial(F.conv2d, image, weight))
+        rate[dtype] = side**3 / min(_fastest(product, rounds) for product in products)
     return Ceilings(device.type, copy, rate)
 
 
@@ -196,6 +210,11 @@ def _dense_macs(packet: Any, args: Sequence[Any], result: Any) -> float:
     if packet in (aten.addmm, aten.baddbmm):
         return result.numel() * args[1].shape[-1]
     return 0.0
+
+
+def optimiser_seconds(found: Ceilings, model: nn.Module) -> float:
+    """Return the least time of LAMB or AdamW: weight, gradient and two moments are read, all but one written."""
+    return 7 * sum(p.nbytes for p in model.parameters()) / found.copy
 
 
 def lines(found: Ceilings, layers: Sequence[Layer]) -> Iterator[str]:

@@ -55,6 +55,10 @@ class Scale:
     def cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    def for_encoder(self, encoder: str) -> Scale:
+        """Return the scale with half the batch for what is larger than a ResNet-18, on a GPU."""
+        return replace(self, batch=self.batch // 2) if self.cuda and encoder != "resnet18" else self
+
     @property
     def precision(self) -> torch.dtype:
         """Of our steps; the published way is float32."""

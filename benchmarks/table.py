@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .machine import provenance
 from .timing import GATE, Ratio
 
-__all__ = ["COLUMNS", "Row", "line", "make_row", "merge", "read"]
+__all__ = ["COLUMNS", "Row", "line", "make_row", "merge", "read", "words"]
 
 COLUMNS: tuple[str, ...] = (
     "suite", "case", "masked", "way", "against", "ratio", "low", "high", "value", "against_value", "unit",
@@ -66,6 +67,18 @@ def line(row: Mapping[str, str]) -> str:
         f"{row['suite']:10} {row['case']:44} {masked:10} {row['way']:16} {float(row['ratio']):7.2f}x "
         f"({float(row['low']):.2f}-{float(row['high']):.2f}) {row['against']}, {row['value']} {row['unit']}{limit}"
     )
+
+
+def words(case: str) -> str:
+    """Return the name of a case for readers: a shape as `convolutions.Shape` prints it, in words."""
+    found = re.match(r"(\d+x\d+) s(\d+) p(\d+) C(\d+)-(\d+) g(\d+)(.*)", case)
+    if not found:
+        return case.replace(" batch", ", batch")
+    kernel, stride, p, inputs, outputs, groups, rest = found.groups()
+    kind = kernel if groups == "1" else f"{kernel} depthwise"
+    channels = inputs if inputs == outputs else f"{inputs} to {outputs}"
+    strided = "" if stride == "1" else f", stride {stride}"
+    return f"{kind}{strided}, {channels} channels, patches of {p}x{p}{rest}"
 
 
 def read(path: Path) -> list[Row]:

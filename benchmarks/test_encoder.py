@@ -7,6 +7,7 @@ from .timing import in_turn
 
 
 def test_encoder(benchmark, record, scale, encoder, masked):
+    scale = scale.for_encoder(encoder)
     engines = ("auto", "gather") if encoder == scale.encoders[0] and masked == 0.6 else ("auto",)
     ways = encoders(encoder, engines, masked, scale)
     ways.check()

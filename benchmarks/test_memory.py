@@ -26,7 +26,7 @@ def test_encoder_memory(benchmark, record, scale):
     for engine in ("auto", "gather"):
         for rival in (DENSE, MASKED):
             ratio, values = Ratio.exact(peaks[rival] / peaks[engine]), (peaks[engine], peaks[rival])
-            record("memory", f"encoder {ways.case}", engine, rival, ratio, values, "MiB", masked=SHARE)
+            record("encoder_memory", ways.case, engine, rival, ratio, values, "MiB", masked=SHARE)
     benchmark.pedantic(ways.steps["auto"], rounds=1)
 
 
@@ -40,19 +40,20 @@ def peak(step: Step, device: torch.device) -> float:
 
 def test_step_memory(benchmark, record, scale, step_encoder):
     """Peak memory of a step against both rivals, and how far the estimate of ``spatspark_fast.info`` is from it."""
+    scale = scale.for_encoder(step_encoder)
     check_equal(step_encoder, scale)
-    case = f"step {case_of(step_encoder, scale)}"
+    case = case_of(step_encoder, scale)
     rivals = {way: peak(make_step(way, step_encoder, scale), scale.device) for way in RIVALS}
     for way in OURS:
         step = make_step(way, step_encoder, scale)
         own = peak(step, scale.device)
         for rival, theirs in rivals.items():
-            record("memory", case, way, rival, Ratio.exact(theirs / own), (own, theirs), "MiB", masked=SHARE)
+            record("step_memory", case, way, rival, Ratio.exact(theirs / own), (own, theirs), "MiB", masked=SHARE)
         ratio, size = DECODE_RATIO if way == OURS[1] else 1.0, (scale.size, scale.size)
         samples = (scale.batch, max(32, 2 * scale.batch))
         memory = estimate_memory(step.model, size, SHARE, ratio, scale.precision, samples)
         estimate = max(memory.step + scale.batch * memory.window, memory.gradients + memory.scratch) / MIB
-        record("memory", case, way, "estimate", Ratio.exact(estimate / own), (own, estimate), "MiB", masked=SHARE)
+        record("step_memory", case, way, "estimate", Ratio.exact(estimate / own), (own, estimate), "MiB", masked=SHARE)
         _record_largest(record, case, way, memory)
     benchmark.pedantic(lambda: None, rounds=1)
 
@@ -63,4 +64,4 @@ def _record_largest(record, case: str, way: str, memory: StepMemory) -> None:
     for card, batch in zip(CARDS, fits, strict=True):
         ratio = Ratio.exact(batch / max(fits[0], 1))
         name = f"{case.split(' batch')[0]} largest batch on {card} GB"
-        record("memory", name, way, f"{CARDS[0]} GB", ratio, (batch, fits[0]), "windows", masked=SHARE)
+        record("step_memory", name, way, f"{CARDS[0]} GB", ratio, (batch, fits[0]), "windows", masked=SHARE)

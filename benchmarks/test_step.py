@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from .roofline import ceilings, counted
+from .roofline import ceilings, counted, optimiser_seconds
 from .step_ways import OURS, RIVALS, WAYS, case_of, check_equal, make_step
 from .steps import MASKED, PARTS, split
 from .timing import Ratio, in_turn
@@ -15,6 +15,7 @@ from .timing import Ratio, in_turn
 
 def test_step(benchmark, record, scale, step_encoder):
     """Speed over both rivals; the floor is that of our convolutions and products, and of what LAMB reads and writes."""
+    scale = scale.for_encoder(step_encoder)
     check_equal(step_encoder, scale)
     steps = {way: make_step(way, step_encoder, scale) for way in WAYS}
     for way, step in steps.items():
@@ -22,12 +23,11 @@ def test_step(benchmark, record, scale, step_encoder):
     timing = in_turn(steps, rounds=scale.step_rounds, warmup=1)
     case, found = case_of(step_encoder, scale), ceilings(scale.device.type)
     layers = {way: counted(step) for way, step in steps.items() if way not in scale.compiled}
-    macs = {way: sum(layer.work.macs for layer in found) for way, found in layers.items()}
+    macs = {way: sum(layer.work.macs for layer in ran) for way, ran in layers.items()}
     for way in OURS:
         floor = limit = None
         if way in layers:
-            weights = sum(p.nbytes for p in steps[way].model.parameters())
-            floor = found.total(layers[way]) + 7 * weights / found.copy  # LAMB: weight, gradient, moments; and written
+            floor = found.total(layers[way]) + optimiser_seconds(found, steps[way].model)
             limit = macs["published"] / macs[way]
         for rival in RIVALS:
             details = {"masked": MASKED, "floor": floor, "limit": limit if rival == "published" else None}

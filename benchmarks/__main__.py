@@ -1,0 +1,58 @@
+"""``python -m benchmarks COMMAND``: headline ratios, the report, the roofline, and all that a GPU can measure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .scales import NAMES
+
+__all__ = ["main"]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = result.add_subparsers(dest="command", required=True)
+    found = commands.add_parser("headline", help="measure the README's headline ratios, in a few minutes")
+    found.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write them")
+    found.add_argument("--scale", choices=NAMES, default="quick", help="sizes and rounds (default: quick)")
+    commands.add_parser("report", help="render results/<device>/*.csv into README.md and docs/benchmarks.md")
+    found = commands.add_parser("roofline", help="measure both ceilings, and count what a step needs at least")
+    found.add_argument("--encoder", default="resnet18", help="timm model (default: resnet18)")
+    found.add_argument("--scale", choices=NAMES, default="quick", help="sizes (default: quick)")
+    found = commands.add_parser("gpu", help="build, check and measure all that a GPU can, in calls of minutes")
+    found.add_argument("--stages", nargs="+", metavar="STAGE", help="some of the stages; default all that are left")
+    found.add_argument("--wheels", type=Path, metavar="DIR", help="install peers from wheels in DIR")
+    found.add_argument("--minutes", type=float, default=9.0, help="begin no stage after so long (default: 9)")
+    found.add_argument("--scale", choices=NAMES, default="quick", help="sizes and rounds (default: quick)")
+    found.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<device>")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status."""
+    options = parser().parse_args(argv)
+    if options.command == "headline":
+        from .headline import headline
+
+        return headline(options.json, options.scale)
+    if options.command == "report":
+        from .report import report
+
+        for path in report():
+            sys.stdout.write(f"{path}\n")
+        return 0
+    if options.command == "roofline":
+        from .roofline_report import roofline
+
+        return roofline(options.encoder, options.scale)
+    from .gpu import gpu
+
+    return gpu(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

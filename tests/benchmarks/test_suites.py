@@ -1,0 +1,176 @@
+"""The suites run from end to end at a tiny scale, and their rows fill tables, pictures and headlines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as commands
+from benchmarks import gpu as gpu_script
+from benchmarks import headline as headline_command
+from benchmarks import report as report_command
+from benchmarks.headline import headlines
+from benchmarks.report import BEGIN, END, devices, fill, newest, read_folder, report
+from benchmarks.scales import NAMES, scale_of
+from benchmarks.table import COLUMNS, Row, merge
+
+ROOT = Path(__file__).parents[2]
+CHOSEN = (
+    "benchmarks/test_conv.py::test_conv3x3[3x3 s1 p1 C512-512 g1]",
+    "benchmarks/test_conv.py::test_peers[3x3 s1 p1 C512-512 g1]",
+    "benchmarks/test_conv.py::test_a_new_mask[3x3 s1 p1 C512-512 g1]",
+    "benchmarks/test_conv.py::test_pointwise[1-512-2048]",
+    *(f"benchmarks/test_{name}.py" for name in ("pool", "norm", "encoder", "mask_sweep", "step", "memory", "data")),
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    """Return the rows of all suites, at a tiny scale and in a process of their own."""
+    folder = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "-m", "pytest", *CHOSEN, "--scale", "tiny", "--results", str(folder), "-q"]
+    run = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return read_folder(folder)
+
+
+def test_every_suite_writes_rows_that_say_all(rows: list[Row]) -> None:
+    assert {row["suite"] for row in rows} == {
+        "conv", "pool", "norm", "encoder", "mask_sweep", "step", "split", "step_memory", "encoder_memory",
+        "data",
+    }  # fmt: skip
+    for row in rows:
+        assert tuple(row) == COLUMNS
+        assert float(row["low"]) <= float(row["ratio"]) <= float(row["high"])
+        assert 0 <= float(row["parity"]) <= 2e-2
+        assert all(row[name] for name in ("case", "way", "against", "unit", "device", "cpu", "versions", "commit"))
+        assert row["command"].startswith("pytest ")
+        assert str(Path.home()) not in row["command"]
+    sweep = [row for row in rows if row["suite"] == "mask_sweep"]
+    assert {row["masked"] for row in sweep} == {"0", "0.6"}
+    assert all(float(row["limit"]) > 1 and float(row["floor"]) > 0 for row in sweep)
+    steps = {(row["way"], row["against"]) for row in rows if row["suite"] == "step" and row["masked"]}
+    ours = ("exact", "decode_ratio=0.25", "light")
+    assert steps == {(way, rival) for way in ours for rival in ("published", "dense")} | {("dense", "published")}
+    for way in (*ours, "published", "dense"):  # the parts of a step are the step
+        split = [row for row in rows if row["suite"] == "split" and row["way"] == way]
+        assert len(split) == 4
+        assert sum(float(row["value"]) for row in split) == pytest.approx(float(split[0]["against_value"]), rel=1e-2)
+
+
+def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks" / "results"
+    merge(rows, results / "this-machine")
+    gpu = [row | {"device": "NVIDIA H200", "date": "2030-01-01 00:00"} for row in rows]
+    merge(gpu, results / "nvidia-h200")
+    merge([row | {"date": "2001-01-01 00:00"} for row in rows], results / "older-machine")
+    (tmp_path / "docs").mkdir()
+    for page in ("README.md", "docs/benchmarks.md"):
+        (tmp_path / page).write_text(f"# Title\n\n{BEGIN}\n{END}\n\nThe rest.\n")
+    written = report(results, tmp_path)
+    first = {path: path.read_bytes() for path in written}
+    assert report(results, tmp_path) == written
+    assert {path: path.read_bytes() for path in written} == first
+    assert len([path for path in written if path.suffix == ".svg"]) == 9
+    assert all(1_000 < len(content) < 150_000 for path, content in first.items() if path.suffix == ".svg")
+    readme, docs = ((tmp_path / page).read_text() for page in ("README.md", "docs/benchmarks.md"))
+    assert readme.startswith("# Title\n")
+    assert readme.endswith("The rest.\n")
+    assert "older-machine" not in readme  # the newest CPU and the newest GPU
+    assert readme.index("nvidia-h200") < readme.index("this-machine")
+    for title in ("Whole encoder", "Single layers", "Whole training step", "Peak memory"):
+        assert readme.count(f"**{title}**") == 2
+        assert docs.count(f"**{title}**") == 3
+    for target in re.findall(r"\]\(([^)#]+)\)", docs):
+        if "figures" in target:
+            assert (tmp_path / "docs" / target).exists()
+
+
+def test_markers_must_be_there() -> None:
+    assert fill(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb"
+    for page in ("no markers", f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"):
+        with pytest.raises(ValueError, match="must hold the lines"):
+            fill(page, "new")
+
+
+def test_the_committed_pages_are_those_of_the_committed_results() -> None:
+    """Tables of README and docs are never written by hand."""
+    found = devices(report_command.RESULTS)
+    assert found
+    readme, docs = ((ROOT / page).read_text() for page in ("README.md", "docs/benchmarks.md"))
+    for name, block in report_command.blocks(found).items():
+        assert block in docs, f"run python -m benchmarks report: docs/benchmarks.md is not that of {name}"
+    for name, block in report_command.summaries(newest(found)).items():
+        assert block in readme, f"run python -m benchmarks report: README.md is not that of {name}"
+
+
+def test_headlines_are_ratios_of_the_rows(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = headlines(rows)
+    name = "encoder: resnet10t, 60% masked, auto over dense"
+    assert {"ratio", "low", "high", "config"} == set(found[name])
+    assert "torch" in str(found[name]["config"])
+    assert any(name.startswith("step: ") and name.endswith("light over published") for name in found)
+    assert any(name.startswith("step_memory: ") for name in found)
+    assert all(not name.startswith("conv") or " all, " in name for name in found)
+
+    def suites(command: list[str], **_) -> argparse.Namespace:
+        merge(rows, Path(command[command.index("--results") + 1]))
+        return argparse.Namespace(returncode=status)
+
+    monkeypatch.setattr(headline_command.subprocess, "run", suites)
+    target, status = tmp_path / "headline.json", 1
+    assert commands.main(["headline", "--json", str(target)]) == 1
+    assert not target.exists()  # a parity check failed
+    status = 0
+    assert commands.main(["headline", "--json", str(target)]) == 0
+    assert json.loads(target.read_text()) == found
+
+
+def test_the_gpu_script_stops_where_kernels_are_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert commands.main(["gpu"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+    assert commands.main(["gpu", "--scale", "tiny", "--stages", "stepp"]) == 2
+    assert "no stage is called stepp" in capsys.readouterr().err
+    ran: list[str] = []
+
+    def run(name: str, command: list[str], minutes: float) -> bool:
+        ran.append(name)
+        assert all("{" not in part for part in command)
+        return name != fails
+
+    monkeypatch.setattr(gpu_script, "_run", run)
+    rehearsal = ["gpu", "--scale", "tiny", "--out", str(tmp_path)]
+    fails = "kernels-right"
+    assert commands.main(rehearsal) == 1
+    assert ran[-1] == "kernels-right"
+    assert "nothing is measured" in capsys.readouterr().err
+    ran.clear()
+    fails = "step"
+    assert commands.main(rehearsal) == 1
+    assert "failed: step" in capsys.readouterr().out
+    assert set(ran) >= {"engine", "kernels-right", "layers", "step", "encoder", "memory", "small", "more-layers"}
+    ran.clear()
+    assert commands.main([*rehearsal, "--minutes", "0", "--stages", "step", "encoder"]) == 0
+    assert not ran
+    assert "python -m benchmarks gpu --stages step encoder" in capsys.readouterr().out
+
+
+def test_scales_exist_for_both_devices() -> None:
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        sizes = [scale_of(name, device) for name in NAMES]
+        assert [s.layer_rounds for s in sizes] == sorted(s.layer_rounds for s in sizes)
+        assert all(s.size % 32 == 0 for s in sizes)
+    assert scale_of("full", torch.device("cuda")).step_encoders == ("resnet18", "resnet50", "convnext_base")
+    assert scale_of("quick", torch.device("cuda")).for_encoder("convnext_base").batch == 64
+    with pytest.raises(ValueError, match="scale 'huge' is unknown"):
+        scale_of("huge")
