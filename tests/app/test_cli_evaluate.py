@@ -15,6 +15,7 @@ from PIL import Image
 from spatspark_fast.evaluate import main
 from spatspark_fast.evaluation.report import lead_time_table, overall_table, split_name
 from tests.app.forecasts import moving_rain, save_checkpoint, write_windows
+from tests.app.refusals import refusal
 
 
 @pytest.fixture(scope="module")
@@ -25,15 +26,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("run") / "model.ckpt", lengths=(4, 3), name="tiny")
-
-
-def fails(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    assert len(captured.err.strip().splitlines()) == 1, captured.err
-    return captured.err
 
 
 def test_everything_is_written_and_agrees(file: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -74,7 +66,7 @@ def test_optical_flow_stands_beside_or_says_what_is_missing(
     argv += ["--panels", "0", "--fss_scales"]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "cv2", None)
-        assert 'pip install "spatspark-fast[radar]"' in fails(capsys, argv)
+        assert 'pip install "spatspark-fast[radar]"' in refusal(capsys, main, argv)
     pytest.importorskip("pysteps", reason='no pysteps: pip install "spatspark-fast[radar]"')
     pytest.importorskip("cv2", reason='no OpenCV: pip install "spatspark-fast[radar]"')
     assert main(argv) == 0
@@ -111,7 +103,7 @@ def test_wrong_options(file: Path, checkpoint: Path, tmp_path: Path, capsys: pyt
         (["--data.path", "/no/such.h5"], "/no/such.h5"),
         (["--colour", "red"], "colour"),
     ):
-        assert word in fails(capsys, [*base, *more]), more
+        assert word in refusal(capsys, main, [*base, *more]), more
     assert not (tmp_path / "out").exists()
 
 
@@ -119,22 +111,22 @@ def test_wrong_files(file: Path, checkpoint: Path, tmp_path: Path, capsys: pytes
     out = ["--out", str(tmp_path / "out"), "--checkpoint", str(checkpoint)]
     cut = tmp_path / "cut.h5"
     cut.write_bytes(file.read_bytes()[:5000])
-    assert "truncated" in fails(capsys, ["--data.path", str(cut), *out])
+    assert "truncated" in refusal(capsys, main, ["--data.path", str(cut), *out])
     rates = moving_rain(1, 7, 32, 32)
     rates[0, 2, 3, 4] = math.nan
-    assert "NaN" in fails(capsys, ["--data.path", str(write_windows(tmp_path / "nan.h5", rates)), *out])
+    assert "NaN" in refusal(capsys, main, ["--data.path", str(write_windows(tmp_path / "nan.h5", rates)), *out])
     short = write_windows(tmp_path / "short.h5", moving_rain(1, 3, 32, 32))
-    assert "3 frames" in fails(capsys, ["--data.path", str(short), *out])
+    assert "3 frames" in refusal(capsys, main, ["--data.path", str(short), *out])
     weights = tmp_path / "weights.ckpt"
     torch.save({"state_dict": {}}, weights)
-    assert "does not describe a forecaster" in fails(
-        capsys, ["--data.path", str(file), "--out", str(tmp_path / "out"), "--checkpoint", str(weights)]
+    assert "does not describe a forecaster" in refusal(
+        capsys, main, ["--data.path", str(file), "--out", str(tmp_path / "out"), "--checkpoint", str(weights)]
     )
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "thing").touch()
-    assert "is not empty" in fails(capsys, ["--data.path", str(file), "--out", str(taken)])
-    assert "is a file" in fails(capsys, ["--data.path", str(file), "--out", str(taken / "thing")])
+    assert "is not empty" in refusal(capsys, main, ["--data.path", str(file), "--out", str(taken)])
+    assert "is a file" in refusal(capsys, main, ["--data.path", str(file), "--out", str(taken / "thing")])
 
 
 def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None:

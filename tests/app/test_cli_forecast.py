@@ -13,6 +13,7 @@ from spatspark_fast.forecast import main
 from spatspark_fast.models.forecaster import load_forecaster
 from tests.app.archives import write_archive
 from tests.app.forecasts import SMALL, moving_rain, save_checkpoint, write_windows
+from tests.app.refusals import refusal
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +24,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("run") / "model.ckpt", "persistence", lengths=(4, 3))
-
-
-def fails(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    assert len(captured.err.strip().splitlines()) == 1, captured.err
-    return captured.err
 
 
 def test_the_command_writes_what_it_says(file: Path, tmp_path: Path) -> None:
@@ -71,7 +63,7 @@ def test_raw_files_of_a_folder(checkpoint: Path, tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     gap = write_archive(tmp_path / "gap", [0, 1, 2, 5])
     argv[3] = str(gap)
-    assert "without a gap" in fails(capsys, [*argv, "--out", str(tmp_path / "other")])
+    assert "without a gap" in refusal(capsys, main, [*argv, "--out", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
 
 
@@ -94,7 +86,7 @@ def test_wrong_options(file: Path, checkpoint: Path, tmp_path: Path, capsys: pyt
         ([*data, "--export", "/no/folder/x.onnx"], "/no/folder/x.onnx"),
         ([*data, "--colour", "red"], "colour"),
     ):
-        assert word in fails(capsys, argv), argv
+        assert word in refusal(capsys, main, argv), argv
     assert not (tmp_path / "out").exists()
 
 
@@ -102,16 +94,16 @@ def test_wrong_files(file: Path, checkpoint: Path, tmp_path: Path, capsys: pytes
     argv = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--data.path"]
     cut = tmp_path / "cut.h5"
     cut.write_bytes(file.read_bytes()[:5000])
-    assert "truncated" in fails(capsys, [*argv, str(cut)])
+    assert "truncated" in refusal(capsys, main, [*argv, str(cut)])
     rates = moving_rain(1, 7, 16, 16)
     rates[0, 5, 3, 4] = np.nan
-    assert "NaN" in fails(capsys, [*argv, str(write_windows(tmp_path / "nan.h5", rates))])
+    assert "NaN" in refusal(capsys, main, [*argv, str(write_windows(tmp_path / "nan.h5", rates))])
     short = write_windows(tmp_path / "short.h5", moving_rain(1, 3, 16, 16))
-    assert "3 frames" in fails(capsys, [*argv, str(short)])
+    assert "3 frames" in refusal(capsys, main, [*argv, str(short)])
     pretrained = tmp_path / "pretrained.ckpt"
     torch.save({"config": {"mask": {}}, "state_dict": {}}, pretrained)
     argv[1] = str(pretrained)
-    assert "python -m spatspark_fast.finetune" in fails(capsys, [*argv, str(file)])
+    assert "python -m spatspark_fast.finetune" in refusal(capsys, main, [*argv, str(file)])
 
 
 def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,6 +142,6 @@ def test_export_without_onnx_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     argv = ["--checkpoint", str(checkpoint), "--export", str(tmp_path / "m.onnx")]
-    assert 'pip install "spatspark-fast[onnx]"' in fails(capsys, argv)
+    assert 'pip install "spatspark-fast[onnx]"' in refusal(capsys, main, argv)
     (tmp_path / "m.onnx").touch()
-    assert "exists already" in fails(capsys, argv)
+    assert "exists already" in refusal(capsys, main, argv)

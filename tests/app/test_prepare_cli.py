@@ -9,6 +9,7 @@ import pytest
 
 from spatspark_fast.prepare import main
 from tests.app.archives import START, rain_pixels, write_archive, write_knmi
+from tests.app.refusals import refusal
 
 
 @pytest.fixture(scope="module")
@@ -19,15 +20,6 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(archive: Path, out: Path, *more: str) -> list[str]:
     few = ["--input-length", "3", "--output-length=2", "--crop", "0:48,0:40"]
     return ["--source", "knmi", "--input", str(archive), "--out", str(out), *few, *more]
-
-
-def fails(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    assert main(argv) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Traceback" not in captured.err
-    assert len(captured.err.strip().splitlines()) == 1, captured.err
-    return captured.err
 
 
 def test_success_prints_a_summary(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,20 +77,20 @@ def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None
 def test_wrong_options(
     archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], word: str
 ) -> None:
-    assert word in fails(capsys, options(archive, tmp_path / "out.h5", *more))
+    assert word in refusal(capsys, main, options(archive, tmp_path / "out.h5", *more))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_given(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "source" in fails(capsys, [])
+    assert "source" in refusal(capsys, main, [])
 
 
 def test_wrong_places(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "is a folder" in fails(capsys, options(archive, tmp_path))
+    assert "is a folder" in refusal(capsys, main, options(archive, tmp_path))
     (tmp_path / "empty").mkdir()
-    assert "has no file ending in .h5" in fails(capsys, options(tmp_path / "empty", tmp_path / "out.h5"))
+    assert "has no file ending in .h5" in refusal(capsys, main, options(tmp_path / "empty", tmp_path / "out.h5"))
     (tmp_path / "out.h5").touch()
-    assert "exists already" in fails(capsys, options(archive, tmp_path / "out.h5"))
+    assert "exists already" in refusal(capsys, main, options(archive, tmp_path / "out.h5"))
 
 
 def test_an_archive_of_one_kind_of_trouble(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,18 +98,18 @@ def test_an_archive_of_one_kind_of_trouble(tmp_path: Path, capsys: pytest.Captur
     folder.mkdir()
     whole = write_knmi(folder / "a.h5", START, rain_pixels(0))
     (folder / "a.h5").write_bytes(whole.read_bytes()[:2000])
-    assert "none of the 1 files" in fails(capsys, options(folder, out))
+    assert "none of the 1 files" in refusal(capsys, main, options(folder, out))
     write_knmi(folder / "a.h5", START, rain_pixels(0), minutes=60)
-    assert "accumulated over 60 minutes" in fails(capsys, options(folder, out))
+    assert "accumulated over 60 minutes" in refusal(capsys, main, options(folder, out))
     write_knmi(folder / "a.h5", START, rain_pixels(0), formula="GEO=?")
-    assert "calibration formula" in fails(capsys, options(folder, out))
+    assert "calibration formula" in refusal(capsys, main, options(folder, out))
     for step in range(6):
         write_knmi(folder / f"{step}.h5", START + timedelta(minutes=5 * step), rain_pixels(0) * 0 + 65535)
     (folder / "a.h5").unlink()
-    assert "--min-valid" in fails(capsys, options(folder, out))
+    assert "--min-valid" in refusal(capsys, main, options(folder, out))
     for step in range(6):
         write_knmi(folder / f"{step}.h5", START + timedelta(minutes=10 * step), rain_pixels(0))
-    assert "5 gaps" in fails(capsys, options(folder, out))
+    assert "5 gaps" in refusal(capsys, main, options(folder, out))
     assert not out.exists()
 
 
