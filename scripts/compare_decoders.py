@@ -1,24 +1,28 @@
 """Does sparse decoding learn as well? Pretrain with each decoder, measure the loss of exact decoding, finetune, score.
 
-    python scripts/compare_decoders.py --data knmi.h5 --more mch.h5 fmi.h5 --out runs/decoders
+    python scripts/compare_decoders.py --data knmi.h5 --out runs/decoders
+    python scripts/compare_decoders.py --data knmi.h5 --out runs/decoders --measure      (on an idle machine)
+    python scripts/compare_decoders.py --data knmi.h5 --out runs/decoders --equal-time
 
-``--data`` is a file of `spatspark_fast.prepare` with a test split, ``--more`` are others whose training windows are
-added. Every way takes the same windows in the same order and the same masks, for every seed the same number of steps;
-with ``--equal-time`` the same number of seconds. Runs that are there are not repeated, so that it can be interrupted.
+``--data`` is a file of `spatspark_fast.prepare` with a test split. Every way takes the same windows in the same order
+and the same masks, for every seed the same number of steps; with ``--equal-time`` steps in proportion to the images/s
+of `--measure`, so that nothing depends on what else the machine does meanwhile. Runs that are there are not repeated,
+and stopped ones go on.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import h5py
-import numpy as np
 import torch
 
 from spatspark_fast import finetune, pretrain
@@ -31,29 +35,23 @@ from spatspark_fast.training.checkpoints import read_checkpoint
 
 WAYS = {
     "exact": (),
-    "decode_ratio 0.5": ("--model.decode_ratio", "0.5"),
-    "decode_ratio 0.25": ("--model.decode_ratio", "0.25"),
-    "light": ("--model.decoder", "light"),
+    "decode_ratio 0.5": ("--model.decode_ratio=0.5",),
+    "decode_ratio 0.25": ("--model.decode_ratio=0.25",),
+    "light": ("--model.decoder=light",),
 }
 BATCH, MASK_DRAWS = 4, 8
+TURNS, MEASURED_STEPS, LIGHT_WIDTH = 3, 8, 512
+SCORES = ("pmse", "csi@0.5", "csi@1")
 
 
-def merge(files: Sequence[Path], out: Path) -> None:
-    """Write one archive with the training windows of all ``files`` and the test windows of the first."""
-    if out.exists():
-        return
-    with h5py.File(files[0]) as first, h5py.File(out, "w") as target:
-        target.attrs.update(first.attrs)
-        first.copy("test", target)
-        parts: dict[str, list[np.ndarray]] = {"images": [], "timestamps": []}
-        for path in files:
-            with h5py.File(path) as file:
-                if file.attrs["scale_mm_per_5min"] != first.attrs["scale_mm_per_5min"]:
-                    raise SystemExit(f"{path} has another scale than {files[0]}: prepare all with one --scale")
-                for name, values in parts.items():
-                    values.append(np.asarray(file[f"train/{name}"]))
-        for name, values in parts.items():
-            target[f"train/{name}"] = np.concatenate(values)
+@dataclass(frozen=True)
+class Options:
+    """Hold what all runs share: decoder width, finetuning steps, options of the two commands as ``name=value``."""
+
+    width: int
+    finetune_steps: int
+    pretrain: Sequence[str]
+    finetune: Sequence[str]
 
 
 def checked(code: int, what: str) -> None:
@@ -61,28 +59,37 @@ def checked(code: int, what: str) -> None:
         raise SystemExit(f"{what} ended with exit code {code}")
 
 
-def pretrained(out: Path, data: Path, seed: int, steps: int, width: int, options: Sequence[str]) -> Path:
-    """Pretrain unless that is done; return the checkpoint. Seconds of the command are noted beside it."""
-    checkpoint = out / "checkpoints" / "last.ckpt"
-    if not (out / "seconds.txt").exists():
-        light = "light" in options
-        started = time.perf_counter()
-        fixed = [
-            "--preset",
-            "nl50-resnet18",
-            "--data.path",
-            str(data),
-            "--data.batch_size",
-            str(BATCH),
-            "--data.flip",
-            "true",
-        ]
-        fixed += ["--model.decoder_width", str(4 * width if light else width), "--trainer.seed", str(seed)]
-        fixed += ["--optim.name", "adamw", "--optim.base_lr", "0.06", "--trainer.max_steps", str(steps)]
-        fixed += ["--trainer.savings", "false", "--trainer.picture_every", "0", "--trainer.tensorboard", "false"]
-        checked(pretrain.main([*fixed, *options, "--out", str(out)]), f"pretraining {out}")
-        (out / "seconds.txt").write_text(f"{time.perf_counter() - started:.1f}\n")
-    return checkpoint
+def common(data: Path, out: Path, seed: int, words: Sequence[str]) -> list[str]:
+    """Return the options that pretraining and finetuning share; ``words`` win."""
+    fixed = [f"--data.path={data}", f"--data.batch_size={BATCH}", "--optim.name=adamw", "--optim.base_lr=0.15"]
+    fixed += ["--optim.warmup_epochs=1", "--trainer.epochs=1000000", "--trainer.tensorboard=false"]
+    return [*fixed, *(f"--{word}" for word in words), f"--trainer.seed={seed}", f"--out={out}"]
+
+
+def pretrained(out: Path, data: Path, seed: int, steps: int, options: Options, way: str) -> Path:
+    """Pretrain unless that is done, or go on with it; return the run."""
+    if not (out / "encoder.safetensors").exists():  # written at the end
+        width = LIGHT_WIDTH if way == "light" else options.width
+        fixed = [*common(data, out, seed, options.pretrain), f"--model.decoder_width={width}", *WAYS[way]]
+        fixed += [f"--trainer.max_steps={steps}", "--trainer.savings=false", "--trainer.picture_every=0"]
+        checked(pretrain.main([*fixed, "--resume"]), f"pretraining {out}")
+    return out
+
+
+def measured(out: Path, data: Path, options: Options) -> dict[str, float]:
+    """Return images per second of each way: the median over the steps of short runs in turn, without the first two."""
+    result = out / "rates.json"
+    if not result.exists():
+        rates: dict[str, list[float]] = {way: [] for way in WAYS}
+        with tempfile.TemporaryDirectory() as folder:
+            for turn in range(TURNS):
+                for way, found in rates.items():
+                    words = replace(options, pretrain=[*options.pretrain, "trainer.log_every=1"])
+                    run = pretrained(Path(folder) / f"{turn}-{way}", data, 0, MEASURED_STEPS, words, way)
+                    with (run / "metrics.csv").open() as file:
+                        found += [float(row["images_per_s"]) for row in csv.DictReader(file)][2:]
+        result.write_text(json.dumps({way: statistics.median(found) for way, found in rates.items()}, indent=1))
+    return json.loads(result.read_text())
 
 
 @torch.no_grad()
@@ -102,18 +109,17 @@ def reconstruction(checkpoint: Path, data: Path) -> float:
     return statistics.fmean(losses)
 
 
-def finetuned(out: Path, data: Path, seed: int, steps: int, width: int, init: Path | None) -> dict[str, float]:
-    """Finetune unless that is done; return scores on the test split."""
+def finetuned(out: Path, data: Path, seed: int, options: Options, init: Path | None) -> dict[str, float]:
+    """Finetune unless that is done, or go on with it; return scores on the test split."""
     result = out / "scores.json"
     if not result.exists():
-        options = ["--data.path", str(data), "--data.batch_size", str(BATCH), "--trainer.seed", str(seed)]
-        options += ["--trainer.max_steps", str(steps), "--trainer.patience", "0", "--trainer.tensorboard", "false"]
-        options += ["--data.flip", "true", "--data.validation_fraction", "0", "--optim.base_lr", "0.06"]
-        options += ["--init", str(init)] if init else ["--model.decoder_width", str(width)]
-        checked(finetune.main(["--preset", "nl50-resnet18", *options, "--out", str(out)]), f"finetuning {out}")
+        fixed = [*common(data, out, seed, options.finetune), f"--trainer.max_steps={options.finetune_steps}"]
+        fixed += ["--trainer.patience=0", "--data.validation_fraction=0"]
+        fixed += [f"--init={init}"] if init else []
+        fixed += [] if init and init.suffix == ".ckpt" else [f"--model.decoder_width={options.width}"]
+        checked(finetune.main([*fixed, "--resume"]), f"finetuning {out}")
         scores = evaluate_forecaster(out / "checkpoints" / "last.ckpt", data, fss_scales=(), spectrum=False)
-        kept = {key: scores["all"][key] for key in ("pmse", "csi@0.5", "csi@1")}
-        result.write_text(json.dumps(kept))
+        result.write_text(json.dumps({key: scores["all"][key] for key in SCORES}))
     return json.loads(result.read_text())
 
 
@@ -124,74 +130,71 @@ def spread(values: Sequence[float], digits: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--more", type=Path, nargs="*", default=[])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=150, help="pretraining steps of the exact way")
-    parser.add_argument("--finetune-steps", type=int, default=150)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--width", type=int, default=128, help="decoder width of the U-Net")
-    parser.add_argument("--equal-time", action="store_true", help="as many steps as the exact way has time for")
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="file whose train split is finetuned on, whose test split is scored")
+    add("--pretrain-data", type=Path, help="file for pretraining, if it is another (scripts/merge_archives.py)")
+    add("--out", type=Path, required=True)
+    add("--steps", type=int, default=300, help="pretraining steps; at equal time, those of the exact decoder")
+    add("--finetune-steps", type=int, default=150)
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--width", type=int, default=256, help="decoder width of the U-Net")
+    add("--measure", action="store_true", help="only measure images/s into OUT/rates.json; wants an idle machine")
+    add("--equal-time", action="store_true", help="give each way steps in proportion to its images/s")
+    add("--pretrain", nargs="*", default=[], metavar="OPTION=VALUE", help="options of pretrain")
+    add("--finetune", nargs="*", default=[], metavar="OPTION=VALUE", help="options of finetune")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    data = args.out / "windows.h5"
-    merge([args.data, *args.more], data)
-
-    def run(way: str, seed: int, steps: int, kind: str) -> tuple[float, float, dict[str, float]]:
-        folder = args.out / kind / way.replace(" ", "-") / f"seed{seed}"
-        checkpoint = pretrained(folder / "pretrain", data, seed, steps, args.width, WAYS[way])
-        seconds = float((folder / "pretrain" / "seconds.txt").read_text())
-        loss = reconstruction(checkpoint, data)
-        return seconds, loss, finetuned(folder / "finetune", data, seed, args.finetune_steps, args.width, checkpoint)
-
-    rows = table(run, args.seeds, args.steps, "equal-steps")
-    report(args.out, "equal-steps", rows, f"{args.steps} steps")
-    if args.equal_time:
-        timed: dict[str, dict[str, list[float]]] = {}
+    first = args.pretrain_data or args.data
+    options = Options(args.width, args.finetune_steps, args.pretrain, args.finetune)
+    if args.measure:
+        sys.stdout.write(json.dumps(measured(args.out, first, options), indent=1) + "\n")
+        return
+    rates = measured(args.out, first, options) if args.equal_time else dict.fromkeys(WAYS, 1.0)
+    kind = "equal-time" if args.equal_time else "equal-steps"
+    steps = {way: round(args.steps * rates[way] / rates["exact"]) for way in WAYS}
+    rows: dict[str, dict[str, list[float]]] = {}
+    for seed in args.seeds:
         for way in WAYS:
-            ratio = statistics.median(rows["exact"]["seconds"]) / statistics.median(rows[way]["seconds"])
-            timed |= table(run, args.seeds, round(args.steps * ratio), "equal-time", (way,))
-        report(args.out, "equal-time", timed, "the time of the exact way")
+            folder = args.out / "runs" / way.replace(" ", "-") / f"{steps[way]}-steps" / f"seed-{seed}"
+            run = pretrained(folder / "pretrain", first, seed, steps[way], options, way)
+            # The light decoder is thrown away, as it has other parameters than the U-Net.
+            init = run / ("encoder.safetensors" if way == "light" else "checkpoints/last.ckpt")
+            scores = finetuned(folder / "finetune", args.data, seed, options, init)
+            found = {
+                "steps": steps[way],
+                "loss": reconstruction(run / "checkpoints" / "last.ckpt", args.data),
+                **scores,
+            }
+            add_row(rows, way, found)
+        scratch = args.out / "runs" / "scratch" / f"seed-{seed}"
+        scores = finetuned(scratch, args.data, seed, options, None)
+        add_row(rows, "no pretraining", {"steps": 0, "loss": math.nan, **scores})
+        report(args.out, kind, rows)
 
 
-def table(
-    run: Callable[..., tuple[float, float, dict[str, float]]],
-    seeds: int,
-    steps: int,
-    kind: str,
-    ways: Sequence[str] = tuple(WAYS),
-) -> dict[str, dict[str, list[float]]]:
-    """Run every way with every seed, seed by seed, so that an interrupted study compares equal numbers of them."""
-    rows: dict[str, dict[str, list[float]]] = {way: {} for way in ways}
-    for seed in range(seeds):
-        for way in ways:
-            seconds, loss, scores = run(way, seed, steps, kind)
-            for key, value in {"seconds": seconds, "loss": loss, **scores}.items():
-                rows[way].setdefault(key, []).append(value)
-    return rows
+def add_row(rows: dict[str, dict[str, list[float]]], way: str, found: Mapping[str, float]) -> None:
+    """Append what one seed gave."""
+    for key, value in found.items():
+        rows.setdefault(way, {}).setdefault(key, []).append(value)
 
 
 def markdown(rows: dict[str, dict[str, list[float]]], title: str) -> str:
     """Return a table of means and ranges."""
-    heads = ("decoder", "seconds", "reconstruction loss", "finetuned pMSE", "CSI 0.5 mm/h", "CSI 1 mm/h")
-    lines = [
-        f"Pretrained for {title}; mean (range) over seeds",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|---" * len(heads) + "|",
-    ]
+    heads = ("decoder", "steps", "reconstruction loss", "finetuned pMSE", "CSI 0.5 mm/h", "CSI 1 mm/h")
+    lines = [f"{title}; mean (range) over seeds", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for way, row in rows.items():
-        cells = [spread(row["seconds"], ".0f"), spread(row["loss"], ".4f"), spread(row["pmse"], ".5f")]
+        cells = [f"{row['steps'][0]:.0f}", spread(row["loss"], ".4f"), spread(row["pmse"], ".5f")]
         cells += [spread(row[f"csi@{t}"], ".3f") for t in ("0.5", "1")]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def report(out: Path, name: str, rows: dict[str, dict[str, list[float]]], title: str) -> None:
+def report(out: Path, name: str, rows: dict[str, dict[str, list[float]]]) -> None:
     """Write the numbers of every seed and the table; show the table."""
+    text = markdown(rows, name.replace("-", " ").capitalize())
     (out / f"{name}.json").write_text(json.dumps(rows, indent=1))
-    (out / f"{name}.md").write_text(markdown(rows, title))
-    sys.stdout.write("\n" + markdown(rows, title))
+    (out / f"{name}.md").write_text(text)
+    sys.stdout.write("\n" + text)
 
 
 if __name__ == "__main__":
