@@ -1,5 +1,7 @@
 """MinkowskiEngine behind the meaning of this package: against dense-and-mask, its maps, and life without it."""
 
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -289,9 +291,15 @@ def test_without_it_one_sentence_says_how_to_get_it(absent, monkeypatch):
         patch_conv2d(packed, weight, None, grid, padding=1)
 
 
-def test_the_sentence_names_a_script_that_is_there():
+def test_the_script_that_the_sentence_names_says_what_it_lacks(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "install_minkowski.py"
     assert "scripts/install_minkowski.py" in minkowski_loading.HOW
-    assert (Path(__file__).parents[2] / "scripts" / "install_minkowski.py").is_file()
+    command = [sys.executable, str(script), "--device", "cpu", "--cache", str(tmp_path)]
+    environment = os.environ | {"CXX": "no-such-compiler"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "MinkowskiEngine was not installed: there is no C++ compiler" in run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_build_for_another_torch_is_named(monkeypatch):
