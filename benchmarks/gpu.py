@@ -61,7 +61,6 @@ STAGES: Mapping[str, Stage] = {
     "encoder": _suite("test_encoder.py", "test_mask_sweep.py"),
     "memory": _suite("test_memory.py", "test_data.py"),
     "small": _suite("test_pool.py", "test_norm.py"),
-    "minkowski-layers": _suite("test_minkowski.py"),
     "more-layers": _layers("stride2", "depthwise", "stem", "densify"),
 }
 

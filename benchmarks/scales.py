@@ -47,7 +47,7 @@ class Scale:
     masked: tuple[float, ...] = (0.6,)
     sweep: tuple[float, ...] = (0.0, 0.3, 0.6, 0.75, 0.9)
     rounds: int = 3
-    step_rounds: int = 2
+    step_rounds: int = 3
     sweep_rounds: int = 3
     compiled: tuple[str, ...] = ()
 

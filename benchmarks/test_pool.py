@@ -16,6 +16,7 @@ from .encoders import DENSE, MASKED
 from .timing import check_parity, in_turn
 
 MASKED_SHARE = 0.6
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # sums of gradients where windows overlap are rounded
 
 
 @pytest.mark.parametrize("engine", ["auto", "gather"])
@@ -47,7 +48,7 @@ def test_max_pool(benchmark, record, scale, engine):
         return [y, *torch.autograd.grad(y, image, direction)]
 
     for name, own, whole in zip(("output", "gradient"), ours(), masked(), strict=True):
-        check_parity(f"max-pool {engine} {name}", own.detach(), pack(whole.detach(), grid), 1e-6)
+        check_parity(f"max-pool {engine} {name}", own.detach(), pack(whole.detach(), grid), LIMITS[scale.precision])
     timing = in_turn({engine: ours, DENSE: dense, MASKED: masked}, scale.layer_rounds)
     case = f"max-pool 3x3 s2 p{p} C{channels} batch {scale.layer_batch} step"
     for rival in (DENSE, MASKED):

@@ -99,7 +99,7 @@ def test_a_right_kernel_is_measured_and_a_broken_one_is_not(monkeypatch: pytest.
     assert len(record) == 5 + 1
 
 
-@pytest.mark.parametrize("suite", ["test_encoder.py", "test_step.py", "test_data.py"])
+@pytest.mark.parametrize("suite", ["test_encoder.py", "test_step.py"])
 def test_a_broken_kernel_makes_a_suite_refuse(suite: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", f"benchmarks/{suite}", "-q", "-p", "no:cacheprovider"]
     options = ["-p", "tests.benchmarks.broken", "--scale", "tiny", "--results", str(tmp_path)]
