@@ -13,6 +13,7 @@ __all__ = ["PLOTS", "draw_memory", "draw_speed", "draw_split"]
 COLOURS = {"data": "#8da0cb", "encoder": "#1b9e77", "decoder": "#d95f02", "optimiser": "#7570b3"}
 OURS, LIMIT, ROOF = "#1b9e77", "#444444", "#d95f02"
 ORDER = ("published", "dense", "exact", "decode_ratio=0.25", "light")
+NAMES = {"dense": "best dense"}
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
@@ -75,7 +76,13 @@ def draw_split(rows: Sequence[Row], path: Path) -> None:
         left = [0.0] * len(ways)
         for part, colour in COLOURS.items():
             widths = [values[way, part] for way in ways]
-            ax.barh(ways, widths, left=left, color=colour, label="densify, decoder" if part == "decoder" else part)
+            ax.barh(
+                [NAMES.get(way, way) for way in ways],
+                widths,
+                left=left,
+                color=colour,
+                label="densify, decoder" if part == "decoder" else part,
+            )
             left = [a + b for a, b in zip(left, widths, strict=True)]
         ax.invert_yaxis()
         ax.set(title=case, xlabel="seconds of a step, backward included")
@@ -94,7 +101,8 @@ def draw_memory(rows: Sequence[Row], path: Path) -> None:
             peaks[row["way"]] = float(row["value"])
             peaks[row["against"]] = float(row["against_value"])
         ways = [way for way in ORDER if way in peaks]
-        bars = ax.barh(ways, [peaks[way] for way in ways], color=[OURS if w in ORDER[2:] else "#999999" for w in ways])
+        colours = [OURS if way in ORDER[2:] else "#999999" for way in ways]
+        bars = ax.barh([NAMES.get(way, way) for way in ways], [peaks[way] for way in ways], color=colours)
         ax.bar_label(bars, fmt="%.0f", padding=3)
         ax.invert_yaxis()
         ax.set(title=case, xlabel="peak MiB above weights and moments")
