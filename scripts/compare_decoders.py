@@ -39,6 +39,7 @@ WAYS = {
     "decode_ratio 0.25": ("--model.decode_ratio=0.25",),
     "light": ("--model.decoder=light",),
 }
+SCRATCH = "no pretraining"
 BATCH, MASK_DRAWS = 4, 8
 TURNS, MEASURED_STEPS, LIGHT_WIDTH = 3, 8, 512
 SCORES = ("pmse", "csi@0.5", "csi@1")
@@ -138,6 +139,7 @@ def main() -> None:
     add("--finetune-steps", type=int, default=150)
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--width", type=int, default=256, help="decoder width of the U-Net")
+    add("--ways", nargs="+", default=[*WAYS, SCRATCH], choices=[*WAYS, SCRATCH], metavar="WAY", help="default: all")
     add("--measure", action="store_true", help="only measure images/s into OUT/rates.json; wants an idle machine")
     add("--equal-time", action="store_true", help="give each way steps in proportion to its images/s")
     add("--pretrain", nargs="*", default=[], metavar="OPTION=VALUE", help="options of pretrain")
@@ -154,7 +156,11 @@ def main() -> None:
     steps = {way: round(args.steps * rates[way] / rates["exact"]) for way in WAYS}
     rows: dict[str, dict[str, list[float]]] = {}
     for seed in args.seeds:
-        for way in WAYS:
+        for way in args.ways:
+            if way == SCRATCH:
+                scores = finetuned(args.out / "runs" / "scratch" / f"seed-{seed}", args.data, seed, options, None)
+                add_row(rows, way, {"steps": 0, "loss": math.nan, **scores})
+                continue
             folder = args.out / "runs" / way.replace(" ", "-") / f"{steps[way]}-steps" / f"seed-{seed}"
             run = pretrained(folder / "pretrain", first, seed, steps[way], options, way)
             # The light decoder is thrown away, as it has other parameters than the U-Net.
@@ -166,9 +172,6 @@ def main() -> None:
                 **scores,
             }
             add_row(rows, way, found)
-        scratch = args.out / "runs" / "scratch" / f"seed-{seed}"
-        scores = finetuned(scratch, args.data, seed, options, None)
-        add_row(rows, "no pretraining", {"steps": 0, "loss": math.nan, **scores})
         report(args.out, kind, rows)
 
 
