@@ -26,6 +26,7 @@ __all__ = ["Arm", "arms_of", "main"]
 
 STUDIES = ("pretraining", "translation", "mask_ratio", "smaat")
 TRANSLATIONS: tuple[str, ...] = get_args(ForecastModelConfig.__annotations__["translation"])
+FIXED = ("--trainer.patience=0",)  # all arms take as many steps, so that only one thing differs
 SCORES = ("pmse", "csi@0.5", "csi@1", "hss@0.5", "bias@0.5")
 
 
@@ -129,7 +130,8 @@ def _plan(options: Namespace) -> dict[str, Any]:
 def _lengths(options: Namespace) -> tuple[int, int | None]:
     """Return how many frames are seen and forecast, by the options of finetune."""
     words = [f"--{word}" for word in options.finetune]
-    data = parse_finetune([f"--data.path={options.data.path}", *words], prog="finetune").config.data
+    argv = [f"--data.path={options.data.path}", *FIXED, *words]
+    data = parse_finetune(argv, prog="finetune").config.data
     return data.input_length, data.output_length
 
 
@@ -197,8 +199,7 @@ def _finetuned(options: Namespace, run: Path, data: Path, arm: Arm, init: Path |
     from spatspark_fast.forecasting.predictors import choose_device
 
     if not (run / "forecast.png").exists():  # written at the end
-        # All arms take as many steps, so that only one thing differs.
-        fixed = ["--trainer.patience=0", *arm.options]
+        fixed = [*FIXED, *arm.options]
         fixed += [] if init is None else [f"--init={init}"]
         words = options.finetune if init is None else [word for word in options.finetune if not _of_weights(word)]
         _train(finetune.main, run, data, seed, fixed, words)

@@ -10,7 +10,7 @@ import pytest
 
 from spatspark_fast.evaluation.scoring import evaluate_forecaster
 from spatspark_fast.experiment_tables import markdown, mean_and_spread, paired_differences
-from spatspark_fast.experiments import _parser, arms_of, main
+from spatspark_fast.experiments import _lengths, _parser, arms_of, main
 from spatspark_fast.training import planned
 
 from .forecasts import moving_rain, write_windows
@@ -86,6 +86,11 @@ def test_models_that_studies_share_are_trained_once() -> None:
     arms, pairs = names("--studies", "translation", "--translations", "attention", "recurrent")
     assert len(arms) == 4
     assert all(theirs.endswith("identity") for _, theirs in pairs)
+
+
+def test_nothing_needs_to_be_held_out_since_nothing_stops_early() -> None:
+    words = ["--finetune", "data.validation_fraction=0", "data.input_length=4", "data.output_length=3"]
+    assert _lengths(_parser().parse_args(["--data.path=a.h5", "--out=b", *words])) == (4, 3)
 
 
 def test_the_table_has_means_spreads_and_wins_at_equal_seeds() -> None:
