@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_densify, gpu_kernels, gpu_timing
-from benchmarks.contenders import Case, contenders, peer_rows
+from benchmarks.contenders import Case, contenders, peak_rows, peer_rows
 from benchmarks.convolutions import GROUPS, Problem, Shape, problem
+from benchmarks.gpu_timing import graph_rows
 from benchmarks.peers import Dense, DenseAndMask, Layer, Packed, Spconv, base
 from benchmarks.peers.dense import _DenseLayer
 from benchmarks.table import COLUMNS, read
@@ -102,6 +103,32 @@ def test_densifying_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(gpu_densify, "unpack", lambda packed, grid, fill: unpack(packed, grid, fill + 1))
     with pytest.raises(AssertionError, match="norm \\+ unpack y p2 C8 differs by"):
         gpu_densify.densify_rows((2, 8), 0.6, 1, 2, "cpu")
+
+
+def test_layers_are_compared_before_their_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where a captured run is run again and ``gather`` stands for Triton."""
+    operators = gpu_timing.operators
+
+    def replayed(run):
+        return SimpleNamespace(replay=run), run()
+
+    def wrong(p: Problem, name: str):
+        found = operators(p, "gather" if name == "triton" else name)
+        return {side: lambda run=run: [run()[0] * 1.1] for side, run in found.items()} if name == "triton" else found
+
+    monkeypatch.setattr(gpu_timing, "capture", replayed)
+    monkeypatch.setattr(gpu_timing, "operators", lambda p, name: operators(p, "gather" if name == "triton" else name))
+    case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2, calls=3)
+    found = contenders(case, Packed("gather", "cpu"), (DenseAndMask(),), set())
+    rows = [*graph_rows(case, found), *peak_rows(case, found)]
+    layers = [(row["case"].split()[-1], row["way"], row["against"]) for row in rows if row["against"] == "dense"]
+    assert layers == [(side, way, "dense") for side in ("fwd", "dgrad", "wgrad") for way in ("gather", "triton")]
+    assert all(float(row["limit"]) > 1 for row in rows if row["against"] == "dense")
+    others = [(row["suite"], row["case"].split("bfloat16 ")[1]) for row in rows if row["against"] != "dense"]
+    assert others == [("conv", "fwd graph"), ("conv", "step graph"), ("layer_memory", "peak of a step")]
+    monkeypatch.setattr(gpu_timing, "operators", wrong)
+    with pytest.raises(AssertionError, match="fwd 3x3 s1 p2 C8-8 g1 differs by"):
+        graph_rows(case, found)
 
 
 def test_our_engine_must_agree() -> None:
