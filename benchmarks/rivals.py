@@ -92,8 +92,7 @@ class PublishedStep:
 
     def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
         """Return the loss of ``frames`` ``(B, T, H, W)``; all patches are decoded."""
-        features = self.model.encode(frames, grid)
-        marks("encoder", features)
+        features = marks("encoder", self.model.encode(frames, grid))
         return self.model.decode(features, frames, grid)
 
     def __call__(self, marks: Marks = no_mark) -> Tensor:
@@ -122,8 +121,7 @@ class DenseStep(OurStep):
         """Return the loss of ``frames``; all patches are decoded."""
         model = self.model
         visible = (frames * model.pixels_of(grid.active)).contiguous(memory_format=torch.channels_last)
-        features = model.encode_dense(visible)
-        marks("encoder", features)
+        features = marks("encoder", model.encode_dense(visible))
         levels = cast(Sequence[DensifyLevel], model.densify.levels)
         dense = [self._densified(level, f, grid) for level, f in zip(levels, features[-len(levels) :], strict=True)]
         return reconstruction_loss(model.decoder(dense, backend=model.backend), frames, grid, model.loss_on)

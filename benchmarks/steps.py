@@ -30,9 +30,12 @@ PARTS = ("data", "encoder", "decoder", "optimiser")  # backward passes included
 
 
 class Marks(Protocol):
-    """Say that a part of a step ends here; with the encoder's ``features``, also where the decoder's backward ends."""
+    """Say that a part of a step ends here; return the encoder's ``features`` for the decoder to read.
 
-    def __call__(self, part: str, features: Sequence[Tensor] = ()) -> None: ...
+    These are aliases, whose gradient is the decoder's alone; that of the features comes from deeper stages too.
+    """
+
+    def __call__(self, part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]: ...
 
 
 class Step(Protocol):
@@ -50,8 +53,9 @@ class Step(Protocol):
     def __call__(self, marks: Marks = ...) -> Tensor: ...
 
 
-def no_mark(part: str, features: Sequence[Tensor] = ()) -> None:
+def no_mark(part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
     """Do nothing: a step that is timed as a whole."""
+    return features
 
 
 class OurStep:
@@ -94,9 +98,7 @@ class OurStep:
         encode = self.model.encode
 
         def marked(*args: Any) -> list[Tensor]:
-            features = encode(*args)
-            marks("encoder", features)
-            return features
+            return list(marks("encoder", encode(*args)))
 
         self.model.encode = marked  # type: ignore[method-assign]
         try:
@@ -153,14 +155,19 @@ def split(step: Callable[[Marks], object]) -> dict[str, float]:
     found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     since = _now()
 
-    def mark(part: str, features: Sequence[Tensor] = ()) -> None:
+    def mark(part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
         nonlocal since
         now = _now()
         found[part] += now - since
         since = now
-        for feature in features:
-            if feature.requires_grad:
-                feature.register_hook(lambda _: mark("decoder"))
+        aliases = [feature.view_as(feature) for feature in features]
+        for alias in aliases:
+            if alias.requires_grad:
+                alias.register_hook(decoded)
+        return aliases
+
+    def decoded(gradient: Tensor) -> None:
+        mark("decoder")
 
     step(mark)
     return found

@@ -16,6 +16,7 @@ from benchmarks import __main__ as commands
 from benchmarks import gpu as gpu_script
 from benchmarks import headline as headline_command
 from benchmarks import report as report_command
+from benchmarks import steps
 from benchmarks.headline import headlines
 from benchmarks.report import BEGIN, END, devices, fill, newest, read_folder, report
 from benchmarks.scales import NAMES, scale_of
@@ -174,3 +175,32 @@ def test_scales_exist_for_both_devices() -> None:
     assert scale_of("quick", torch.device("cuda")).for_encoder("convnext_base").batch == 64
     with pytest.raises(ValueError, match="scale 'huge' is unknown"):
         scale_of("huge")
+
+
+def test_the_backward_pass_of_the_encoder_is_not_taken_for_the_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages that both feed a decoder, each with a backward pass that takes one tick of the clock."""
+    clock = [0.0]
+    monkeypatch.setattr(steps, "_now", lambda: clock[0])
+
+    def ticking(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+
+        def tick(gradient: torch.Tensor) -> None:
+            clock[0] += 1
+
+        y.register_hook(tick)
+        return y
+
+    def step(marks: steps.Marks) -> None:
+        marks("data")
+        shallow = ticking(torch.ones(1, requires_grad=True))
+        deep = ticking(shallow * 1)
+        shallow, deep = marks("encoder", [shallow, deep])
+        loss = ticking(shallow + deep)
+        marks("decoder")
+        loss.sum().backward()
+        marks("encoder")
+        clock[0] += 5
+        marks("optimiser")
+
+    assert steps.split(step) == {"data": 0, "encoder": 2, "decoder": 1, "optimiser": 5}
