@@ -15,20 +15,22 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from patchsparse import PatchGrid
 from spatspark_fast import finetune, pretrain
 from spatspark_fast.config import from_plain
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.evaluation.scoring import evaluate_forecaster
+from spatspark_fast.losses import reconstruction_loss
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.training.build import build_model
 from spatspark_fast.training.checkpoints import read_checkpoint
@@ -40,7 +42,7 @@ WAYS = {
     "light": ("--model.decoder=light",),
 }
 SCRATCH = "no pretraining"
-BATCH, MASK_DRAWS = 4, 8
+BATCH, MASK_DRAWS = 4, 4
 TURNS, MEASURED_STEPS, LIGHT_WIDTH = 3, 8, 512
 SCORES = ("pmse", "csi@0.5", "csi@1")
 
@@ -93,9 +95,16 @@ def measured(out: Path, data: Path, options: Options) -> dict[str, float]:
     return json.loads(result.read_text())
 
 
+def reconstruction(run: Path, data: Path) -> float:
+    """Return the mean loss of exact decoding on masked patches of the test windows, under fixed masks; note it."""
+    result = run / "reconstruction.json"
+    if not result.exists():
+        result.write_text(json.dumps(_reconstruction(run / "checkpoints" / "last.ckpt", data)))
+    return json.loads(result.read_text())
+
+
 @torch.no_grad()
-def reconstruction(checkpoint: Path, data: Path) -> float:
-    """Return the mean loss of exact decoding on masked patches of the test windows, under fixed masks."""
+def _reconstruction(checkpoint: Path, data: Path) -> float:
     state = read_checkpoint(checkpoint)
     model = build_model(from_plain(state["config"]))
     weights = {
@@ -103,11 +112,22 @@ def reconstruction(checkpoint: Path, data: Path) -> float:
     }
     model.load_state_dict(weights)
     model.eval()
-    windows = NowcastDataset(data, "test", input_length=model.in_chans, output_length=0)
-    frames = torch.stack([torch.as_tensor(windows[i]["input"]) for i in range(len(windows))])
+    return mean_loss(lambda part, grid: float(model(part, grid).loss), data, model.in_chans)
+
+
+def blank(data: Path) -> float:
+    """Return the loss of reconstructing every patch by its mean: what a model has to beat."""
+    return mean_loss(lambda part, grid: float(reconstruction_loss(torch.zeros_like(part), part, grid)), data)
+
+
+def mean_loss(loss: Callable[[Tensor, PatchGrid], float], data: Path, frames: int = 12) -> float:
+    """Return the mean of a loss over the test windows under fixed masks."""
+    windows = NowcastDataset(data, "test", input_length=frames, output_length=0)
+    stack = torch.stack([torch.as_tensor(windows[i]["input"]) for i in range(len(windows))])
     sampler = MaskSampler(0.6, seed=12345)
-    losses = [float(model(f, sampler(f, step)).loss) for step in range(MASK_DRAWS) for f in frames.split(BATCH)]
-    return statistics.fmean(losses)
+    parts = [part for part in stack.split(BATCH) for _ in range(MASK_DRAWS)]
+    sums = [len(part) * loss(part, sampler(part, step)) for step, part in enumerate(parts)]
+    return sum(sums) / (len(stack) * MASK_DRAWS)
 
 
 def finetuned(out: Path, data: Path, seed: int, options: Options, init: Path | None) -> dict[str, float]:
@@ -159,7 +179,7 @@ def main() -> None:
         for way in args.ways:
             if way == SCRATCH:
                 scores = finetuned(args.out / "runs" / "scratch" / f"seed-{seed}", args.data, seed, options, None)
-                add_row(rows, way, {"steps": 0, "loss": math.nan, **scores})
+                add_row(rows, way, {"steps": 0, "loss": blank(args.data), **scores})
                 continue
             folder = args.out / "runs" / way.replace(" ", "-") / f"{steps[way]}-steps" / f"seed-{seed}"
             run = pretrained(folder / "pretrain", first, seed, steps[way], options, way)
@@ -168,7 +188,7 @@ def main() -> None:
             scores = finetuned(folder / "finetune", args.data, seed, options, init)
             found = {
                 "steps": steps[way],
-                "loss": reconstruction(run / "checkpoints" / "last.ckpt", args.data),
+                "loss": reconstruction(run, args.data),
                 **scores,
             }
             add_row(rows, way, found)
