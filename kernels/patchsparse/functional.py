@@ -16,7 +16,7 @@ from .backends import ENGINES, OVERRIDE, choose, order, why_not
 from .backends.tables import OUTSIDE, tap_rows
 from .geometry import Call, Window, pair
 from .grid import PatchGrid
-from .local import is_product, local_conv2d
+from .local import is_product, local_conv2d, multiplies_by_engine
 from .packing import check_packed
 
 __all__ = [
@@ -280,8 +280,11 @@ def explain(
         f"{call.device}, {grid.num_active} of {grid.active.numel()} patches active"
     )
     if window.local:
-        how = "one product of matrices" if is_product(call.device, window, groups) else "PyTorch's conv2d"
-        return f"{what}\n  no engine: the window never leaves its patch, so {how} serves on the packed tensor"
+        if not is_product(call.device, window, groups):
+            how = "no engine: PyTorch's conv2d"
+        else:
+            how = f"one product of matrices by {'the cpp engine' if multiplies_by_engine(packed) else 'PyTorch'}"
+        return f"{what}\n  the window never leaves its patch, so {how} serves on the packed tensor"
     taken = choose(call, backend)
     lines = [what]
     for name in ENGINES:

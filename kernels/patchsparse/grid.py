@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-__all__ = ["PatchGrid"]
+__all__ = ["PatchGrid", "whole_grid"]
 
 
 class PatchGrid:
@@ -146,6 +148,16 @@ class PatchGrid:
             f"PatchGrid(batch={self.batch_size}, shape={self.shape}, num_active={self.num_active} "
             f"({share:.0%}), device={self.device})"
         )
+
+
+@lru_cache(maxsize=32)
+def whole_grid(batch: int) -> PatchGrid:
+    """Return the grid of one active patch for each of ``batch`` images, on the CPU.
+
+    It is made once, so that engines keep the row lists of all sizes they have met on it.
+    """
+    with torch.inference_mode(False):
+        return PatchGrid.from_active(torch.ones(batch, 1, 1, dtype=torch.bool))
 
 
 def _visible_count(keep: float, total: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from .backends import OVERRIDE, cpp
 from .functional import patch_conv2d
 from .geometry import Call, Window
-from .grid import PatchGrid
+from .grid import whole_grid
 
 __all__ = ["image_conv2d", "image_engine"]
 
@@ -24,10 +23,12 @@ def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> boo
 
     It does where that engine has Winograd's method for it, which neither ``F.conv2d`` nor another engine has:
     float32 or float64 on a CPU, even sides, 32 channels and more. ``backend`` other than ``"auto"`` and ``"cpp"``,
-    autocast and ``torch.compile`` leave it to PyTorch.
+    autocast, ``torch.compile`` and subclasses of Tensor leave it to PyTorch.
     """
     wanted = (os.environ.get(OVERRIDE) or backend) if backend == "auto" else backend
-    if wanted not in ("auto", "cpp") or torch.compiler.is_compiling() or torch.is_autocast_enabled(image.device.type):
+    if type(image) is not Tensor or wanted not in ("auto", "cpp"):
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(image.device.type):
         return False
     size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
     call = Call("conv2d", image.device.type, image.dtype, image.shape[0], size, *channels, THREE)
@@ -47,12 +48,5 @@ def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, back
         ``(B, C_out, H, W)``; in channels_last memory if the engine computed it.
     """
     if weight.shape[2:] == (3, 3) and image_engine(image, weight.shape[0], backend):
-        return patch_conv2d(image, weight, bias, _whole(image.shape[0]), padding=1, backend="cpp")
+        return patch_conv2d(image, weight, bias, whole_grid(image.shape[0]), padding=1, backend="cpp")
     return F.conv2d(image, weight, bias, padding=1)
-
-
-@lru_cache(maxsize=32)
-def _whole(batch: int) -> PatchGrid:
-    """Return the grid of one active patch per image; it keeps the row lists of all sizes it has met."""
-    with torch.inference_mode(False):
-        return PatchGrid.from_active(torch.ones(batch, 1, 1, dtype=torch.bool))

@@ -1,13 +1,21 @@
-"""A convolution whose window never leaves its patch: no neighbour, no engine, one matrix product."""
+"""A convolution whose window never leaves its patch: no neighbour, one matrix product."""
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import ops
+from .backends import OVERRIDE, native
 from .geometry import Window
+from .grid import whole_grid
 
-__all__ = ["is_product", "local_conv2d"]
+__all__ = ["is_product", "local_conv2d", "multiplies_by_engine"]
 
 
 def is_product(device: str, window: Window, groups: int) -> bool:
@@ -15,9 +23,29 @@ def is_product(device: str, window: Window, groups: int) -> bool:
 
     On a CPU a product of all packed rows is as fast as oneDNN's convolution at patches of 8 pixels and 3.5 times as
     fast at 1 (bfloat16: 1.1 to 18 times), where the convolution goes through N small images one by one
-    (``benchmarks/test_pointwise.py``). A GPU keeps ``F.conv2d``: its float32 precision is not set by that of products.
+    (``benchmarks/test_conv.py``). A GPU keeps ``F.conv2d``: its float32 precision is not set by that of products.
     """
     return device == "cpu" and groups == 1 and window.dilation == (1, 1)
+
+
+@cache
+def _products_are_slow() -> bool:
+    """Return whether PyTorch's products are MKL's on an AMD processor."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and torch.backends.mkl.is_available()
+    except OSError:
+        return False
+
+
+def multiplies_by_engine(x: Tensor) -> bool:
+    """Return whether the ``cpp`` engine does the product of ``x`` ``(N, C, ph, pw)``: float32 on an AMD processor.
+
+    MKL runs at half the rate there: 1.4 to 2.2 ms for products that take this engine 0.7 to 0.9 ms and oneDNN's
+    convolution 0.7 to 2.5 ms (ResNet-50's 1x1 layers of batch 4, two cores of Zen 5, ``benchmarks/test_conv.py``).
+    """
+    plain = type(x) is Tensor and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    wanted = os.environ.get(OVERRIDE, "cpp") == "cpp" and not torch.is_autocast_enabled("cpu")
+    return plain and wanted and x.shape[1] >= 16 and _products_are_slow() and native.library().problem is None
 
 
 def local_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
@@ -29,6 +57,9 @@ def local_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window,
     """
     if not is_product(x.device.type, window, groups):
         return F.conv2d(x, weight, bias, window.stride, 0, window.dilation, groups)
+    if multiplies_by_engine(x):
+        grid, how = whole_grid(x.shape[0]), (window.stride, (0, 0), (1, 1), 1, "cpp")
+        return ops.conv2d(x, weight, bias, grid.slot, grid.coords, *how)
     rows = x.permute(0, 2, 3, 1)  # (N, ph, pw, C_in): a view, memory is channels_last
     matrix = weight.permute(0, 2, 3, 1).flatten(1)  # (C_out, kh * kw * C_in)
     if window.taps > 1 or window.stride != (1, 1):

@@ -91,6 +91,8 @@ class StepClock(L.Callback):
             features = encode(*args)
             if self._running and torch.is_grad_enabled():
                 self.mark("encoder")
+                # The decoder reads aliases: the gradients of the features themselves wait for the deeper stages too.
+                features = [feature.view_as(feature) for feature in features]
                 for feature in features:
                     if feature.requires_grad:  # the last gradient that arrives ends the decoder's backward pass
                         feature.register_hook(lambda gradient: self.mark("decoder"))

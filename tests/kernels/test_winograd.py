@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchsparse import PatchGrid, explain, image_conv2d, image_engine, pack, patch_conv2d
 from patchsparse.backends import cpp, native
@@ -156,3 +157,12 @@ def test_an_image_seen_in_inference_mode_can_be_trained_on_afterwards():
         image_conv2d(image, weight)
     image_conv2d(image, weight).sum().backward()
     assert weight.grad is not None
+
+
+def test_counting_memory_without_computing_leaves_the_grids_alone():
+    """Under fake tensors nothing is computed, and no fake grid stays behind for real images."""
+    with FakeTensorMode():
+        image, weight = torch.randn(13, 32, 4, 4), torch.randn(32, 32, 3, 3)
+        assert image_conv2d(image, weight).shape == (13, 32, 4, 4)
+    real = image_conv2d(normal(13, 32, 4, 4), normal(32, 32, 3, 3))
+    torch.testing.assert_close(real, F.conv2d(normal(13, 32, 4, 4), normal(32, 32, 3, 3), padding=1))

@@ -45,7 +45,7 @@ def why_not(call: Call) -> str | None:
 def pays(call: Call) -> bool:
     """Return whether this engine is the faster one on a CPU, where ``gather`` hands tiles to PyTorch's own kernels.
 
-    Measured (``benchmarks/test_cpp_engine.py``; batch 8, 60 % masked, one core of a 4th-generation Xeon), time of
+    Measured (``benchmarks/test_conv.py``; batch 8, 60 % masked, one core of a 4th-generation Xeon), time of
     ``gather`` / time of ``cpp``, forward, input gradient, weight gradient:
 
     ========================  ================  ===================
@@ -79,7 +79,7 @@ def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, gro
     """Return whether Winograd's F(2x2, 3x3) computes a convolution of ``channels`` (input, output) and its gradients.
 
     Its error is that of the direct sum: the factors are 1 and 1/2. Measured against the direct way (two cores of Zen 5,
-    float32, batch 8, 60 % masked, all three sides; ``benchmarks/test_cpp_engine.py``): 1.7x as fast at p=8, C=64; 1.5x
+    float32, batch 8, 60 % masked, all three sides; ``benchmarks/test_conv.py``): 1.7x as fast at p=8, C=64; 1.5x
     at p=4, C=128; 1.3x at p=2, C=256; 1.4x at p=8, C=32; slower below 32 channels, where its sums are a small part.
     """
     three = window == Window((3, 3), (1, 1), (1, 1))
