@@ -20,7 +20,7 @@ extern "C" {
 typedef struct ps_plan ps_plan;
 
 enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AMX = 3 };  // instruction sets, each including those before it
-enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad with PS_AMX only
+enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad with PS_AMX only, and Winograd's
 
 // What is read by what. `adjoint` = 0: targets are the outputs of a window operation and sources its inputs;
 // `adjoint` = 1: the other way round (strided input gradients). Pairs are (vertical, horizontal).
@@ -97,7 +97,8 @@ PS_API void ps_plan_statistics(const ps_plan* plan, int64_t* out);
 // Each returns 0, or -1 when out of memory or the dtype or instruction set is not offered.
 PS_API int32_t ps_conv(const ps_conv_args* args);
 PS_API int32_t ps_wgrad(const ps_wgrad_args* args);
-PS_API int32_t ps_winograd_conv(const ps_conv_args* args);    // float32, float64; 3x3, stride 1, padding 1, even patches
+// 3x3, stride 1, padding 1, patches of even sides. With PS_BF16 sources and targets are bfloat16, weights and bias float32.
+PS_API int32_t ps_winograd_conv(const ps_conv_args* args);
 PS_API int32_t ps_winograd_wgrad(const ps_wgrad_args* args);  // the same; weight_stride[1] is 1
 PS_API int32_t ps_depthwise(const ps_depthwise_args* args);
 PS_API int32_t ps_depthwise_wgrad(const ps_depthwise_args* args);  // bias unused; source, target read; weight written

@@ -95,11 +95,11 @@ struct PixelArgs {
 // Kernels::columns, `group` elements apart; the last vector is filled up with zeros.
 template <class T>
 struct WinogradSourceArgs {
-    const T* source;
+    const void* source;
     int64_t source_stride, channels;
     const int32_t* halo;  // of the tile's first pixel
     int64_t halo_row;
-    const T* zeros;  // a row for pixels that are not active
+    const void* zeros;  // a row for pixels that are not active
     int32_t first, last;  // rows of components
     T* out;
     int64_t component, group;
@@ -121,7 +121,7 @@ struct WinogradTargetArgs {
     int64_t component, count;
     const int32_t* at;
     int64_t pitch;  // rows from one line of pixels to the next
-    T* target;
+    void* target;
     int64_t target_stride;
     const T* bias;
     int32_t columns;
@@ -130,7 +130,7 @@ struct WinogradTargetArgs {
 // out[e - 4 * row, i] = component e of the targets' gradients of tile i: one vector, `columns` of it used.
 template <class T>
 struct WinogradGradientArgs {
-    const T* target;
+    const void* target;
     int64_t target_stride, count;
     const int32_t* at;
     int64_t pitch;
@@ -148,12 +148,18 @@ struct WinogradWgradArgs {
     int64_t stride[2];
 };
 
+// What reads and writes images, which are stored as T or as bfloat16.
 template <class T>
-struct WinogradKernels {
+struct WinogradImages {
     void (*source)(const WinogradSourceArgs<T>&);
-    void (*weight)(const WinogradWeightArgs<T>&);
     void (*target)(const WinogradTargetArgs<T>&);
     void (*gradient)(const WinogradGradientArgs<T>&);
+};
+
+template <class T>
+struct WinogradKernels {
+    WinogradImages<T> own, bf16;
+    void (*weight)(const WinogradWeightArgs<T>&);
     void (*wgrad)(const WinogradWgradArgs<T>&);
 };
 

@@ -20,7 +20,9 @@ constexpr Kernels<typename V::T> table() {
     using T = typename V::T;
     Kernels<T> t{ROWS, OUTER, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V, LANES>, gather<V, 1>, any_outer<V, OUTER>, nullptr,
                  depthwise_pixel<V>, nullptr, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>,
-                 {winograd_source<V>, winograd_weight<V>, winograd_target<V>, winograd_gradient<V>, winograd_wgrad<V>}};
+                 {{winograd_source<V, T>, winograd_target<V, T>, winograd_gradient<V, T>},
+                  {winograd_source<V, uint16_t>, winograd_target<V, uint16_t>, winograd_gradient<V, uint16_t>},
+                  winograd_weight<V>, winograd_wgrad<V>}};
     if constexpr (DEPTHWISE_PATCHES) {
         t.depthwise_patch = depthwise_patch<V>;
         t.depthwise_patch_wgrad = depthwise_patch_wgrad<V>;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "bf16.h"
+
 namespace {
 
 template <class Scalar>
@@ -29,6 +31,17 @@ struct GenericVector {
         T cells[width];
         store(cells);
         for (int i = 0; i < count; ++i) p[i] = cells[i];
+    }
+    static GenericVector load(const uint16_t* p) { return load(p, width); }
+    static GenericVector load(const uint16_t* p, int count) {
+        T cells[width] = {};
+        for (int i = 0; i < count; ++i) cells[i] = T(from_bf16(p[i]));
+        return load(cells);
+    }
+    void store(uint16_t* p, int count) const {
+        T cells[width];
+        store(cells);
+        for (int i = 0; i < count; ++i) p[i] = to_bf16(float(cells[i]));
     }
     void add_product(GenericVector a, GenericVector b) { v += a.v * b.v; }
     void add(GenericVector a) { v += a.v; }

@@ -31,7 +31,8 @@ template <class T>
 class WinogradConv {
   public:
     WinogradConv(const ps_conv_args& args, const Kernels<T>& kernels)
-        : args_(args), kernels_(kernels), tiles_(*args.plan), depth_(args.source_channels) {
+        : args_(args), kernels_(kernels), images_(args.dtype == PS_BF16 ? kernels.winograd.bf16 : kernels.winograd.own),
+          tiles_(*args.plan), depth_(args.source_channels) {
         const int64_t lane = kernels.columns / 2;
         wide_ = (depth_ + lane - 1) / lane * lane;
         panel_size_ = COMPONENTS * depth_ * kernels.columns;
@@ -100,8 +101,8 @@ class WinogradConv {
 
     void transform(int64_t block, const T* zeros, T* out) const {
         for (int64_t i = 0; i < tiles_of(block); ++i)
-            kernels_.winograd.source({static_cast<const T*>(args_.source), depth_, depth_, tiles_.halo(block * block_ + i),
-                                      tiles_.halo_row(), zeros, 0, 4, out + i * wide_, block_ * wide_, kernels_.columns});
+            images_.source({args_.source, depth_, depth_, tiles_.halo(block * block_ + i),
+                            tiles_.halo_row(), zeros, 0, 4, out + i * wide_, block_ * wide_, kernels_.columns});
     }
 
     void multiply(int64_t block, const T* components, const T* panel, int64_t p, T* sums) const {
@@ -119,8 +120,9 @@ class WinogradConv {
             }
         const int64_t column = p * kernels_.columns;
         const T* bias = static_cast<const T*>(args_.bias);
-        kernels_.winograd.target({sums, block_ * kernels_.columns, count, at, tiles_.pitch(), static_cast<T*>(args_.target) + column,
-                                  args_.target_channels, bias == nullptr ? nullptr : bias + column, columns_at(p)});
+        void* target = static_cast<char*>(args_.target) + column * int64_t(args_.dtype == PS_BF16 ? sizeof(Bf16) : sizeof(T));
+        images_.target({sums, block_ * kernels_.columns, count, at, tiles_.pitch(), target, args_.target_channels,
+                        bias == nullptr ? nullptr : bias + column, columns_at(p)});
     }
 
     int32_t columns_at(int64_t panel) const {
@@ -129,6 +131,7 @@ class WinogradConv {
 
     const ps_conv_args& args_;
     const Kernels<T>& kernels_;
+    const WinogradImages<T>& images_;
     const WinogradTiles tiles_;
     const int64_t depth_;
     int64_t wide_;  // channels of a source, up to a whole vector
@@ -148,7 +151,7 @@ int32_t ps_winograd_conv(const ps_conv_args* args) {
     if (!patchsparse::WinogradTiles::fit(*args->plan)) return -1;
     try {
         bool done = false;
-        if (args->dtype == PS_F32) done = patchsparse::run<float>(*args);
+        if (args->dtype == PS_F32 || args->dtype == PS_BF16) done = patchsparse::run<float>(*args);
         if (args->dtype == PS_F64) done = patchsparse::run<double>(*args);
         return done ? 0 : -1;
     } catch (const std::bad_alloc&) {

@@ -8,7 +8,7 @@
 //          0  1  0 -1           0   0   1
 //
 // 16 products instead of 36. The weight gradient is the same form read backwards: dg = G' [ (B' d B) * (A dy A') ] G.
-// (Winograd 1980; as a convolution of images: Lavin and Gray, arXiv 1509.09308.)
+// Images are stored as S, which is V's own type or bfloat16; all sums are V's. (Winograd 1980; as a convolution of images: Lavin and Gray, arXiv 1509.09308.)
 
 // Row R of B', of A and of G' times a column of values at(0), at(1), ...
 template <class V, int R, class At>
@@ -49,15 +49,15 @@ V target_row(At at) {
     if constexpr (R == 1) return at(1).minus(at(2)).minus(at(3));
 }
 
-template <class V, int FIRST, int LAST>
+template <class V, class S, int FIRST, int LAST>
 void winograd_source_rows(const WinogradSourceArgs<typename V::T>& a) {
     using T = typename V::T;
     constexpr int W = V::width, GROUP = LANES * W;
-    const T* pixel[4][4];
+    const S* pixel[4][4];
     for (int y = 0; y < 4; ++y)
         for (int x = 0; x < 4; ++x) {
             const int32_t row = a.halo[y * a.halo_row + x];
-            pixel[y][x] = row < 0 ? a.zeros : a.source + row * a.source_stride;
+            pixel[y][x] = static_cast<const S*>(row < 0 ? a.zeros : a.source) + (row < 0 ? 0 : row * a.source_stride);
         }
     auto channels = [&](int64_t c, auto load) {
         V d[4][4];
@@ -83,18 +83,18 @@ void winograd_source_rows(const WinogradSourceArgs<typename V::T>& a) {
         row(Int<3>{});
     };
     int64_t c = 0;
-    for (; c + W <= a.channels; c += W) channels(c, [](const T* p) { return V::load(p); });
+    for (; c + W <= a.channels; c += W) channels(c, [](const S* p) { return V::load(p); });
     const int tail = int(a.channels - c);
-    if (tail > 0) channels(c, [tail](const T* p) { return V::load(p, tail); });
+    if (tail > 0) channels(c, [tail](const S* p) { return V::load(p, tail); });
 }
 
-template <class V>
+template <class V, class S>
 void winograd_source(const WinogradSourceArgs<typename V::T>& a) {
-    if (a.last - a.first == 4) return winograd_source_rows<V, 0, 4>(a);
-    if (a.first == 0) return winograd_source_rows<V, 0, 1>(a);
-    if (a.first == 1) return winograd_source_rows<V, 1, 2>(a);
-    if (a.first == 2) return winograd_source_rows<V, 2, 3>(a);
-    winograd_source_rows<V, 3, 4>(a);
+    if (a.last - a.first == 4) return winograd_source_rows<V, S, 0, 4>(a);
+    if (a.first == 0) return winograd_source_rows<V, S, 0, 1>(a);
+    if (a.first == 1) return winograd_source_rows<V, S, 1, 2>(a);
+    if (a.first == 2) return winograd_source_rows<V, S, 2, 3>(a);
+    winograd_source_rows<V, S, 3, 4>(a);
 }
 
 template <class V>
@@ -122,7 +122,7 @@ void winograd_weight(const WinogradWeightArgs<typename V::T>& a) {
     }
 }
 
-template <class V>
+template <class V, class S>
 void winograd_target(const WinogradTargetArgs<typename V::T>& a) {
     using T = typename V::T;
     constexpr int W = V::width;
@@ -139,14 +139,14 @@ void winograd_target(const WinogradTargetArgs<typename V::T>& a) {
             const V start = a.bias == nullptr ? V::zero() : V::load(a.bias + n, tail);
             for (int y = 0; y < 2; ++y) {
                 auto at = [&](int x) { return e[y][x]; };
-                T* to = a.target + (a.at[i] + y * a.pitch) * a.target_stride + n;
+                S* to = static_cast<S*>(a.target) + (a.at[i] + y * a.pitch) * a.target_stride + n;
                 target_row<V, 0>(at).plus(start).store(to, tail);
                 target_row<V, 1>(at).plus(start).store(to + a.target_stride, tail);
             }
         }
 }
 
-template <class V, int R>
+template <class V, class S, int R>
 void winograd_gradient_row(const WinogradGradientArgs<typename V::T>& a) {
     using T = typename V::T;
     constexpr int W = V::width;
@@ -154,7 +154,7 @@ void winograd_gradient_row(const WinogradGradientArgs<typename V::T>& a) {
         V e[2];
         for (int x = 0; x < 2; ++x)
             e[x] = gradient_row<V, R>([&](int y) {
-                return V::load(a.target + (a.at[i] + y * a.pitch + x) * a.target_stride, a.columns);
+                return V::load(static_cast<const S*>(a.target) + (a.at[i] + y * a.pitch + x) * a.target_stride, a.columns);
             });
         auto at = [&](int x) { return e[x]; };
         T* to = a.out + i * W;
@@ -165,12 +165,12 @@ void winograd_gradient_row(const WinogradGradientArgs<typename V::T>& a) {
     }
 }
 
-template <class V>
+template <class V, class S>
 void winograd_gradient(const WinogradGradientArgs<typename V::T>& a) {
-    if (a.row == 0) return winograd_gradient_row<V, 0>(a);
-    if (a.row == 1) return winograd_gradient_row<V, 1>(a);
-    if (a.row == 2) return winograd_gradient_row<V, 2>(a);
-    winograd_gradient_row<V, 3>(a);
+    if (a.row == 0) return winograd_gradient_row<V, S, 0>(a);
+    if (a.row == 1) return winograd_gradient_row<V, S, 1>(a);
+    if (a.row == 2) return winograd_gradient_row<V, S, 2>(a);
+    winograd_gradient_row<V, S, 3>(a);
 }
 
 template <class V>

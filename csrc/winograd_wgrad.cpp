@@ -23,7 +23,8 @@ template <class T>
 class WinogradWgrad {
   public:
     WinogradWgrad(const ps_wgrad_args& args, const Kernels<T>& kernels)
-        : args_(args), kernels_(kernels), tiles_(*args.plan), depth_(args.source_channels) {
+        : args_(args), kernels_(kernels), images_(args.dtype == PS_BF16 ? kernels.winograd.bf16 : kernels.winograd.own),
+          size_(args.dtype == PS_BF16 ? sizeof(Bf16) : sizeof(T)), tiles_(*args.plan), depth_(args.source_channels) {
         lane_ = kernels.columns / 2;
         row_tiles_ = (args.target_channels + kernels.outer_rows - 1) / kernels.outer_rows;
         panels_ = (depth_ + kernels.columns - 1) / kernels.columns;
@@ -75,14 +76,13 @@ class WinogradWgrad {
         int32_t at[CHUNK];
         for (int64_t i = 0; i < count; ++i) {
             at[i] = tiles_.row(chunk + i);
-            kernels_.winograd.source({static_cast<const T*>(args_.source), depth_, depth_, tiles_.halo(chunk + i), tiles_.halo_row(),
-                                      buffers.zeros, row, row + 1, buffers.source + i * kernels_.columns, panels_ * panel, panel});
+            images_.source({args_.source, depth_, depth_, tiles_.halo(chunk + i), tiles_.halo_row(), buffers.zeros,
+                            row, row + 1, buffers.source + i * kernels_.columns, panels_ * panel, panel});
         }
         for (int64_t tile = low; tile < high; ++tile) {
             const int64_t n = first_row(tile);
-            kernels_.winograd.gradient({static_cast<const T*>(args_.target) + n, args_.target_channels, count, at, tiles_.pitch(),
-                                        int32_t(first_row(tile + 1) - n), row, buffers.target + (tile - low) * left,
-                                        (high - low) * left});
+            images_.gradient({static_cast<const char*>(args_.target) + n * size_, args_.target_channels, count, at, tiles_.pitch(),
+                              int32_t(first_row(tile + 1) - n), row, buffers.target + (tile - low) * left, (high - low) * left});
         }
         for (int32_t e = 0; e < 4; ++e)
             for (int64_t tile = low; tile < high; ++tile)
@@ -99,6 +99,8 @@ class WinogradWgrad {
 
     const ps_wgrad_args& args_;
     const Kernels<T>& kernels_;
+    const WinogradImages<T>& images_;
+    const int64_t size_;  // bytes of an element of an image
     const WinogradTiles tiles_;
     const int64_t depth_;
     int64_t lane_, row_tiles_, panels_;
@@ -118,7 +120,7 @@ int32_t ps_winograd_wgrad(const ps_wgrad_args* args) {
     if (!patchsparse::WinogradTiles::fit(*args->plan) || args->weight_stride[1] != 1) return -1;
     try {
         bool done = false;
-        if (args->dtype == PS_F32) done = patchsparse::run<float>(*args);
+        if (args->dtype == PS_F32 || args->dtype == PS_BF16) done = patchsparse::run<float>(*args);
         if (args->dtype == PS_F64) done = patchsparse::run<double>(*args);
         return done ? 0 : -1;
     } catch (const std::bad_alloc&) {

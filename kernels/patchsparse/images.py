@@ -32,7 +32,8 @@ def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> boo
         return False
     size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
     call = Call("conv2d", image.device.type, image.dtype, image.shape[0], size, *channels, THREE)
-    return cpp.winograd(image.dtype, size, channels, THREE) and cpp.why_not(call) is None
+    wide = image.dtype in (torch.float32, torch.float64)
+    return wide and cpp.winograd(image.dtype, size, channels, THREE) and cpp.why_not(call) is None
 
 
 def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:

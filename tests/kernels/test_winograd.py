@@ -75,6 +75,28 @@ def test_float32_is_as_exact_as_pytorch(isa, size, channels, monkeypatch):
         assert relative_error(o, e) <= 2 * relative_error(p, e) + more
 
 
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != "amx"])
+def test_bfloat16_is_rounded_once_on_the_way_out(isa, monkeypatch):
+    """Sums are float32: results are those of widened operands, rounded; no element is off by more than a rounding."""
+    monkeypatch.setenv(native.ISA, isa)
+    grid = PatchGrid.random(2, (4, 5), keep=0.5, generator=torch.Generator().manual_seed(0))
+    x, grad = (normal(grid.num_active, c, 4, 6, seed=s).bfloat16() for c, s in ((37, 0), (50, 1)))
+    weight, bias, maps = (
+        normal(50, 37, 3, 3, seed=2).bfloat16(),
+        normal(50, seed=3).bfloat16(),
+        (grid.slot, grid.coords),
+    )
+    assert cpp.winograd(torch.bfloat16, (4, 6), (37, 50), THREE)
+    for sides in (
+        lambda f: cpp.conv2d(f(x), f(weight), f(bias), *maps, THREE, 1),
+        lambda f: cpp.conv2d_dgrad(f(grad), f(weight), *maps, (4, 6), THREE, 1),
+        lambda f: cpp.conv2d_wgrad(f(x), f(grad), *maps, THREE, 1),
+    ):
+        half, full = sides(torch.clone), sides(Tensor.float)
+        assert half.dtype == torch.bfloat16
+        assert torch.equal(half, full.bfloat16())
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     grid = PatchGrid.random(4, (6, 6), keep=0.5, generator=torch.Generator().manual_seed(0))
     x, grad = (normal(grid.num_active, 96, 4, 4, seed=s, dtype=torch.float32) for s in (0, 1))
@@ -103,7 +125,8 @@ def test_it_takes_what_it_says_and_nothing_else():
 
     assert takes()
     assert takes(torch.float64, (2, 10), (32, 100))
-    assert not takes(dtype=torch.bfloat16)
+    assert takes(dtype=torch.bfloat16) == (native.library().isa() != native.AMX)
+    assert not takes(dtype=torch.float16)
     assert not takes(size=(1, 1))
     assert not takes(size=(8, 9))
     assert not takes(channels=(64, 31))

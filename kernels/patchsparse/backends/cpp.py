@@ -61,7 +61,7 @@ def pays(call: Call) -> bool:
     7x7 stride 2, C=12 -> 64  1.2 1.1 0.8       0.5 0.9 0.4
     ========================  ================  ===================
 
-    Without matrix tiles bfloat16 is widened, which pays on small patches alone.
+    Without matrix tiles bfloat16 is widened, which pays on small patches alone; Winograd's way reads and writes it.
     """
     if call.operation.startswith("max_pool2d") or call.groups != 1:
         return call.dtype != torch.float64
@@ -70,9 +70,10 @@ def pays(call: Call) -> bool:
         return call.in_channels >= (16 if weight_gradient else 8)
     if call.dtype != torch.bfloat16:
         return False
-    if native.ISAS[native.AMX] in native.library().isas:
+    if _tiles_of_bfloat16():
         return call.in_channels >= (64 if weight_gradient else 16)
-    return min(call.window.output_size(call.size)) <= 2
+    tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.window)
+    return tiled or min(call.window.output_size(call.size)) <= 2
 
 
 def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, groups: int = 1) -> bool:
@@ -82,9 +83,17 @@ def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, gro
     float32, batch 8, 60 % masked, all three sides; ``benchmarks/test_conv.py``): 1.7x as fast at p=8, C=64; 1.5x
     at p=4, C=128; 1.3x at p=2, C=256; 1.4x at p=8, C=32; slower below 32 channels, where its sums are a small part.
     """
+    if dtype == torch.bfloat16 and _tiles_of_bfloat16():
+        return False  # matrix tiles are faster still
     three = window == Window((3, 3), (1, 1), (1, 1))
     even = size[0] % 2 == 0 and size[1] % 2 == 0
-    return three and even and groups == 1 and min(channels) >= 32 and dtype in (torch.float32, torch.float64)
+    return three and even and groups == 1 and min(channels) >= 32 and dtype in DTYPES
+
+
+def _tiles_of_bfloat16() -> bool:
+    """Return whether the instruction set in use has matrix tiles."""
+    loaded = native.library()
+    return loaded.problem is None and loaded.isa() == native.AMX
 
 
 class _Plan:
@@ -152,7 +161,12 @@ def _how(x: Tensor) -> tuple[int, int, int]:
 
 def _compute(x: Tensor, groups: int) -> Tensor:
     """Return ``x`` packed, and widened where the engine has no kernel for its dtype."""
-    return packed_like(x) if groups == 1 and native.library().isa() == native.AMX else _widened(x)
+    return packed_like(x) if groups == 1 and _tiles_of_bfloat16() else _widened(x)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the weights that Winograd's way takes for images of ``dtype``."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -168,10 +182,10 @@ def conv2d(
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     dtype = x.dtype
-    x = _compute(x, groups)
-    weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    fast = winograd(x.dtype, _size(x), (x.shape[1], weight.shape[0]), window, groups)
+    fast = winograd(dtype, _size(x), (x.shape[1], weight.shape[0]), window, groups)
+    x = packed_like(x) if fast else _compute(x, groups)
+    weight = weight.to(_wide(dtype) if fast else x.dtype)
+    bias = None if bias is None else bias.to(weight.dtype).contiguous()
     the_plan = plan(slot, coords, _size(x), window, False, groups == 1 and not fast)
     out = packed_empty(x, x.shape[0], weight.shape[0], *window.output_size(_size(x)))
     if groups == 1:
@@ -186,9 +200,9 @@ def conv2d_dgrad(
 ) -> Tensor:
     """Return the input gradient ``(N, C_in, ph, pw)``."""
     dtype = grad.dtype
-    grad = _compute(grad, groups)
-    weight = weight.to(grad.dtype)
-    fast = winograd(grad.dtype, size, (weight.shape[1], weight.shape[0]), window, groups)
+    fast = winograd(dtype, size, (weight.shape[1], weight.shape[0]), window, groups)
+    grad = packed_like(grad) if fast else _compute(grad, groups)
+    weight = weight.to(_wide(dtype) if fast else grad.dtype)
     the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, groups == 1 and not fast)
     out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
     if groups == 1:
@@ -239,9 +253,9 @@ def _depthwise(the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | N
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
     dtype, (kh, kw) = x.dtype, window.kernel
-    x, grad = _compute(x, groups), _compute(grad, groups)
     c_in, c_out = x.shape[1], grad.shape[1]
-    fast = winograd(x.dtype, _size(x), (c_in, c_out), window, groups)
+    fast = winograd(dtype, _size(x), (c_in, c_out), window, groups)
+    x, grad = (packed_like(t) if fast else _compute(t, groups) for t in (x, grad))
     the_plan = plan(slot, coords, _size(x), window, False, groups == 1 and not fast)
     if groups != 1:
         matrix = x.new_empty(kh * kw, c_in)
