@@ -20,4 +20,19 @@ inline uint16_t to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// The same for `count` elements of a vector type that has no instruction for it; the others of a loaded one are 0.
+template <class V>
+V load_bf16(const uint16_t* p, int count) {
+    typename V::T cells[V::width] = {};
+    for (int i = 0; i < count; ++i) cells[i] = from_bf16(p[i]);
+    return V::load(cells);
+}
+
+template <class V>
+void store_bf16(const V& vector, uint16_t* p, int count) {
+    typename V::T cells[V::width];
+    vector.store(cells);
+    for (int i = 0; i < count; ++i) p[i] = to_bf16(float(cells[i]));
+}
+
 }  // namespace

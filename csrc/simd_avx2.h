@@ -24,16 +24,8 @@ struct Avx2Vector {
     void store(T* p) const { _mm256_storeu_ps(p, v); }
     void store(T* p, int count) const { _mm256_maskstore_ps(p, mask(count), v); }
     static Avx2Vector load(const uint16_t* p) { return load(p, width); }
-    static Avx2Vector load(const uint16_t* p, int count) {
-        T cells[width] = {};
-        for (int i = 0; i < count; ++i) cells[i] = T(from_bf16(p[i]));
-        return load(cells);
-    }
-    void store(uint16_t* p, int count) const {
-        T cells[width];
-        store(cells);
-        for (int i = 0; i < count; ++i) p[i] = to_bf16(float(cells[i]));
-    }
+    static Avx2Vector load(const uint16_t* p, int count) { return load_bf16<Avx2Vector>(p, count); }
+    void store(uint16_t* p, int count) const { store_bf16(*this, p, count); }
     void add_product(Avx2Vector a, Avx2Vector b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
     void add(Avx2Vector a) { v = _mm256_add_ps(v, a.v); }
     Avx2Vector plus(Avx2Vector a) const { return {_mm256_add_ps(v, a.v)}; }

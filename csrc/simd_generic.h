@@ -33,16 +33,8 @@ struct GenericVector {
         for (int i = 0; i < count; ++i) p[i] = cells[i];
     }
     static GenericVector load(const uint16_t* p) { return load(p, width); }
-    static GenericVector load(const uint16_t* p, int count) {
-        T cells[width] = {};
-        for (int i = 0; i < count; ++i) cells[i] = T(from_bf16(p[i]));
-        return load(cells);
-    }
-    void store(uint16_t* p, int count) const {
-        T cells[width];
-        store(cells);
-        for (int i = 0; i < count; ++i) p[i] = to_bf16(float(cells[i]));
-    }
+    static GenericVector load(const uint16_t* p, int count) { return load_bf16<GenericVector>(p, count); }
+    void store(uint16_t* p, int count) const { store_bf16(*this, p, count); }
     void add_product(GenericVector a, GenericVector b) { v += a.v * b.v; }
     void add(GenericVector a) { v += a.v; }
     GenericVector plus(GenericVector a) const { return {v + a.v}; }

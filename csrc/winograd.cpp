@@ -10,7 +10,6 @@
 // components of all blocks are kept for the next one.
 #include <algorithm>
 #include <atomic>
-#include <new>
 #include <numeric>
 #include <vector>
 
@@ -31,7 +30,7 @@ template <class T>
 class WinogradConv {
   public:
     WinogradConv(const ps_conv_args& args, const Kernels<T>& kernels)
-        : args_(args), kernels_(kernels), images_(args.dtype == PS_BF16 ? kernels.winograd.bf16 : kernels.winograd.own),
+        : args_(args), kernels_(kernels), storage_(kernels, args.dtype),
           tiles_(*args.plan), depth_(args.source_channels) {
         const int64_t lane = kernels.columns / 2;
         wide_ = (depth_ + lane - 1) / lane * lane;
@@ -101,7 +100,7 @@ class WinogradConv {
 
     void transform(int64_t block, const T* zeros, T* out) const {
         for (int64_t i = 0; i < tiles_of(block); ++i)
-            images_.source({args_.source, depth_, depth_, tiles_.halo(block * block_ + i),
+            storage_.images.source({args_.source, depth_, depth_, tiles_.halo(block * block_ + i),
                             tiles_.halo_row(), zeros, 0, 4, out + i * wide_, block_ * wide_, kernels_.columns});
     }
 
@@ -120,8 +119,8 @@ class WinogradConv {
             }
         const int64_t column = p * kernels_.columns;
         const T* bias = static_cast<const T*>(args_.bias);
-        void* target = static_cast<char*>(args_.target) + column * int64_t(args_.dtype == PS_BF16 ? sizeof(Bf16) : sizeof(T));
-        images_.target({sums, block_ * kernels_.columns, count, at, tiles_.pitch(), target, args_.target_channels,
+        void* target = static_cast<char*>(args_.target) + column * storage_.bytes;
+        storage_.images.target({sums, block_ * kernels_.columns, count, at, tiles_.pitch(), target, args_.target_channels,
                         bias == nullptr ? nullptr : bias + column, columns_at(p)});
     }
 
@@ -131,30 +130,16 @@ class WinogradConv {
 
     const ps_conv_args& args_;
     const Kernels<T>& kernels_;
-    const WinogradImages<T>& images_;
+    const WinogradStorage<T> storage_;
     const WinogradTiles tiles_;
     const int64_t depth_;
     int64_t wide_;  // channels of a source, up to a whole vector
     int64_t panel_size_, panels_, block_, bands_;
 };
 
-template <class T>
-bool run(const ps_conv_args& args) {
-    const Kernels<T>* table = kernels<T>(args.isa);
-    return table != nullptr && WinogradConv<T>(args, *table).run();
-}
-
 }  // namespace
 }  // namespace patchsparse
 
 int32_t ps_winograd_conv(const ps_conv_args* args) {
-    if (!patchsparse::WinogradTiles::fit(*args->plan)) return -1;
-    try {
-        bool done = false;
-        if (args->dtype == PS_F32 || args->dtype == PS_BF16) done = patchsparse::run<float>(*args);
-        if (args->dtype == PS_F64) done = patchsparse::run<double>(*args);
-        return done ? 0 : -1;
-    } catch (const std::bad_alloc&) {
-        return -1;
-    }
+    return patchsparse::run_winograd<patchsparse::WinogradConv>(*args);
 }

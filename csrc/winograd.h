@@ -1,7 +1,10 @@
 // Tiles of 2x2 targets, for the patches of a plan laid end to end: what both directions of Winograd's method share.
 #pragma once
 
+#include <new>
+
 #include "engine.h"
+#include "kernels.h"
 #include "plan.h"
 
 namespace patchsparse {
@@ -41,5 +44,34 @@ class WinogradTiles {
     const ps_plan& plan_;
     const int64_t down_, across_;
 };
+
+// How images of a dtype are stored: what reads and writes them, and the bytes of an element.
+template <class T>
+struct WinogradStorage {
+    WinogradStorage(const Kernels<T>& kernels, int32_t dtype)
+        : images(dtype == PS_BF16 ? kernels.winograd.bf16 : kernels.winograd.own), bytes(dtype == PS_BF16 ? sizeof(Bf16) : sizeof(T)) {}
+
+    const WinogradImages<T>& images;
+    const int64_t bytes;
+};
+
+template <template <class> class Method, class T, class Args>
+bool run_method(const Args& args, const Kernels<T>* table) {
+    return table != nullptr && Method<T>(args, *table).run();
+}
+
+// Run Method<T>, T being what the sums of `args` are made in; 0, or -1 as the functions of engine.h return it.
+template <template <class> class Method, class Args>
+int32_t run_winograd(const Args& args) {
+    if (!WinogradTiles::fit(*args.plan)) return -1;
+    try {
+        bool done = false;
+        if (args.dtype == PS_F32 || args.dtype == PS_BF16) done = run_method<Method>(args, kernels<float>(args.isa));
+        if (args.dtype == PS_F64) done = run_method<Method>(args, kernels<double>(args.isa));
+        return done ? 0 : -1;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
 
 }  // namespace patchsparse

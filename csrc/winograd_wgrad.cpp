@@ -5,7 +5,6 @@
 // in the second-level cache: the result does not depend on the number of threads.
 #include <algorithm>
 #include <atomic>
-#include <new>
 #include <numeric>
 #include <vector>
 
@@ -23,8 +22,8 @@ template <class T>
 class WinogradWgrad {
   public:
     WinogradWgrad(const ps_wgrad_args& args, const Kernels<T>& kernels)
-        : args_(args), kernels_(kernels), images_(args.dtype == PS_BF16 ? kernels.winograd.bf16 : kernels.winograd.own),
-          size_(args.dtype == PS_BF16 ? sizeof(Bf16) : sizeof(T)), tiles_(*args.plan), depth_(args.source_channels) {
+        : args_(args), kernels_(kernels), storage_(kernels, args.dtype),
+          tiles_(*args.plan), depth_(args.source_channels) {
         lane_ = kernels.columns / 2;
         row_tiles_ = (args.target_channels + kernels.outer_rows - 1) / kernels.outer_rows;
         panels_ = (depth_ + kernels.columns - 1) / kernels.columns;
@@ -76,12 +75,12 @@ class WinogradWgrad {
         int32_t at[CHUNK];
         for (int64_t i = 0; i < count; ++i) {
             at[i] = tiles_.row(chunk + i);
-            images_.source({args_.source, depth_, depth_, tiles_.halo(chunk + i), tiles_.halo_row(), buffers.zeros,
+            storage_.images.source({args_.source, depth_, depth_, tiles_.halo(chunk + i), tiles_.halo_row(), buffers.zeros,
                             row, row + 1, buffers.source + i * kernels_.columns, panels_ * panel, panel});
         }
         for (int64_t tile = low; tile < high; ++tile) {
             const int64_t n = first_row(tile);
-            images_.gradient({static_cast<const char*>(args_.target) + n * size_, args_.target_channels, count, at, tiles_.pitch(),
+            storage_.images.gradient({static_cast<const char*>(args_.target) + n * storage_.bytes, args_.target_channels, count, at, tiles_.pitch(),
                               int32_t(first_row(tile + 1) - n), row, buffers.target + (tile - low) * left, (high - low) * left});
         }
         for (int32_t e = 0; e < 4; ++e)
@@ -99,31 +98,16 @@ class WinogradWgrad {
 
     const ps_wgrad_args& args_;
     const Kernels<T>& kernels_;
-    const WinogradImages<T>& images_;
-    const int64_t size_;  // bytes of an element of an image
+    const WinogradStorage<T> storage_;
     const WinogradTiles tiles_;
     const int64_t depth_;
     int64_t lane_, row_tiles_, panels_;
     int64_t offsets_[CHUNK + OUTER_AHEAD];  // of the gradients' components of a chunk
 };
 
-template <class T>
-bool run(const ps_wgrad_args& args) {
-    const Kernels<T>* table = kernels<T>(args.isa);
-    return table != nullptr && WinogradWgrad<T>(args, *table).run();
-}
-
 }  // namespace
 }  // namespace patchsparse
 
 int32_t ps_winograd_wgrad(const ps_wgrad_args* args) {
-    if (!patchsparse::WinogradTiles::fit(*args->plan) || args->weight_stride[1] != 1) return -1;
-    try {
-        bool done = false;
-        if (args->dtype == PS_F32 || args->dtype == PS_BF16) done = patchsparse::run<float>(*args);
-        if (args->dtype == PS_F64) done = patchsparse::run<double>(*args);
-        return done ? 0 : -1;
-    } catch (const std::bad_alloc&) {
-        return -1;
-    }
+    return args->weight_stride[1] != 1 ? -1 : patchsparse::run_winograd<patchsparse::WinogradWgrad>(*args);
 }

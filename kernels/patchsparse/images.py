@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import OVERRIDE, cpp
+from .backends import cpp, requested
 from .functional import patch_conv2d
 from .geometry import Call, Window
 from .grid import whole_grid
@@ -25,8 +23,7 @@ def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> boo
     float32 or float64 on a CPU, even sides, 32 channels and more. ``backend`` other than ``"auto"`` and ``"cpp"``,
     autocast, ``torch.compile`` and subclasses of Tensor leave it to PyTorch.
     """
-    wanted = (os.environ.get(OVERRIDE) or backend) if backend == "auto" else backend
-    if type(image) is not Tensor or wanted not in ("auto", "cpp"):
+    if type(image) is not Tensor or requested(backend) not in ("auto", "cpp"):
         return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(image.device.type):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .backends import OVERRIDE, native
+from .backends import native, requested
 from .geometry import Window
 from .grid import whole_grid
 
@@ -44,7 +43,7 @@ def multiplies_by_engine(x: Tensor) -> bool:
     convolution 0.7 to 2.5 ms (ResNet-50's 1x1 layers of batch 4, two cores of Zen 5, ``benchmarks/test_conv.py``).
     """
     plain = type(x) is Tensor and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    wanted = os.environ.get(OVERRIDE, "cpp") == "cpp" and not torch.is_autocast_enabled("cpu")
+    wanted = requested("auto") in ("auto", "cpp") and not torch.is_autocast_enabled("cpu")
     return plain and wanted and x.shape[1] >= 16 and _products_are_slow() and native.library().problem is None
 
 

@@ -14,7 +14,7 @@ from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.resident import Place, choose_place, free_memory, place_windows
 from spatspark_fast.data.store import WindowStore, in_memory
 from spatspark_fast.training.build import Remembered, Windows
-from spatspark_fast.training.stream import BatchStream
+from spatspark_fast.training.stream import BatchStream, batches_of
 
 __all__ = ["open_place", "open_stream"]
 
@@ -30,18 +30,8 @@ def open_stream(config: PretrainConfig, windows: Windows, trainer: L.Trainer, sa
 
     Raises `UserError` for windows that cannot be read, and for a place that was asked for and has no room.
     """
-    device = trainer.strategy.root_device
-    place = open_place(config.data, windows, device, say)
-    return BatchStream(
-        windows,
-        config.data.batch_size,
-        seed=config.trainer.seed,
-        num_workers=config.data.num_workers,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        pin_memory=device.type == "cuda",
-        place=place,
-    )
+    place = open_place(config.data, windows, trainer.strategy.root_device, say)
+    return batches_of(windows, config, trainer, place)
 
 
 def open_place(config: DataConfig, windows: Windows, device: torch.device, say: Say) -> Place | None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -27,7 +26,7 @@ from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints,
 from spatspark_fast.training.finetuning import ForecastTraining, begin_norms
 from spatspark_fast.training.record import Bar, Recorder
 from spatspark_fast.training.schedules import Plan
-from spatspark_fast.training.stream import BatchStream
+from spatspark_fast.training.stream import BatchStream, batches_of
 from spatspark_fast.training.trainer import check_plan, known_warnings_off, make_trainer, plan_of, quieten
 from spatspark_fast.training.validation import THRESHOLDS, Validation
 from spatspark_fast.units import mm_per_hour
@@ -62,7 +61,7 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
     callbacks = [recorder, *([validation] if validation else []), Bar(recorder, console)]
     callbacks.append(Checkpoints(run, options.keep_every, options.log_every))
     trainer = make_trainer(options, run, callbacks, state, COLUMNS)
-    stream = _stream(config, training, trainer)
+    stream = batches_of(training, config, trainer)
     plan = plan_of(options, config.optim, stream)
     check_plan(state, plan, checkpoint)
     _check_patience(state, validation, checkpoint)
@@ -161,18 +160,6 @@ def _validation(config: FinetuneConfig, held: ForecastWindows, run: RunDirectory
         patience=options.patience,
         batch_size=config.data.batch_size,
         num_workers=config.data.num_workers,
-    )
-
-
-def _stream(config: FinetuneConfig, windows: ForecastWindows, trainer: L.Trainer) -> BatchStream:
-    return BatchStream(
-        windows,
-        config.data.batch_size,
-        seed=config.trainer.seed,
-        num_workers=config.data.num_workers,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
-        pin_memory=trainer.strategy.root_device.type == "cuda",
     )
 
 

@@ -10,15 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from spatspark_fast.config import PretrainConfig
+from spatspark_fast.config_finetune import FinetuneConfig
 from spatspark_fast.data.resident import Key, Place
 from spatspark_fast.errors import UserError
 
-__all__ = ["BatchStream", "WindowDataset", "epoch_order", "windows_per_batch"]
+__all__ = ["BatchStream", "WindowDataset", "batches_of", "epoch_order", "windows_per_batch"]
 
 _ORDER_STREAM = 2  # the masks use the streams 0 and 1 of the same seed
 
@@ -196,3 +199,19 @@ def _collate(items: Sequence[Any]) -> dict[str, Any] | _Failure:
             return item
     frames: list[Tensor] = [torch.as_tensor(item["input"]) for item in items]
     return {"input": torch.stack(frames), "index": torch.tensor([int(item["index"]) for item in items])}
+
+
+def batches_of(
+    windows: WindowDataset, config: PretrainConfig | FinetuneConfig, trainer: L.Trainer, place: Place | None = None
+) -> BatchStream:
+    """Return this device's share of the batches; without a ``place`` windows are read one by one."""
+    return BatchStream(
+        windows,
+        config.data.batch_size,
+        seed=config.trainer.seed,
+        num_workers=config.data.num_workers,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+        pin_memory=trainer.strategy.root_device.type == "cuda",
+        place=place,
+    )
