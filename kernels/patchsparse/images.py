@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backends import cpp, requested
-from .functional import patch_conv2d
+from .functional import patch_conv2d, patch_conv_transpose2d
 from .geometry import Call, Window
 from .grid import whole_grid
 
-__all__ = ["image_conv2d", "image_engine"]
+__all__ = ["image_conv2d", "image_conv_transpose2d", "image_engine"]
 
 THREE = Window((3, 3), (1, 1), (1, 1))
+DOUBLE = Window((4, 4), (2, 2), (1, 1))
 
 
 def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> bool:
@@ -23,14 +24,10 @@ def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> boo
     float32 or float64 on a CPU, even sides, 32 channels and more. ``backend`` other than ``"auto"`` and ``"cpp"``,
     autocast, ``torch.compile`` and subclasses of Tensor leave it to PyTorch.
     """
-    if type(image) is not Tensor or requested(backend) not in ("auto", "cpp"):
-        return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(image.device.type):
-        return False
     size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
-    call = Call("conv2d", image.device.type, image.dtype, image.shape[0], size, *channels, THREE)
-    wide = image.dtype in (torch.float32, torch.float64)
-    return wide and cpp.winograd(image.dtype, size, channels, THREE) and cpp.why_not(call) is None
+    return _by_engine(image, "conv2d", out_channels, THREE, backend) and cpp.winograd(
+        image.dtype, size, channels, THREE
+    )
 
 
 def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -48,3 +45,36 @@ def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, back
     if weight.shape[2:] == (3, 3) and image_engine(image, weight.shape[0], backend):
         return patch_conv2d(image, weight, bias, whole_grid(image.shape[0]), padding=1, backend="cpp")
     return F.conv2d(image, weight, bias, padding=1)
+
+
+def image_conv_transpose2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Enlarge whole images twofold: ``F.conv_transpose2d(image, weight, bias, 2, padding=1)``, faster where it can be.
+
+    The ``cpp`` engine is 2.2 times as fast as oneDNN at 768 channels of 9 x 9 pixels, 1.3 times at 384 of 18 x 18
+    (forward + backward, float32, batch 4, two cores of Zen 5).
+
+    Args:
+        image: ``(B, C_in, H, W)``, any float dtype.
+        weight: ``(C_in, C_out, 4, 4)`` of the same dtype.
+        bias: ``(C_out,)`` or None.
+        backend: ``"auto"`` or ``"cpp"`` takes the engine under the conditions of `image_engine`, sides and channels
+            aside; any other name does not.
+
+    Returns:
+        ``(B, C_out, 2 H, 2 W)``; in channels_last memory if the engine computed it.
+    """
+    if weight.shape[2:] == (4, 4) and _by_engine(image, "conv2d_dgrad", weight.shape[1], DOUBLE, backend):
+        grid = whole_grid(image.shape[0])
+        return patch_conv_transpose2d(image, weight, bias, grid, stride=2, padding=1, backend="cpp")
+    return F.conv_transpose2d(image, weight, bias, stride=2, padding=1)
+
+
+def _by_engine(image: Tensor, op: str, out_channels: int, window: Window, backend: str) -> bool:
+    """Return whether whole images are a case for the ``cpp`` engine: eager, float32 or float64, on a CPU."""
+    if type(image) is not Tensor or requested(backend) not in ("auto", "cpp"):
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(image.device.type):
+        return False
+    size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
+    call = Call(op, image.device.type, image.dtype, image.shape[0], size, *channels, window)
+    return image.dtype in (torch.float32, torch.float64) and cpp.why_not(call) is None

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXtBlock
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, image_conv2d, pack, patch_batch_norm_act, patch_conv2d, patch_conv_transpose2d
+from patchsparse import (
+    PatchGrid,
+    image_conv2d,
+    image_conv_transpose2d,
+    pack,
+    patch_batch_norm_act,
+    patch_conv2d,
+    patch_conv_transpose2d,
+)
 from spatspark_fast.errors import UserError
 from spatspark_fast.models.geometry import strides_of
 from spatspark_fast.models.upsample import pays, upsample_conv
@@ -39,7 +47,8 @@ class UNetBlock(nn.Module):
         if pays(x, self.up):
             x = upsample_conv(x, self.up, self.conv1, backend)
         else:
-            x = image_conv2d(self.up(x), self.conv1.weight, None, backend)
+            x = image_conv_transpose2d(x, self.up.weight, self.up.bias, backend)
+            x = image_conv2d(x, self.conv1.weight, None, backend)
         return self.norm2(image_conv2d(self._norm_act(x), self.conv2.weight, None, backend))
 
     def forward_packed(self, x: Tensor, decoded: PatchGrid, backend: str) -> Tensor:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from patchsparse import PatchGrid, explain, image_conv2d, image_engine, pack, patch_conv2d
+from patchsparse import PatchGrid, explain, image_conv2d, image_conv_transpose2d, image_engine, pack, patch_conv2d
 from patchsparse.backends import cpp, native
 from patchsparse.geometry import Window
 
@@ -157,6 +157,21 @@ def test_a_whole_image_equals_pytorch(shape, bias):
     assert actual.is_contiguous(memory_format=torch.channels_last)
     for a, e in zip((actual, *gradients(actual, leaves, 3)), (expected, *gradients(expected, leaves, 3)), strict=True):
         torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6, 10), (1, 32, 1, 3), (3, 40, 9, 9)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_whole_image_enlarged_equals_pytorch(shape, bias):
+    leaves = tuple(
+        t.requires_grad_() for t in (normal(*shape), normal(shape[1], 7, 4, 4, seed=1), normal(7, seed=2))[: 2 + bias]
+    )
+    image, weight, *rest = leaves
+    added = rest[0] if rest else None
+    actual, expected = image_conv_transpose2d(image, weight, added), F.conv_transpose2d(image, weight, added, 2, 1)
+    assert actual.is_contiguous(memory_format=torch.channels_last)  # the engine's
+    for a, e in zip((actual, *gradients(actual, leaves, 3)), (expected, *gradients(expected, leaves, 3)), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-11)
+    assert torch.equal(image_conv_transpose2d(image, weight, added, "dense"), expected)
 
 
 def test_where_the_engine_does_not_fit_pytorch_convolves_the_image(monkeypatch):
