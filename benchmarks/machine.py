@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from patchsparse.processor import processor_fields
+
 __all__ = ["RESULTS", "command", "commit", "cpu", "device_name", "folder_name", "provenance", "versions"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,22 +25,12 @@ PACKAGES = ("torch", "triton", "timm", "numpy")
 VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
-def _cpuinfo() -> dict[str, str]:
-    """Return the fields of the first core in ``/proc/cpuinfo``; nothing where there is none."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    lines = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in lines}
-
-
 def cpu(info: Mapping[str, str] | None = None) -> str:
     """Return vendor, model and matrix instructions of the processor: what tells two machines apart.
 
     Virtual machines often hide the model's name, so that family and model number stand beside it.
     """
-    info = _cpuinfo() if info is None else info
+    info = processor_fields() if info is None else info
     vendor = VENDORS.get(info.get("vendor_id", ""), info.get("vendor_id", ""))
     name = re.sub(r"\(R\)|\(TM\)|\bCPU\b|\bProcessor\b|@.*", "", info.get("model name", "")).strip()
     if vendor not in name:

@@ -9,7 +9,6 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Literal, cast
 
 from jsonargparse import ArgumentParser
@@ -22,6 +21,8 @@ __all__ = ["main"]
 
 # Stages of a ResNet-18 on 288 x 288 pixels in patches of 32: channels, and pixels along a patch.
 STAGES = ((64, 8), (128, 4), (256, 2), (512, 1))
+# Instruction sets that matter for the engines.
+INSTRUCTIONS = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,9 +82,14 @@ def _versions() -> Iterable[str]:
 def _devices() -> Iterable[str]:
     import torch
 
+    from patchsparse.processor import processor_fields
+
+    cpu = processor_fields()
+    name = cpu.get("model name") or platform.processor() or platform.machine()
+    present = (cpu.get("flags") or cpu.get("Features", "")).split()
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    yield f"cpu: {_cpu_name()}, {os.cpu_count()} cores, torch uses {threads} threads and {capability}"
-    if flags := _cpu_flags():
+    yield f"cpu: {name}, {os.cpu_count()} cores, torch uses {threads} threads and {capability}"
+    if flags := [flag for flag in INSTRUCTIONS if flag in present]:
         yield f"     instructions: {' '.join(flags)}"
     if not torch.cuda.is_available():
         yield f"cuda: none (torch is built for {torch.version.cuda or 'the CPU only'})"
@@ -91,31 +97,6 @@ def _devices() -> Iterable[str]:
         found = torch.cuda.get_device_properties(index)
         memory = found.total_memory / 2**30
         yield f"cuda:{index}: {found.name}, {memory:.0f} GiB, compute capability {found.major}.{found.minor}"
-
-
-def _cpu_name() -> str:
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> list[str]:
-    """Return those instruction sets that matter for the engines; nothing where the system does not say."""
-    known = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            present = set(line.split(":", 1)[1].split())
-            return [flag for flag in known if flag in present]
-    return []
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 def _engines() -> Iterable[str]:

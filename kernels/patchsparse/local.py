@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from . import ops
 from .backends import native, requested
 from .geometry import Window
 from .grid import whole_grid
+from .processor import processor_fields
 
 __all__ = ["is_product", "local_conv2d", "multiplies_by_engine"]
 
@@ -30,10 +30,7 @@ def is_product(device: str, window: Window, groups: int) -> bool:
 @cache
 def _products_are_slow() -> bool:
     """Return whether PyTorch's products are MKL's on an AMD processor."""
-    try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text() and torch.backends.mkl.is_available()
-    except OSError:
-        return False
+    return processor_fields().get("vendor_id") == "AuthenticAMD" and torch.backends.mkl.is_available()
 
 
 def multiplies_by_engine(x: Tensor) -> bool:
