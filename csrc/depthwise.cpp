@@ -1,12 +1,15 @@
-// Depthwise convolution: whole patches where stride and dilation are 1 and rows are long enough, else by pixel with
-// its active taps. Either way a slice of channels is taken at a time, narrow enough for the first-level cache.
+// Depthwise convolution, in one of three ways: where stride and dilation are 1, whole patches whose rows are long enough
+// (stencil.inl), or pairs of squares (squares.inl); else by pixel with its active taps. Always a slice of channels is
+// taken at a time, narrow enough for the first-level cache.
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
 #include "plan.h"
+#include "scratch.h"
 
 namespace patchsparse {
 namespace {
@@ -25,14 +28,24 @@ class Depthwise {
   public:
     Depthwise(const ps_depthwise_args& args, const Kernels<T>& kernels)
         : args_(args), plan_(*args.plan), kernels_(kernels), v_(plan_.axis[0]), h_(plan_.axis[1]) {
+        vector_ = kernels.columns / 2;
+        slice_ = plan_.squares.side == 1 ? 4 * vector_ : vector_;
         const ps_geometry& g = plan_.geometry;
         const bool plain = !g.adjoint && g.stride[0] == 1 && g.stride[1] == 1 && g.dilation[0] == 1 && g.dilation[1] == 1;
-        by_patch_ = kernels.depthwise_patch != nullptr && plain && h_.target >= 4 &&
-                    (h_.taps == 3 || h_.taps == 5 || h_.taps == 7);
+        by_patch_ = kernels.depthwise_patch != nullptr && plain && (h_.taps == 3 || h_.taps == 5 || h_.taps == 7);
     }
 
-    void forward() const {
-        auto share = [this](int thread, int team) {
+    // A target is summed by one thread, in an order that its chunk alone decides: the same for any number of threads.
+    bool forward() const {
+        std::atomic<bool> failed{false};
+        const int64_t slices = (args_.channels + slice_ - 1) / slice_;
+        auto share = [&](int thread, int team) {
+            if (plan_.squares.side != 0) {
+                const int64_t units = int64_t(plan_.squares.chunks.size()) * slices;
+                for (int64_t i = units * thread / team; i < units * (thread + 1) / team && !failed; ++i)
+                    if (!squares(plan_.squares.chunks[i / slices], i % slices * slice_, args_.channels)) failed = true;
+                return;
+            }
             const int64_t patches = plan_.geometry.patches;
             const int64_t first = patches * thread / team, last = patches * (thread + 1) / team;
             if (by_patch_) {
@@ -43,19 +56,26 @@ class Depthwise {
             for_pixels(first, last, 0, args_.channels, [this](const PixelArgs<T>& a) { kernels_.depthwise_pixel(a); });
         };
         parallel(args_.threads, share);
+        return !failed;
     }
 
     // A thread owns a range of channels and adds over all patches in order: the same for any number of threads.
-    void wgrad() const {
-        constexpr int64_t STEP = 64 / sizeof(T);
-        const int64_t steps = (args_.channels + STEP - 1) / STEP;
+    bool wgrad() const {
+        std::atomic<bool> failed{false};
         T* gradient = static_cast<T*>(const_cast<void*>(args_.weight));
+        const int64_t vectors = (args_.channels + vector_ - 1) / vector_;
         auto share = [&](int thread, int team) {
-            const int64_t first = std::min(args_.channels, steps * thread / team * STEP);
-            const int64_t last = std::min(args_.channels, steps * (thread + 1) / team * STEP);
+            const int64_t first = std::min(args_.channels, vectors * thread / team * vector_);
+            const int64_t last = std::min(args_.channels, vectors * (thread + 1) / team * vector_);
+            if (first == last) return;
             for (int32_t tap = 0; tap < plan_.taps(); ++tap)
                 std::fill(gradient + tap * args_.channels + first, gradient + tap * args_.channels + last, T(0));
-            if (first == last) return;
+            if (plan_.squares.side != 0) {
+                for (const SquareChunk& chunk : plan_.squares.chunks)
+                    for (int64_t c = first; c < last && !failed; c += slice_)
+                        if (!squares(chunk, c, last, gradient)) failed = true;
+                return;
+            }
             if (by_patch_) {
                 for (int64_t patch = 0; patch < plan_.geometry.patches; ++patch)
                     kernels_.depthwise_patch_wgrad(patch_args(patch, first, last), gradient);
@@ -65,9 +85,29 @@ class Depthwise {
                        [&](const PixelArgs<T>& a) { kernels_.depthwise_pixel_wgrad(a, gradient); });
         };
         parallel(args_.threads, share);
+        return !failed;
     }
 
   private:
+    // Compute a slice of channels of a chunk, below `last`: its targets, or what it adds to the gradient.
+    // Return false if there is no memory.
+    bool squares(const SquareChunk& chunk, int64_t first, int64_t last, T* gradient = nullptr) const {
+        static thread_local Scratch scratch;
+        const Squares& squares = plan_.squares;
+        const int64_t vectors = 4 * int64_t(chunk.sources.size() + chunk.targets.size());
+        T* memory = scratch.get<T>(vectors * vector_);
+        if (memory == nullptr) return false;
+        const SquaresArgs<T> a{args_.source, args_.target, args_.channels, squares.side, h_.target,
+                               chunk.sources.data(), chunk.targets.data(), int32_t(chunk.sources.size()),
+                               int32_t(chunk.targets.size()), int32_t(squares.shifts.size()), squares.shifts.data(),
+                               chunk.pairs.data(), chunk.start.data(), static_cast<const T*>(args_.weight),
+                               static_cast<const T*>(args_.bias), {v_.taps, h_.taps}, args_.flip != 0, first,
+                               int32_t(std::min(slice_, last - first)), memory};
+        if (gradient == nullptr) kernels_.depthwise_squares(a);
+        else kernels_.depthwise_squares_wgrad(a, gradient);
+        return true;
+    }
+
     DepthwiseArgs<T> patch_args(int64_t patch, int64_t first, int64_t last) const {
         const int64_t row = h_.target * args_.channels;
         return {static_cast<const T*>(args_.source), plan_.halo_of(patch), h_.halo, {v_.taps, h_.taps},
@@ -121,6 +161,7 @@ class Depthwise {
     const ps_plan& plan_;
     const Kernels<T>& kernels_;
     const Axis &v_, &h_;
+    int64_t vector_, slice_;  // channels of a vector, and of a unit of work
     bool by_patch_;
 };
 
@@ -129,9 +170,7 @@ int32_t run(const ps_depthwise_args& args, bool wgrad) {
     const Kernels<T>* table = kernels<T>(args.isa);
     if (table == nullptr) return -1;
     const Depthwise<T> depthwise(args, *table);
-    if (wgrad) depthwise.wgrad();
-    else depthwise.forward();
-    return 0;
+    return (wgrad ? depthwise.wgrad() : depthwise.forward()) ? 0 : -1;
 }
 
 int32_t run(const ps_depthwise_args& args, bool wgrad) {

@@ -21,12 +21,13 @@ typedef struct ps_plan ps_plan;
 
 enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AMX = 3 };  // instruction sets, each including those before it
 enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad with PS_AMX only, and Winograd's
+enum { PS_NO_LISTS = 0, PS_GROUPS = 1, PS_SQUARES = 2 };
 
 // What is read by what. `adjoint` = 0: targets are the outputs of a window operation and sources its inputs;
 // `adjoint` = 1: the other way round (strided input gradients). Pairs are (vertical, horizontal).
-// `grouped` = 0 leaves out the lists that only ps_conv and ps_wgrad use.
+// `lists` are those that an operation reads: PS_GROUPS for ps_conv and ps_wgrad, PS_SQUARES for depthwise ones.
 typedef struct {
-    int32_t patches, grid_rows, grid_columns, adjoint, grouped;
+    int32_t patches, grid_rows, grid_columns, adjoint, lists;
     int32_t source[2], kernel[2], stride[2], padding[2], dilation[2];
 } ps_geometry;
 

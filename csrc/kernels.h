@@ -61,6 +61,39 @@ struct OuterArgs {
     bool accumulate;
 };
 
+// --- Depthwise convolution by pairs of squares (squares.inl) -----------------------------------------------------------
+
+// Two squares that lie alike: source pixel (sy, sx) meets target pixel (ty, tx) at tap (tap[0] + sy - ty,
+// tap[1] + sx - tx). Bit d + 1 of `reach` says whether tap + d exists, d = -1, 0, 1.
+struct SquareShift {
+    int32_t tap[2], reach[2];
+};
+
+struct SquarePair {
+    int32_t source, target;  // in the lists of a chunk
+};
+
+// `columns` channels from `first` on of the target squares of a chunk: at most one vector of 2x2 pixels, four of 1x1.
+template <class T>
+struct SquaresArgs {
+    const void* source;
+    void* target;
+    int64_t channels;
+    int32_t side, pitch;               // pixels of a square; rows from one line of pixels to the next
+    const int32_t *sources, *targets;  // row of each square's first pixel
+    int32_t source_count, target_count, shift_count;
+    const SquareShift* shifts;
+    const SquarePair* pairs;
+    const int32_t* start;  // of each shift's pairs, and the end
+    const T* weight;       // (taps, channels)
+    const T* bias;
+    int32_t kernel[2];
+    bool flip;
+    int64_t first;
+    int32_t columns;
+    T* scratch;  // four vectors for each square
+};
+
 // Depthwise targets of one patch, channels [first, last); stride and dilation are 1.
 template <class T>
 struct DepthwiseArgs {
@@ -171,11 +204,12 @@ struct Kernels {
     void (*gather)(const GatherArgs<T>&);       // out is (count, columns of the table), zero-filled
     void (*gather_left)(const GatherArgs<T>&);  // out is (count, half of them): one vector per row
     void (*outer)(const OuterArgs<T>&);
-    // Kernels 3, 5 or 7 wide; null where the compiled code would not pay for its size.
-    void (*depthwise_patch)(const DepthwiseArgs<T>&);
-    void (*depthwise_pixel)(const PixelArgs<T>&);
     // Weight gradients: `target` is read, the result is added to gradient (taps, channels).
+    void (*depthwise_patch)(const DepthwiseArgs<T>&);  // kernels 3, 5 or 7 wide; null where it would not pay for its size
     void (*depthwise_patch_wgrad)(const DepthwiseArgs<T>&, T* gradient);
+    void (*depthwise_squares)(const SquaresArgs<T>&);
+    void (*depthwise_squares_wgrad)(const SquaresArgs<T>&, T* gradient);
+    void (*depthwise_pixel)(const PixelArgs<T>&);
     void (*depthwise_pixel_wgrad)(const PixelArgs<T>&, T* gradient);
     void (*pool_max)(const T* value, int32_t tap, T* best, uint8_t* at, int64_t channels);  // value null: zeros
     void (*pool_add)(const T* gradient, const uint8_t* at, int32_t tap, T* sum, int64_t channels);

@@ -11,6 +11,7 @@ struct Int {
 
 #include "gemm.inl"
 #include "pack.inl"
+#include "squares.inl"
 #include "stencil.inl"
 #include "winograd.inl"
 
@@ -19,7 +20,8 @@ constexpr Kernels<typename V::T> table() {
     static_assert(OUTER <= V::width, "a tile of gathered rows is one vector");
     using T = typename V::T;
     Kernels<T> t{ROWS, OUTER, LANES * V::width, any_tile<V, ROWS>, pack<V>, gather<V, LANES>, gather<V, 1>, any_outer<V, OUTER>, nullptr,
-                 depthwise_pixel<V>, nullptr, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>,
+                 nullptr, depthwise_squares<V, T>, depthwise_squares_wgrad<V, T>, depthwise_pixel<V>, depthwise_pixel_wgrad<V>,
+                 pool_max<T>, pool_add<T>,
                  {{winograd_source<V, T>, winograd_target<V, T>, winograd_gradient<V, T>},
                   {winograd_source<V, uint16_t>, winograd_target<V, uint16_t>, winograd_gradient<V, uint16_t>},
                   winograd_weight<V>, winograd_wgrad<V>}};

@@ -171,7 +171,8 @@ ps_plan* ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const 
         plan = new ps_plan{};
         plan->geometry = *geometry;
         patchsparse::build_halo(*plan, slot, coords, threads);
-        if (geometry->grouped) patchsparse::build_groups(*plan, threads);
+        if (geometry->lists == PS_GROUPS) patchsparse::build_groups(*plan, threads);
+        if (geometry->lists == PS_SQUARES) patchsparse::build_squares(*plan, threads);
     } catch (const std::bad_alloc&) {
         delete plan;
         return nullptr;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "kernels.h"
 
 namespace patchsparse {
 
@@ -34,6 +35,20 @@ struct Unit {
     int64_t rows, row_count;  // shared: the rows to initialise, in Plan::out_rows
 };
 
+// Squares of 2x2 pixels, or of 1x1 where a side of the patches is odd: active as a whole or not at all, so that a
+// depthwise convolution with stride 1 is a list of pairs of squares for each shift between them.
+struct SquareChunk {
+    std::vector<int32_t> targets, sources;  // row of each square's first pixel
+    std::vector<SquarePair> pairs;          // of all shifts, one after the other
+    std::vector<int32_t> start;             // of each shift's pairs, and the end
+};
+
+struct Squares {
+    int32_t side = 0;  // 0: none were asked for, or the geometry has none
+    std::vector<SquareShift> shifts;
+    std::vector<SquareChunk> chunks;
+};
+
 }  // namespace patchsparse
 
 struct ps_plan {
@@ -45,6 +60,8 @@ struct ps_plan {
     std::vector<patchsparse::Unit> units;
     std::vector<int32_t> tap_ids, out_rows, in_rows;
 
+    patchsparse::Squares squares;
+
     int32_t taps() const { return axis[0].taps * axis[1].taps; }
     int64_t target_rows() const { return int64_t(geometry.patches) * axis[0].target * axis[1].target; }
     int64_t source_rows() const { return int64_t(geometry.patches) * axis[0].source * axis[1].source; }
@@ -55,5 +72,6 @@ namespace patchsparse {
 
 void build_halo(ps_plan& plan, const int32_t* slot, const int32_t* coords, int threads);
 void build_groups(ps_plan& plan, int threads);
+void build_squares(ps_plan& plan, int threads);
 
 }  // namespace patchsparse

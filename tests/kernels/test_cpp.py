@@ -241,7 +241,7 @@ def test_the_row_lists_hold_each_active_pair_once(case, adjoint):
     if case.grid.num_active == 0:
         return
     source = window.output_size(size) if adjoint else size
-    plan = cpp.plan(case.grid.slot, case.grid.coords, source, window, adjoint, True)
+    plan = cpp.plan(case.grid.slot, case.grid.coords, source, window, adjoint, cpp.GROUPS)
     numbers = plan.statistics()
     active = (tables.tap_rows(case.grid.slot, case.grid.coords, size, window) >= 0).sum()
     assert numbers["pairs"] == int(active)

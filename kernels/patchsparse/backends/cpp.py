@@ -27,6 +27,7 @@ __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_g
 Size = tuple[int, int]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 MOST_ROWS = 2**31 - 1
+NO_LISTS, GROUPS, SQUARES = range(3)  # what a plan holds besides the halo, as in csrc/engine.h
 
 
 def why_not(call: Call) -> str | None:
@@ -126,28 +127,33 @@ def _engine() -> Any:
     return loaded.handle
 
 
-def plan(slot: Tensor, coords: Tensor, source: Size, window: Window, adjoint: bool, grouped: bool) -> _Plan:
+def plan(slot: Tensor, coords: Tensor, source: Size, window: Window, adjoint: bool, lists: int = NO_LISTS) -> _Plan:
     """Return the plan of a window operation on patches of ``source`` pixels, built once per mask and geometry."""
 
     def build() -> _Plan:
         pairs = (source, window.kernel, window.stride, window.padding, window.dilation)
-        numbers = (coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), int(grouped))
+        numbers = (coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), lists)
         return _Plan(slot, coords, native.Geometry(*numbers, *pairs))
 
-    return remember(slot, ("cpp", source, window, adjoint, grouped), build)
+    return remember(slot, ("cpp", source, window, adjoint, lists), build)
 
 
-def _adjoint_plan(slot: Tensor, coords: Tensor, source: Size, window: Window, grouped: bool) -> tuple[_Plan, bool]:
+def _lists(groups: int, fast: bool) -> int:
+    """Return the lists that a convolution reads: depthwise, by Winograd's method, or direct."""
+    return SQUARES if groups != 1 else NO_LISTS if fast else GROUPS
+
+
+def _adjoint_plan(slot: Tensor, coords: Tensor, source: Size, window: Window, lists: int) -> tuple[_Plan, bool]:
     """Return the plan of an input gradient, and whether it reads the taps in reverse.
 
     With stride 1 the gradient is the same operation with the kernel turned round, so that the plan of the forward
     pass serves again wherever the padding is symmetrical.
     """
     if window.stride != (1, 1):
-        return plan(slot, coords, source, window, True, grouped), False
+        return plan(slot, coords, source, window, True, lists), False
     turned = tuple(d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True))
     around = Window(window.kernel, window.stride, (turned[0], turned[1]), window.dilation)
-    return plan(slot, coords, source, around, False, grouped), True
+    return plan(slot, coords, source, around, False, lists), True
 
 
 def _run(name: str, args: Any) -> None:
@@ -186,7 +192,7 @@ def conv2d(
     x = packed_like(x) if fast else _compute(x, groups)
     weight = weight.to(_wide(dtype) if fast else x.dtype)
     bias = None if bias is None else bias.to(weight.dtype).contiguous()
-    the_plan = plan(slot, coords, _size(x), window, False, groups == 1 and not fast)
+    the_plan = plan(slot, coords, _size(x), window, False, _lists(groups, fast))
     out = packed_empty(x, x.shape[0], weight.shape[0], *window.output_size(_size(x)))
     if groups == 1:
         _multiply(the_plan, x, weight, weight.stride(), bias, out, fast)
@@ -203,7 +209,7 @@ def conv2d_dgrad(
     fast = winograd(dtype, size, (weight.shape[1], weight.shape[0]), window, groups)
     grad = packed_like(grad) if fast else _compute(grad, groups)
     weight = weight.to(_wide(dtype) if fast else grad.dtype)
-    the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, groups == 1 and not fast)
+    the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, _lists(groups, fast))
     out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
     if groups == 1:
         n, k, y, x = weight.stride()
@@ -256,7 +262,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
     c_in, c_out = x.shape[1], grad.shape[1]
     fast = winograd(dtype, _size(x), (c_in, c_out), window, groups)
     x, grad = (packed_like(t) if fast else _compute(t, groups) for t in (x, grad))
-    the_plan = plan(slot, coords, _size(x), window, False, groups == 1 and not fast)
+    the_plan = plan(slot, coords, _size(x), window, False, _lists(groups, fast))
     if groups != 1:
         matrix = x.new_empty(kh * kw, c_in)
         args = native.Depthwise(
@@ -283,7 +289,7 @@ def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple
     x = _widened(x)
     out = packed_empty(x, x.shape[0], x.shape[1], *window.output_size(_size(x)))
     tap = torch.empty_like(out, dtype=torch.uint8)
-    the_plan = plan(slot, coords, _size(x), window, False, False)
+    the_plan = plan(slot, coords, _size(x), window, False)
     _pool("ps_max_pool", the_plan, x, tap, out)
     return out.to(dtype), tap
 
@@ -293,7 +299,7 @@ def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, siz
     dtype = grad.dtype
     grad, tap = _widened(grad), packed_like(tap)
     out = packed_empty(grad, grad.shape[0], grad.shape[1], *size)
-    the_plan = plan(slot, coords, _size(grad), window, True, False)
+    the_plan = plan(slot, coords, _size(grad), window, True)
     _pool("ps_max_pool_grad", the_plan, grad, tap, out)
     return out.to(dtype)
 

@@ -29,7 +29,7 @@ class Geometry(ctypes.Structure):
     """``ps_geometry`` of ``csrc/engine.h``."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("patches", "grid_rows", "grid_columns", "adjoint", "grouped")),
+        *((name, c_int32) for name in ("patches", "grid_rows", "grid_columns", "adjoint", "lists")),
         *((name, _Pair) for name in ("source", "kernel", "stride", "padding", "dilation")),
     )
 
