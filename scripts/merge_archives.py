@@ -2,6 +2,7 @@
 
 python scripts/merge_archives.py knmi.h5 mch.h5 fmi.h5 --out all.h5
 python scripts/merge_archives.py mch.h5 fmi.h5 --test knmi.h5 --out without-knmi.h5
+python scripts/merge_archives.py knmi.h5 mch.h5 fmi.h5 --synthetic 240 --out pretraining.h5
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+", help="files of spatspark_fast.prepare with one --scale")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--test", type=Path, help="its test windows (or all, if it has none) become the test split")
+    parser.add_argument("--synthetic", type=int, default=0, help="made-up windows to add, for pretraining")
     args = parser.parse_args()
     try:
-        counts = merge_archives(args.files, args.out, args.test)
+        counts = merge_archives(args.files, args.out, args.test, args.synthetic)
     except UserError as error:
         raise SystemExit(f"merge_archives: {error}") from None
     sys.stdout.write(f"{args.out}: {counts['train']} training windows, {counts['test']} test windows\n")

@@ -10,6 +10,7 @@ import pytest
 
 from spatspark_fast.data.merging import merge_archives
 from spatspark_fast.data.nl50 import NowcastDataset
+from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.errors import UserError
 
 from .forecasts import moving_rain, write_windows
@@ -43,6 +44,24 @@ def test_windows_of_all_files_train_and_those_of_the_first_test(tmp_path: Path) 
     assert not read(out, "train", "valid").all()
     windows = NowcastDataset(out, "train", 2, include_valid=True)
     assert (len(windows), windows.scale, windows[4]["target"].shape) == (5, 47.83, (2, 32, 32))
+
+
+def test_synthetic_windows_join_those_that_train_in_the_scale_of_the_file(tmp_path: Path) -> None:
+    file = prepared(tmp_path / "a.h5", 2, 1, seed=1)
+    with h5py.File(file, "a") as opened:
+        opened.attrs["scale_mm_per_5min"] = 2 * 47.83
+    out = tmp_path / "more.h5"
+    assert merge_archives([file], out, synthetic=3, seed=7) == {"train": 5, "test": 1}
+    radar = SyntheticRadar(3, 4, 0, (32, 32), seed=7)
+    images, valid = read(out, "train", "images"), read(out, "train", "valid")
+    for index in range(3):
+        np.testing.assert_allclose(images[2 + index], radar[index]["input"].numpy() / 2, rtol=1e-6)
+        assert read(out, "train", "timestamps")[2 + index, :, 0].tolist() == [
+            time.encode() for time in radar.timestamps(index)
+        ]
+    assert valid[2:].all()
+    assert np.array_equal(images[:2], read(file, "train", "images"))
+    assert len(NowcastDataset(out, "train", 2)) == 5
 
 
 def test_a_country_left_out_tests_with_all_it_has(tmp_path: Path) -> None:
