@@ -18,7 +18,7 @@ from .binding import Binding
 from .functional import patch_avg_pool2d, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d
 from .geometry import Window, pair
 from .grid import PatchGrid
-from .local import local_conv2d
+from .local import local_conv2d, local_linear
 from .reduce import group_norm, image_mean, spread
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "PatchGroupNorm",
     "PatchImageModule",
     "PatchInstanceNorm2d",
+    "PatchLinear",
     "PatchMaxPool2d",
     "PatchModule",
     "PatchPointwiseConv2d",
@@ -129,6 +130,15 @@ class PatchPointwiseConv2d(PatchModule, nn.Conv2d):
         if self.patch_binding.current() is None or input.dim() != 4:
             return super().forward(input)
         return local_conv2d(input, self.weight, self.bias, Window((1, 1)), self.groups)
+
+
+class PatchLinear(PatchModule, nn.Linear):
+    """Multiply the channels of packed patches in channels-last shape ``(N, p, p, C)``; other shapes stay PyTorch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.patch_binding.current() is None or input.dim() != 4:
+            return super().forward(input)
+        return local_linear(input, self.weight, self.bias)
 
 
 class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):

@@ -30,11 +30,13 @@ class Rule:
         it is.
         refuse: returns the reason why a given instance cannot be equal to dense-and-mask, or None.
         whole: the module answers for its children, which see one row per image; they are not visited.
+        optional: adopting only saves time, so that a module that cannot be adopted stays as it is.
     """
 
     make: type[PatchModule] | str | None = None
     refuse: Callable[[Any], str | None] = accept
     whole: bool = False
+    optional: bool = False
 
     def target(self) -> type[PatchModule] | None:
         """Return the class to adopt with."""
@@ -143,7 +145,7 @@ def _because(reason: str) -> Rule:
 
 def _torch_rules() -> Iterator[tuple[str, Rule]]:
     stay = (
-        "linear.Identity linear.Linear activation.Threshold activation.ReLU activation.RReLU "
+        "linear.Identity activation.Threshold activation.ReLU activation.RReLU "
         "activation.Hardtanh "
         "activation.ReLU6 activation.Sigmoid activation.Hardsigmoid activation.Tanh activation.SiLU "
         "activation.Mish "
@@ -163,6 +165,7 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
         Rule(refuse=_channel_dim),
     )
     rules |= {
+        "linear.Linear": Rule(patch_nn.PatchLinear, optional=True),
         "conv.Conv2d": Rule(patch_nn.PatchConv2d, _conv),
         "conv.ConvTranspose2d": Rule(patch_nn.PatchConvTranspose2d, _conv_transpose),
         "pooling.MaxPool2d": Rule(patch_nn.PatchMaxPool2d, _max_pool),

@@ -110,8 +110,11 @@ def _plan(model: nn.Module, trust_forward: bool) -> Plan:
         elif (reason := rule.refuse(module)) is not None:
             raise UnsupportedModuleError(path, module, reason)
         elif rule.make is not None:
-            _check_adoptable(path, module)
-            plan.append((path, module, POINTWISE if _pointwise(module) else rule))
+            obstacle = _obstacle(module)
+            if obstacle is None:
+                plan.append((path, module, POINTWISE if _pointwise(module) else rule))
+            elif not rule.optional:
+                raise UnsupportedModuleError(path, module, obstacle)
         if rule is None or not rule.whole:
             prefix = f"{path}." if path else ""
             todo.extend((prefix + name, child) for name, child in reversed(list(module.named_children())))
@@ -153,10 +156,10 @@ def _check_unknown(path: str, module: nn.Module, trust_forward: bool, scanned: d
         )
 
 
-def _check_adoptable(path: str, module: nn.Module) -> None:
+def _obstacle(module: nn.Module) -> str | None:
+    """Return why the class of a module cannot be switched, or None."""
     if is_parametrized(module):
-        raise UnsupportedModuleError(path, module, "it is parametrized; register the parametrization after sparsify()")
+        return "it is parametrized; register the parametrization after sparsify()"
     if "forward" in module.__dict__:
-        raise UnsupportedModuleError(
-            path, module, "its forward is overridden on the instance; undo that before sparsify()"
-        )
+        return "its forward is overridden on the instance; undo that before sparsify()"
+    return None
