@@ -40,9 +40,10 @@ def multiplies_by_engine(x: Tensor) -> bool:
     convolution 0.7 to 2.5 ms (ResNet-50's 1x1 layers of batch 4, two cores of Zen 5, ``benchmarks/test_conv.py``);
     the linear layers of a ConvNeXt-Tiny 640 ms forward and backward, this engine 230 ms (batch 4, 60 % masked).
     """
-    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    wanted = requested("auto") in ("auto", "cpp") and not torch.is_autocast_enabled("cpu")
-    return plain and wanted and x.shape[1] >= 16 and _products_are_slow() and native.library().problem is None
+    plain = type(x) is Tensor and (x.device.type, x.dtype) == ("cpu", torch.float32)
+    eager = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    wanted = requested("auto") in ("auto", "cpp")
+    return plain and eager and wanted and x.shape[1] >= 16 and _products_are_slow() and native.library().problem is None
 
 
 def local_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:
