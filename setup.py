@@ -30,6 +30,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mfma"],
     "kernels_avx512": AVX512,
+    "kernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
     "kernels_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")

@@ -1,10 +1,9 @@
-// Forward and input gradient in bfloat16 on matrix tiles, summed in float32.
+// Forward and input gradient in bfloat16, summed in float32, by matrix tiles or vectors of pairs.
 //
 // Matrix tiles load rows at equal distances, so the source rows of 32 targets are gathered once for all their taps and
-// then meet every panel of the band. Shares of threads and shared units are as in conv.cpp.
+// then meet every panel of the band; vectors read them where they lie. Shares of threads and shared units are as in conv.cpp.
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <new>
 #include <vector>
 
@@ -30,12 +29,14 @@ class ConvBf16 {
                 cost += int64_t(plan_.groups[g].rows) * (plan_.groups[g].tap_count + 1);
             start_.push_back(start_.back() + cost);
             by_tap_ = by_tap_ && unit.shared;
-            if (unit.shared && !sums_) sums_.reset(new float[plan_.target_rows() * args.target_channels]);
+            shares_ = shares_ || unit.shared;
         }
         packed_taps_ = by_tap_ ? 1 : plan_.taps();
     }
 
     bool run() {
+        static thread_local Scratch kept;
+        if (shares_ && (sums_ = kept.get<float>(plan_.target_rows() * args_.target_channels)) == nullptr) return false;
         const int64_t panels = (args_.target_channels + BF16_TILE - 1) / BF16_TILE;
         const int64_t fit = BAND_BYTES / std::max<int64_t>(1, panel_size() * int64_t(sizeof(Bf16)));
         const int64_t fair = by_tap_ ? (panels + args_.threads - 1) / std::max(1, args_.threads) : panels;
@@ -112,7 +113,7 @@ class ConvBf16 {
             if (by_tap_) pack(band, tap, 0);
             for (size_t u = 0; u < units.size(); ++u) {
                 if (at[u] == units[u]->last || plan_.tap_ids[plan_.groups[at[u]].taps] != tap) continue;
-                group_tiles(plan_.groups[at[u]++], band, 0, INT64_MAX, sums_.get());
+                group_tiles(plan_.groups[at[u]++], band, 0, INT64_MAX, sums_);
             }
         }
         const Bf16* bias = args_.bias == nullptr ? nullptr : static_cast<const Bf16*>(args_.bias) + band.column;
@@ -134,27 +135,28 @@ class ConvBf16 {
         for (const Unit* unit : units)
             for (int64_t i = 0; i < unit->row_count; ++i) {
                 const int64_t at = plan_.out_rows[unit->rows + i] * args_.target_channels + band.column;
-                f(sums_.get() + at, static_cast<Bf16*>(args_.target) + at);
+                f(sums_ + at, static_cast<Bf16*>(args_.target) + at);
             }
     }
 
     void group_tiles(const Group& group, const Band& band, int64_t first, int64_t last, float* sums) const {
         static constexpr int32_t FIRST = 0;  // the only tap in the panel
-        const Bf16* bias = static_cast<const Bf16*>(args_.bias);
+        const Bf16 *source = static_cast<const Bf16*>(args_.source), *bias = static_cast<const Bf16*>(args_.bias);
         const int64_t per_row = (group.tap_count + 1) * band.count;
         for (int64_t row = 0; row < group.rows; row += BF16_TILE) {
             if (row * per_row < first || row * per_row >= last) continue;
             const int32_t rows = int32_t(std::min<int64_t>(BF16_TILE, group.rows - row));
-            for (int32_t j = 0; j < group.tap_count; ++j)
-                kernels_.gather({static_cast<const Bf16*>(args_.source), args_.source_channels,
-                                 plan_.in_rows.data() + group.in + int64_t(j) * group.rows + row, rows,
+            const int32_t* in = plan_.in_rows.data() + group.in + row;
+            for (int32_t j = 0; j < group.tap_count && kernels_.gather != nullptr; ++j)
+                kernels_.gather({source, args_.source_channels, in + int64_t(j) * group.rows, rows,
                                  int32_t(args_.source_channels), band.blocks + j * steps_ * BLOCK});
             for (int64_t i = 0; i < band.count; ++i) {
                 const int64_t column = band.column + i * BF16_TILE;
-                kernels_.tile({band.blocks, by_tap_ ? &FIRST : plan_.tap_ids.data() + group.taps, group.tap_count,
-                               band.packed + i * panel_size(), steps_, plan_.out_rows.data() + group.out + row,
-                               static_cast<Bf16*>(args_.target) + column, sums == nullptr ? nullptr : sums + column,
-                               args_.target_channels, bias == nullptr ? nullptr : bias + column, rows, columns_at(column)});
+                kernels_.tile({band.blocks, source, in, group.rows, by_tap_ ? &FIRST : plan_.tap_ids.data() + group.taps,
+                               group.tap_count, band.packed + i * panel_size(), args_.source_channels,
+                               plan_.out_rows.data() + group.out + row, static_cast<Bf16*>(args_.target) + column,
+                               sums == nullptr ? nullptr : sums + column, args_.target_channels,
+                               bias == nullptr ? nullptr : bias + column, rows, columns_at(column)});
             }
         }
     }
@@ -166,13 +168,14 @@ class ConvBf16 {
     int64_t packed_taps_;
     bool by_tap_ = true;  // weights are packed tap by tap: all units are shared
     std::vector<int64_t> start_;
-    std::unique_ptr<float[]> sums_;
+    bool shares_ = false;
+    float* sums_ = nullptr;  // of shared units
 };
 
 }  // namespace
 
 int32_t conv_bf16(const ps_conv_args& args) {
-    const Bf16Kernels* table = args.isa == PS_AMX ? kernels_bf16() : nullptr;
+    const Bf16Kernels* table = kernels_bf16(args.isa);
     try {
         return table != nullptr && ConvBf16(args, *table).run() ? 0 : -1;
     } catch (const std::bad_alloc&) {

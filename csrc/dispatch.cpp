@@ -1,4 +1,6 @@
 // Which instruction sets this processor has, and their kernel tables.
+#include <algorithm>
+
 #include "engine.h"
 #include "kernels.h"
 
@@ -11,19 +13,26 @@
 namespace patchsparse {
 namespace {
 
-// Matrix tiles need the processor, AVX-512 with bfloat16, and the system's leave to keep their large state.
-bool has_matrix_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
-    constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, AVX512_BF16 = 1u << 5;
+constexpr unsigned TILES = 1u << 22 | 1u << 24;  // d of leaf 7.0: matrix tiles, and bfloat16 on them
+constexpr unsigned PAIRS = 1u << 5;              // a of leaf 7.1: AVX512_BF16
+
+bool has_pairs() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & PAIRS) != 0;
+}
+
+// Matrix tiles also need the system's leave to keep their large state.
+bool has_tiles() {
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILE)) != (BF16 | TILE)) return false;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & AVX512_BF16) == 0) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & TILES) != TILES) return false;
     return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-#else
-    return false;
-#endif
 }
+#else
+bool has_pairs() { return false; }
+bool has_tiles() { return false; }
+#endif
 
 bool processor_has(int32_t isa) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -40,7 +49,7 @@ bool processor_has(int32_t isa) {
 
 template <>
 const Kernels<float>* kernels<float>(int32_t isa) {
-    if (isa == PS_AMX) isa = PS_AVX512;
+    isa = std::min<int32_t>(isa, PS_AVX512);  // what later ones add is for bfloat16
     if (!processor_has(isa)) return nullptr;
     return isa == PS_AVX512 ? kernels_avx512_f32() : isa == PS_AVX2 ? kernels_avx2_f32() : kernels_portable_f32();
 }
@@ -51,17 +60,18 @@ const Kernels<double>* kernels<double>(int32_t) {
     return kernels_portable_f64();
 }
 
-const Bf16Kernels* kernels_bf16() {
-    static const bool present = processor_has(PS_AVX512) && has_matrix_tiles();
-    return present ? kernels_amx() : nullptr;
+const Bf16Kernels* kernels_bf16(int32_t isa) {
+    static const bool pairs = processor_has(PS_AVX512) && has_pairs(), tiles = pairs && has_tiles();
+    if (isa == PS_AMX) return tiles ? kernels_amx() : nullptr;
+    return isa == PS_AVX512_BF16 && pairs ? kernels_avx512_bf16() : nullptr;
 }
 
 }  // namespace patchsparse
 
-int32_t ps_abi() { return 2; }
+int32_t ps_abi() { return 3; }
 
 int32_t ps_isa_supported(int32_t isa) {
     if (isa < PS_PORTABLE || isa > PS_AMX) return 0;
-    if (isa == PS_AMX && patchsparse::kernels_bf16() == nullptr) return 0;
+    if (isa > PS_AVX512 && patchsparse::kernels_bf16(isa) == nullptr) return 0;
     return patchsparse::kernels<float>(isa) != nullptr;
 }

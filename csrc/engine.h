@@ -19,8 +19,9 @@ extern "C" {
 
 typedef struct ps_plan ps_plan;
 
-enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AMX = 3 };  // instruction sets, each including those before it
-enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad with PS_AMX only, and Winograd's
+// Instruction sets, each including those before it.
+enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AVX512_BF16 = 3, PS_AMX = 4 };
+enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad from PS_AVX512_BF16 on, and Winograd's
 enum { PS_NO_LISTS = 0, PS_GROUPS = 1, PS_SQUARES = 2 };
 
 // What is read by what. `adjoint` = 0: targets are the outputs of a window operation and sources its inputs;
@@ -46,7 +47,6 @@ typedef struct {
 } ps_conv_args;
 
 // weight gradient[n, k, y, x] = sum over pairs of target[o, n] * source[i(o, tap), k]; one of the first two strides is 1.
-// With PS_BF16 the gradient is float32.
 typedef struct {
     const ps_plan* plan;
     const void* source;
@@ -100,7 +100,7 @@ PS_API int32_t ps_conv(const ps_conv_args* args);
 PS_API int32_t ps_wgrad(const ps_wgrad_args* args);
 // 3x3, stride 1, padding 1, patches of even sides. With PS_BF16 sources and targets are bfloat16, weights and bias float32.
 PS_API int32_t ps_winograd_conv(const ps_conv_args* args);
-PS_API int32_t ps_winograd_wgrad(const ps_wgrad_args* args);  // the same; weight_stride[1] is 1
+PS_API int32_t ps_winograd_wgrad(const ps_wgrad_args* args);  // the same, the gradient float32; weight_stride[1] is 1
 PS_API int32_t ps_depthwise(const ps_depthwise_args* args);
 PS_API int32_t ps_depthwise_wgrad(const ps_depthwise_args* args);  // bias unused; source, target read; weight written
 PS_API int32_t ps_max_pool(const ps_pool_args* args);

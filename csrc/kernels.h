@@ -216,19 +216,22 @@ struct Kernels {
     WinogradKernels<T> winograd;
 };
 
-// --- bfloat16 on matrix tiles: 32 x 32 results, 32 channels or pairs at a time -----------------------------------------
+// --- bfloat16: blocks of 32 x 32 results, 32 channels or pairs of rows at a time ---------------------------------------
 
 using Bf16 = uint16_t;
 constexpr int64_t BF16_TILE = 32;  // rows, columns and depth of a step
 
-// sum of `tap_count` products blocks[j] (steps, 32 rows, 32) x panel[taps[j]] (steps, 2, 16, 16, 2), then stored in the rows
-// `out` of `target`, or added to those of `sum`.
+// sum over taps j of the products of the source's rows in[j] with panel[taps[j]] (steps, 2, 16, 16, 2), then stored in the
+// rows `out` of `target`, or added to those of `sum`. A step is 32 of `depth`.
 struct Bf16TileArgs {
-    const Bf16* blocks;
+    const Bf16* blocks;  // (tap_count, steps, 32 rows, 32): the rows gathered, where the table has a `gather`
+    const Bf16* source;  // elsewhere they are read where they lie, `depth` apart
+    const int32_t* in;   // (tap_count, in_stride), the first `rows` of each
+    int64_t in_stride;
     const int32_t* taps;
     int32_t tap_count;
     const Bf16* panel;
-    int64_t steps;  // of depth
+    int64_t depth;
     const int32_t* out;
     Bf16* target;
     float* sum;  // null: store in target
@@ -247,7 +250,7 @@ struct Bf16PackArgs {
 };
 
 struct Bf16OuterArgs {
-    const Bf16 *p, *q;  // (steps, 2, 16 x 32) blocks of 32 columns each
+    const Bf16 *p, *q;  // as gathered
     int64_t steps;
     float* result;
     int64_t result_stride;
@@ -259,16 +262,15 @@ struct Bf16Kernels {
     void (*begin)();  // once per thread and call, before any other
     void (*end)();
     void (*pack)(const Bf16PackArgs&);
-    void (*gather)(const GatherArgs<Bf16>&);  // rows -> (steps, 32 rows, 32), zero-filled
+    void (*gather)(const GatherArgs<Bf16>&);  // rows -> (steps, 32 rows, 32), zero-filled; or null
     void (*tile)(const Bf16TileArgs&);
-    void (*gather_p)(const GatherArgs<Bf16>&);  // 32 columns of pairs, transposed: left side of `outer`
-    void (*gather_q)(const GatherArgs<Bf16>&);  // 32 columns of pairs, interleaved: right side
+    void (*gather_p)(const GatherArgs<Bf16>&);  // 32 columns of pairs of rows: left side of `outer`, as the table likes it
+    void (*gather_q)(const GatherArgs<Bf16>&);  // (steps, 2, 16 pairs, 16 columns, 2): right side
     void (*outer)(const Bf16OuterArgs&);
     void (*narrow)(const float* from, Bf16* to, int64_t count);
 };
 
-// Null if this build or processor lacks the matrix tiles.
-const Bf16Kernels* kernels_bf16();
+const Bf16Kernels* kernels_avx512_bf16();
 const Bf16Kernels* kernels_amx();
 
 const Kernels<float>* kernels_portable_f32();
@@ -279,5 +281,6 @@ const Kernels<float>* kernels_avx512_f32();
 // The table of an instruction set, or null if this build or processor lacks it.
 template <class T>
 const Kernels<T>* kernels(int32_t isa);
+const Bf16Kernels* kernels_bf16(int32_t isa);
 
 }  // namespace patchsparse

@@ -11,6 +11,7 @@ namespace {
 template <class T>
 struct VectorPolicy {
     using Source = T;
+    using Sum = T;
     using Result = T;
     static constexpr int64_t RUN = 256;
     const Kernels<T>& kernels;

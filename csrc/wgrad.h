@@ -2,14 +2,16 @@
 //
 // A thread owns (tap, tile of the gradient) and adds over all pairs in a fixed order: no reduction between threads,
 // so the result does not depend on their number. Pairs are taken in chunks whose rows stay in the second-level cache,
-// and within a chunk in runs, which Policy multiplies: wgrad.cpp with vectors, wgrad_bf16.cpp with matrix tiles.
+// and within a chunk in runs, which Policy multiplies: wgrad.cpp with vectors, wgrad_bf16.cpp in blocks.
 //
 // A run's columns (one side of its pairs) are gathered into panels; then every tile of its rows (the other side) meets
-// all panels, so that the gradient is written in long pieces.
+// all panels, so that the gradient is written in long pieces. Where the gradient is narrower than its sums, these have
+// memory of their own: of the block at hand if no other chunk adds to it, else of the whole gradient.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -28,13 +30,15 @@ struct Span {
     int64_t row, count;
 };
 
-// Policy: types Source and Result; RUN; tile_rows, tile_columns; left_size, left_stride; begin, end (per thread);
-// gather_columns; gather_rows, which says whether it did; multiply.
+// Policy: types Source, Sum and Result; RUN; tile_rows, tile_columns; left_size, left_stride; begin, end (per thread);
+// gather_columns; gather_rows, which says whether it did; multiply; narrow, if Sum is not Result.
 template <class Policy>
 class Wgrad {
     using Source = typename Policy::Source;
+    using Sum = typename Policy::Sum;
     using Result = typename Policy::Result;
     static constexpr int64_t RUN = Policy::RUN;  // pairs
+    static constexpr bool NARROWS = !std::is_same_v<Sum, Result>;
 
     // A run being collected: its pairs' rows on the row side p and on the column side q.
     struct Run {
@@ -56,16 +60,21 @@ class Wgrad {
     bool run() {
         std::vector<int64_t> start{0};  // where each tap begins, in pairs times row tiles
         for (int32_t tap = 0; tap < plan_.taps(); ++tap) start.push_back(start.back() + (pairs_[tap] + 1) * row_tiles_);
+        static thread_local Scratch kept;
+        const bool whole = NARROWS && chunks_.size() > 1;
+        Sum* sums = whole ? kept.get<Sum>(plan_.taps() * rows_ * columns_) : nullptr;
+        if (whole && sums == nullptr) return false;
         std::atomic<bool> failed{false};
         auto share = [&](int thread, int team) {
-            static thread_local Scratch scratch;
-            Source* panels = scratch.get<Source>(PANELS * panel_size() + policy_.left_size());
-            if (panels == nullptr) {
+            static thread_local Scratch scratch, block;
+            const Buffers buffers{scratch.get<Source>(PANELS * panel_size() + policy_.left_size()), sums,
+                                  NARROWS && !whole ? block.get<Sum>(rows_ * PANELS * policy_.tile_columns()) : nullptr};
+            if (buffers.panels == nullptr || (NARROWS && !whole && buffers.block == nullptr)) {
                 failed = true;
                 return;
             }
             policy_.begin();
-            add_share(start, start.back() * thread / team, start.back() * (thread + 1) / team, panels);
+            add_share(start, start.back() * thread / team, start.back() * (thread + 1) / team, buffers);
             policy_.end();
         };
         parallel(args_.threads, share);
@@ -73,59 +82,96 @@ class Wgrad {
     }
 
   private:
+    struct Buffers {
+        Source* panels;
+        Sum *sums, *block;  // of the whole gradient, of one block; null: the sums are stored where the result belongs
+    };
+
     // The tiles of one tap that a thread adds to: row tiles [low, high) by column tiles [first, last).
     struct Block {
         int64_t low, high, first, last;
-        Result* result;
+        Sum* sums;  // of the first of them
+        int64_t stride;
         bool opens;  // nothing has been stored yet
     };
 
-    // Cut the groups laid end to end into chunks of as many target rows as the cache holds.
+    // Cut the units laid end to end into chunks of as many target rows as the cache holds. A shared unit stays whole; a
+    // chunk may then run over by a quarter, for a few rows of their own would cost another round of all sums.
     void cut_chunks() {
         const int64_t bytes = (args_.source_channels + args_.target_channels) * int64_t(sizeof(Source));
         const int64_t limit = std::max<int64_t>(RUN, CHUNK_BYTES / bytes), taps = plan_.taps();
         position_.assign(plan_.groups.size() * taps, -1);
         first_.assign(taps, 0);
+        last_.assign(taps, 0);
         pairs_.assign(taps, 0);
-        int64_t room = 0;
-        for (size_t g = 0; g < plan_.groups.size(); ++g) {
-            const Group& group = plan_.groups[g];
-            for (int32_t j = 0; j < group.tap_count; ++j) {
-                const int32_t tap = plan_.tap_ids[group.taps + j];
-                position_[g * taps + tap] = j;
-                if (pairs_[tap] == 0) first_[tap] = int64_t(chunks_.size()) - (room > 0);
-                pairs_[tap] += group.rows;
-            }
-            for (int64_t row = 0, count = 0; row < group.rows; row += count, room -= count) {
-                if (room == 0) {
-                    chunks_.emplace_back();
-                    room = limit;
+        int64_t room = -limit;
+        auto open = [&] {
+            chunks_.emplace_back();
+            room = limit;
+        };
+        for (const Unit& unit : plan_.units) {
+            if (unit.shared && room + limit / 4 < unit.row_count) open();
+            for (int32_t g = unit.first; g < unit.last; ++g) {
+                const int32_t rows = plan_.groups[g].rows;
+                for (int64_t row = 0, count = 0; row < rows; row += count) {
+                    if (!unit.shared && room <= 0) open();
+                    count = unit.shared ? rows : std::min<int64_t>(room, rows - row);
+                    if (!unit.shared) room -= count;
+                    add_span({g, row, count});
                 }
-                count = std::min<int64_t>(room, group.rows - row);
-                chunks_.back().push_back({int32_t(g), row, count});
             }
+            if (unit.shared) room -= unit.row_count;
         }
-        if (chunks_.empty()) chunks_.emplace_back();
+        if (chunks_.empty()) open();
+    }
+
+    void add_span(const Span& span) {
+        const Group& group = plan_.groups[span.group];
+        chunks_.back().push_back(span);
+        for (int32_t j = 0; j < group.tap_count; ++j) {
+            const int32_t tap = plan_.tap_ids[group.taps + j];
+            position_[size_t(span.group) * plan_.taps() + tap] = j;
+            last_[tap] = int64_t(chunks_.size()) - 1;
+            if (pairs_[tap] == 0) first_[tap] = last_[tap];
+            pairs_[tap] += span.count;
+        }
     }
 
     // Add every row tile that begins in [first, last) of the row tiles of all taps laid end to end.
-    void add_share(const std::vector<int64_t>& start, int64_t first, int64_t last, Source* panels) const {
-        for (size_t chunk = 0; chunk < chunks_.size(); ++chunk)
+    void add_share(const std::vector<int64_t>& start, int64_t first, int64_t last, const Buffers& buffers) const {
+        for (int64_t chunk = 0; chunk < int64_t(chunks_.size()); ++chunk)
             for (int32_t tap = 0; tap < plan_.taps(); ++tap) {
                 const int64_t step = pairs_[tap] + 1;
                 const int64_t low = std::clamp<int64_t>((first - start[tap] + step - 1) / step, 0, row_tiles_);
                 const int64_t high = std::clamp<int64_t>((last - start[tap] + step - 1) / step, 0, row_tiles_);
                 for (int64_t c = 0; low < high && c < column_tiles_; c += PANELS)
-                    add_chunk(chunks_[chunk], tap, first_[tap] == int64_t(chunk), low, high, c, panels);
+                    add_chunk(chunk, tap, {low, high, c, std::min(c + PANELS, column_tiles_), nullptr, 0, first_[tap] == chunk},
+                              buffers);
             }
     }
 
-    void add_chunk(const std::vector<Span>& spans, int32_t tap, bool opens, int64_t low, int64_t high, int64_t column,
-                   Source* panels) const {
+    void add_chunk(int64_t chunk, int32_t tap, Block block, const Buffers& buffers) const {
         const int32_t wide = plan_.axis[1].taps;
+        const int64_t row_stride = args_.weight_stride[by_target_ ? 1 : 0];
+        const int64_t row = first_row(block.low), column = block.first * policy_.tile_columns();
         Result* result = static_cast<Result*>(args_.weight) + tap / wide * args_.weight_stride[2] +
-                         tap % wide * args_.weight_stride[3];
-        Block block{low, high, column, std::min(column + PANELS, column_tiles_), result, opens};
+                         tap % wide * args_.weight_stride[3] + row * row_stride + column;
+        if constexpr (NARROWS) {
+            block.sums = buffers.block != nullptr ? buffers.block : buffers.sums + (tap * rows_ + row) * columns_ + column;
+            block.stride = buffers.block != nullptr ? PANELS * policy_.tile_columns() : columns_;
+        } else {
+            block.sums = result;
+            block.stride = row_stride;
+        }
+        add_spans(chunks_[chunk], tap, block, buffers.panels);
+        if constexpr (NARROWS) {
+            const int64_t count = std::min(PANELS * policy_.tile_columns(), columns_ - column);
+            for (int64_t r = 0; r < first_row(block.high) - row && last_[tap] == chunk; ++r)
+                policy_.narrow(block.sums + r * block.stride, result + r * row_stride, count);
+        }
+    }
+
+    void add_spans(const std::vector<Span>& spans, int32_t tap, Block& block, Source* panels) const {
         Run run;
         for (const Span& span : spans) {
             const Group& group = plan_.groups[span.group];
@@ -145,7 +191,6 @@ class Wgrad {
     }
 
     void add_run(Run& run, Block& block, Source* panels) const {
-        const int64_t row_stride = args_.weight_stride[by_target_ ? 1 : 0];
         const Source *source = static_cast<const Source*>(args_.source), *target = static_cast<const Source*>(args_.target);
         const Source *p = by_target_ ? source : target, *q = by_target_ ? target : source;
         Source* left = panels + PANELS * panel_size();
@@ -156,17 +201,20 @@ class Wgrad {
         for (int64_t i = 0; i < run.count + OUTER_AHEAD && run.count > 0; ++i)
             scattered[i] = run.p[std::min(i, run.count - 1)] * rows_;
         for (int64_t tile = block.low; tile < block.high; ++tile) {
-            const int64_t row = rows_ * tile / row_tiles_;
-            const int32_t rows = int32_t(rows_ * (tile + 1) / row_tiles_ - row);
+            const int64_t row = first_row(tile);
+            const int32_t rows = int32_t(first_row(tile + 1) - row);
             const bool gathered = policy_.gather_rows({p + row, rows_, run.p, run.count, rows, left}, block.last - block.first);
             for (int64_t c = block.first; c < block.last; ++c)
                 policy_.multiply(gathered ? left : p + row, gathered ? side_by_side_ : scattered, run.count, panel(c),
-                                 block.result + row * row_stride + c * policy_.tile_columns(), row_stride, rows,
-                                 columns_at(c), !block.opens);
+                                 block.sums + (row - first_row(block.low)) * block.stride +
+                                     (c - block.first) * policy_.tile_columns(),
+                                 block.stride, rows, columns_at(c), !block.opens);
         }
         run.count = 0;
         block.opens = false;
     }
+
+    int64_t first_row(int64_t tile) const { return rows_ * tile / row_tiles_; }
 
     int64_t panel_size() const { return RUN * policy_.tile_columns(); }
 
@@ -181,8 +229,8 @@ class Wgrad {
     int64_t rows_, columns_, row_tiles_, column_tiles_;  // of the gradient of a tap
     int64_t side_by_side_[RUN + OUTER_AHEAD];  // offsets of gathered rows
     std::vector<std::vector<Span>> chunks_;
-    std::vector<int32_t> position_;       // (group, tap): the place of the tap in the group, or -1
-    std::vector<int64_t> first_, pairs_;  // of each tap: the chunk that opens its sums, and its number of pairs
+    std::vector<int32_t> position_;              // (group, tap): the place of the tap in the group, or -1
+    std::vector<int64_t> first_, last_, pairs_;  // of each tap: the chunks that open and close its sums, its number of pairs
 };
 
 }  // namespace patchsparse

@@ -1,5 +1,5 @@
-// Weight gradient in bfloat16 on matrix tiles, summed and returned in float32: both sides of a run are gathered, the
-// rows transposed, the columns with neighbouring pairs interleaved.
+// Weight gradient in bfloat16, summed in float32: both sides of a run are gathered with neighbouring pairs interleaved,
+// the rows as the instruction set likes them.
 #include <new>
 
 #include "kernels.h"
@@ -10,7 +10,8 @@ namespace {
 
 struct TilePolicy {
     using Source = Bf16;
-    using Result = float;
+    using Sum = float;
+    using Result = Bf16;
     static constexpr int64_t RUN = 512;
     const Bf16Kernels& kernels;
 
@@ -32,12 +33,13 @@ struct TilePolicy {
         const int64_t steps = (count + BF16_TILE - 1) / BF16_TILE;
         kernels.outer({left, panel, steps, result, result_stride, rows, columns, accumulate});
     }
+    void narrow(const float* from, Bf16* to, int64_t count) const { kernels.narrow(from, to, count); }
 };
 
 }  // namespace
 
 bool wgrad_bf16(const ps_wgrad_args& args) {
-    const Bf16Kernels* table = args.isa == PS_AMX ? kernels_bf16() : nullptr;
+    const Bf16Kernels* table = kernels_bf16(args.isa);
     return table != nullptr && Wgrad<TilePolicy>(args, TilePolicy{*table}).run();
 }
 

@@ -15,6 +15,7 @@ for source in csrc/*.cpp; do
     case $source in
       *kernels_avx2.cpp) isa=(-mavx2 -mfma) ;;
       *kernels_avx512.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma) ;;
+      *kernels_avx512_bf16.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mavx512bf16) ;;
       *kernels_amx.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mavx512bf16 -mamx-tile -mamx-bf16) ;;
     esac
   fi
@@ -28,4 +29,5 @@ for job in "${jobs[@]}"; do wait "$job"; done
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 export PATCHSPARSE_ENGINE=$build/_engine.so OMP_NUM_THREADS=2
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
-  python -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_cpp.py tests/kernels/test_depthwise.py tests/kernels/test_winograd.py tests/kernels/test_cpp_loading.py "$@"
+  python -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_cpp.py tests/kernels/test_bfloat16.py tests/kernels/test_depthwise.py \
+  tests/kernels/test_winograd.py tests/kernels/test_cpp_loading.py "$@"

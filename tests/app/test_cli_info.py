@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from patchsparse import available_backends
+from patchsparse.backends import native
 from spatspark_fast.info import main
 
 
@@ -16,6 +17,8 @@ def test_versions_devices_and_engines_are_reported(capsys: pytest.CaptureFixture
     assert torch.backends.cpu.get_cpu_capability() in report
     assert all(name in report for name in available_backends())
     assert "taken" in report
+    if "cpp" in available_backends():
+        assert re.search(rf"cpp: runs on \w+; {native.ISA} chooses one of portable", report)
     assert "multiply-adds" not in report
 
 

@@ -5,7 +5,7 @@ matrix product whose rows are found by index. Weights are packed in panels once 
 as such and accumulated in float32. Results do not depend on the number of threads.
 
 3x3 convolutions of stride 1 go another way where patches have even sides (:func:`winograd`): 16 products for 2x2
-outputs instead of 36, or as many as are active.
+outputs instead of 36, or as many as are active. bfloat16 does not where the processor multiplies it itself.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def pays(call: Call) -> bool:
     7x7 stride 2, C=12 -> 64  1.2 1.1 0.8       0.5 0.9 0.4
     ========================  ================  ===================
 
-    Without matrix tiles bfloat16 is widened, which pays on small patches alone; Winograd's way reads and writes it.
+    In bfloat16 by vectors of pairs (AVX512_BF16, two cores of Zen 5): 1.4 1.3 0.7 at p=16, C=16; 1.0 1.1 1.4 at p=16,
+    C=32; 1.3 1.3 1.5 at p=8, C=64; 7.9 12 21 at p=1, C=512; 1.9 2.2 2.8 at stride 2, p=8, C=64; 0.9 1.1 0.6 for the
+    7x7. Elsewhere it is widened, which pays on small patches alone; Winograd's way reads and writes it.
     """
     if call.operation.startswith("max_pool2d") or call.groups != 1:
         return call.dtype != torch.float64
@@ -71,8 +73,9 @@ def pays(call: Call) -> bool:
         return call.in_channels >= (16 if weight_gradient else 8)
     if call.dtype != torch.bfloat16:
         return False
-    if _tiles_of_bfloat16():
-        return call.in_channels >= (64 if weight_gradient else 16)
+    if _multiplies_bfloat16():
+        few = 64 if native.library().isa() == native.AMX else 32
+        return call.in_channels >= (few if weight_gradient else 16)
     tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.window)
     return tiled or min(call.window.output_size(call.size)) <= 2
 
@@ -84,17 +87,17 @@ def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, gro
     float32, batch 8, 60 % masked, all three sides; ``benchmarks/test_conv.py``): 1.7x as fast at p=8, C=64; 1.5x
     at p=4, C=128; 1.3x at p=2, C=256; 1.4x at p=8, C=32; slower below 32 channels, where its sums are a small part.
     """
-    if dtype == torch.bfloat16 and _tiles_of_bfloat16():
-        return False  # matrix tiles are faster still
+    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return False  # two products or more for one of float32, and no sums around them: 1.1x (p=8) to 1.6x (p=2)
     three = window == Window((3, 3), (1, 1), (1, 1))
     even = size[0] % 2 == 0 and size[1] % 2 == 0
     return three and even and groups == 1 and min(channels) >= 32 and dtype in DTYPES
 
 
-def _tiles_of_bfloat16() -> bool:
-    """Return whether the instruction set in use has matrix tiles."""
+def _multiplies_bfloat16() -> bool:
+    """Return whether the instruction set in use multiplies bfloat16 itself: by matrix tiles, or by vectors of pairs."""
     loaded = native.library()
-    return loaded.problem is None and loaded.isa() == native.AMX
+    return loaded.problem is None and loaded.isa() >= native.BF16
 
 
 class _Plan:
@@ -167,7 +170,7 @@ def _how(x: Tensor) -> tuple[int, int, int]:
 
 def _compute(x: Tensor, groups: int) -> Tensor:
     """Return ``x`` packed, and widened where the engine has no kernel for its dtype."""
-    return packed_like(x) if groups == 1 and _tiles_of_bfloat16() else _widened(x)
+    return packed_like(x) if groups == 1 and _multiplies_bfloat16() else _widened(x)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -270,7 +273,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
         )
         _run("ps_depthwise_wgrad", args)
         return matrix.t().unflatten(1, (1, kh, kw)).to(dtype)
-    sums = x.new_empty(0, dtype=torch.float32) if x.dtype == torch.bfloat16 else x
+    sums = x.new_empty(0, dtype=_wide(dtype)) if fast else x
     if c_in < 32 <= c_out:  # few input channels (a stem) would leave the vectors half empty
         weight = sums.new_empty(kh, kw, c_in, c_out).permute(3, 2, 0, 1)
     else:

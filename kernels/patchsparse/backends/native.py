@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["AMX", "ISA", "ISAS", "Conv", "Depthwise", "Geometry", "Library", "Pool", "Wgrad", "library"]
+__all__ = ["AMX", "BF16", "ISA", "ISAS", "Conv", "Depthwise", "Geometry", "Library", "Pool", "Wgrad", "library"]
 
-ABI = 2
+ABI = 3
 ISA = "PATCHSPARSE_ISA"
 ENGINE = "PATCHSPARSE_ENGINE"
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 AMX = ISAS.index("amx")
+BF16 = ISAS.index("avx512_bf16")  # the first that multiplies bfloat16 itself
 HOW = (
     "reinstall with a C++17 compiler on the PATH (`pip install --force-reinstall --no-deps .`); "
     "the other engines do not need it"

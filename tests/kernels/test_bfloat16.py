@@ -1,0 +1,122 @@
+"""bfloat16 in the C++ engine on every instruction set: exactness, edges of channels and rows, the choice of a way."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from patchsparse import PatchGrid, ops, pack
+from patchsparse.backends import cpp, native
+from patchsparse.geometry import Call, Window
+
+from .cases import cases
+from .test_conv import gradients, masked_conv, relative_error
+
+ISAS = native.library().isas
+pytestmark = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def results(
+    grid: PatchGrid, operands: tuple[Tensor, ...], window: dict, exact: torch.dtype | None = None
+) -> list[Tensor]:
+    """Return output and gradients of a convolution of packed patches, by the engine or by PyTorch in ``exact``."""
+    leaves = tuple(t.to(exact or t.dtype).detach().requires_grad_() for t in operands)
+    if exact is None:
+        options = (*(list(window[name]) for name in ("stride", "padding", "dilation")), 1, "cpp")
+        output = ops.conv2d(pack(leaves[0], grid), *leaves[1:], grid.slot, grid.coords, *options)
+    else:
+        output = masked_conv(leaves[0], grid.active, *leaves[1:], **window)
+    return [output, *gradients(output, leaves, 9)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("size", "channels", "kernel", "stride"),
+    [
+        (8, (64, 96), 3, 1),
+        (4, (161, 130), 3, 1),
+        (2, (288, 64), 3, 1),
+        (1, (256, 320), 3, 1),
+        (1, (33, 992), 3, 1),
+        (8, (34, 75), 3, 2),
+        (2, (129, 257), 3, 2),
+        (4, (300, 33), 1, 1),
+        (2, (64, 128), 1, 2),
+    ],
+)
+def test_it_is_as_exact_as_pytorch(isa, size, channels, kernel, stride, monkeypatch):
+    """error(ours) <= 2 x error(PyTorch), both against float64; several panels, bands, blocks of rows and chunks."""
+    monkeypatch.setenv(native.ISA, isa)
+    batch = 20 if size == 1 else 6
+    grid = PatchGrid.random(batch, (7, 8), keep=0.7, generator=torch.Generator().manual_seed(size))
+    operands = (
+        normal(batch, channels[0], 7 * size, 8 * size),
+        normal(channels[1], channels[0], kernel, kernel, seed=1).contiguous(memory_format=torch.channels_last),
+        normal(channels[1], seed=2),
+    )
+    window = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "dilation": (1, 1)}
+    exact, theirs = (results(grid, operands, window, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for name, e, p, o in zip("yxwb", exact, theirs, results(grid, operands, window), strict=True):
+        assert o.dtype == torch.bfloat16
+        assert relative_error(o, e) <= 2 * relative_error(p, e), name
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40)
+@given(
+    case=cases(
+        kernels=(1, 3), dilations=(1,), channels=(1, 2, 15, 31, 33, 63, 65), patches=(1, 2, 4, 6), dtype=torch.float32
+    ),
+    out=st.sampled_from([1, 2, 16, 17, 32, 33, 49]),
+)
+def test_small_integers_are_multiplied_exactly(isa, case, out):
+    """Sums of small integers are exact, so that a pair left out or taken twice shows, whatever the tail of channels."""
+    operands = tuple(
+        (t * 2).round().clamp(-2, 2).bfloat16()
+        for t in (case.image, case.normal(out, case.image.shape[1], *case.kernel), case.normal(out))
+    )
+    exact = results(case.grid, operands, case.window, torch.float64)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(native.ISA, isa)
+        output = results(case.grid, operands, case.window)[0]
+    assert torch.equal(output, exact.bfloat16())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("size", "channels"), [(1, 33), (2, 5), (4, 47)])
+def test_a_nan_stays_with_the_pixels_that_read_it(isa, size, channels, monkeypatch):
+    """A row of an odd number of channels is not paired with the first channel of the next one."""
+    monkeypatch.setenv(native.ISA, isa)
+    grid = PatchGrid.random(2, (4, 4), keep=9, generator=torch.Generator().manual_seed(1))
+    x, grad = normal(18, channels, size, size), normal(18, channels, size, size, seed=1)
+    x[3, 0, 0, 0] = grad[4, 0, -1, -1] = torch.nan
+    weight, maps = normal(channels, channels, 3, 3, seed=2), (grid.slot, grid.coords)
+    three = Window((3, 3), (1, 1), (1, 1))
+    for run in (
+        lambda t: cpp.conv2d(t(x), t(weight), None, *maps, three, 1),
+        lambda t: cpp.conv2d_dgrad(t(grad), t(weight), *maps, (size, size), three, 1),
+    ):
+        monkeypatch.setattr(cpp, "winograd", lambda *_: False)  # its sums spread a NaN over a tile of 2x2 pixels
+        assert torch.equal(run(torch.clone).isnan(), run(Tensor.double).isnan())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_way_follows_the_instruction_set(isa, monkeypatch):
+    monkeypatch.setenv(native.ISA, isa)
+    direct = native.ISAS.index(isa) >= native.BF16
+    three = Window((3, 3), (1, 1), (1, 1))
+    assert cpp.winograd(torch.bfloat16, (4, 4), (64, 64), three) is not direct
+    assert cpp.winograd(torch.float32, (4, 4), (64, 64), three)
+
+    def pays(channels: int, operation: str = "conv2d") -> bool:
+        strided = Window((3, 3), (2, 2), (1, 1))
+        return cpp.pays(Call(operation, "cpu", torch.bfloat16, 8, (8, 8), channels, channels, strided))
+
+    assert pays(64) is pays(64, "conv2d_wgrad") is direct
+    assert not pays(8)
+    assert not pays(16, "conv2d_wgrad")
