@@ -75,8 +75,8 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
 
     with torch.no_grad():
         directions = _directions(_packed(next(iter(ours.values())), last, grid))
-    images = [unpack(d, grid) for d in directions]
-    noise = [torch.randn_like(image) for image in images]  # plain dense has no zeros that save power
+    images = [unpack(d, grid).contiguous() for d in directions]  # gradients in the layout of the features, each way
+    noise = [torch.randn_like(image, memory_format=torch.channels_last) for image in images]  # no zeros that save power
 
     def timed(run: Callable[[], Sequence[Tensor]], directions: Sequence[Tensor]) -> Callable[[], None]:
         def step() -> None:
@@ -104,9 +104,10 @@ def _packed(model: nn.Module, frames: Tensor, grid: PatchGrid) -> list[Tensor]:
 
 
 def _directions(features: Sequence[Tensor]) -> list[Tensor]:
-    """Return a random gradient for each feature map; ones would vanish in a batch norm."""
+    """Return a random gradient for each feature map, in channels_last memory; ones would vanish in a batch norm."""
     generator = torch.Generator(features[0].device).manual_seed(1)
-    return [torch.randn(f.shape, generator=generator, device=f.device) for f in features]
+    random = (torch.randn(f.shape, generator=generator, device=f.device) for f in features)
+    return [direction.contiguous(memory_format=torch.channels_last) for direction in random]
 
 
 def _compare(name: str, ours: dict[str, nn.Module], plain: nn.Module, frames: Tensor, grid: PatchGrid) -> None:

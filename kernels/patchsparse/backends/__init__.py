@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
@@ -15,6 +16,7 @@ BOTH_GRADIENTS_AT_ONCE = ("minkowski",)
 OVERRIDE = "PATCHSPARSE_BACKEND"
 
 
+@cache
 def engine(name: str) -> ModuleType:
     """Return the module of an engine; raise ValueError for a name that is not one."""
     if name not in ENGINES:
