@@ -15,7 +15,8 @@ namespace patchsparse {
 namespace {
 
 constexpr int64_t SLICE = 64;          // channels
-constexpr int64_t BATCH_PIXELS = 128;  // pixels whose lists of taps are kept while all slices pass
+// Pixels whose lists of taps are kept while all slices pass, and whose products a gradient adds up at a time.
+constexpr int64_t BATCH_PIXELS = 128;
 
 // The active taps of a batch of targets, one list after the other.
 struct TapLists {
@@ -53,7 +54,8 @@ class Depthwise {
                     kernels_.depthwise_patch(patch_args(patch, 0, args_.channels));
                 return;
             }
-            for_pixels(first, last, 0, args_.channels, [this](const PixelArgs<T>& a) { kernels_.depthwise_pixel(a); });
+            for_pixels(first, last, 0, args_.channels, [this](const PixelArgs<T>& a) { kernels_.depthwise_pixel(a); },
+                       [](int64_t, int64_t) {});
         };
         parallel(args_.threads, share);
         return !failed;
@@ -81,14 +83,31 @@ class Depthwise {
                     kernels_.depthwise_patch_wgrad(patch_args(patch, first, last), gradient);
                 return;
             }
-            for_pixels(0, plan_.geometry.patches, first, last,
-                       [&](const PixelArgs<T>& a) { kernels_.depthwise_pixel_wgrad(a, gradient); });
+            if (!pixels_wgrad(first, last, gradient)) failed = true;
         };
         parallel(args_.threads, share);
         return !failed;
     }
 
   private:
+    // Add the products of each run of pixels up before the sums of runs: one sum of all would round too often.
+    bool pixels_wgrad(int64_t first, int64_t last, T* gradient) const {
+        static thread_local Scratch scratch;
+        T* run = scratch.get<T>(plan_.taps() * args_.channels);
+        if (run == nullptr) return false;
+        std::fill(run, run + plan_.taps() * args_.channels, T(0));
+        auto add_run = [&](int64_t low, int64_t high) {
+            for (int64_t tap = 0; tap < plan_.taps(); ++tap)
+                for (int64_t i = tap * args_.channels + low; i < tap * args_.channels + high; ++i) {
+                    gradient[i] += run[i];
+                    run[i] = T(0);
+                }
+        };
+        for_pixels(0, plan_.geometry.patches, first, last,
+                   [&](const PixelArgs<T>& a) { kernels_.depthwise_pixel_wgrad(a, run); }, add_run);
+        return true;
+    }
+
     // Compute a slice of channels of a chunk, below `last`: its targets, or what it adds to the gradient.
     // Return false if there is no memory.
     bool squares(const SquareChunk& chunk, int64_t first, int64_t last, T* gradient = nullptr) const {
@@ -135,9 +154,10 @@ class Depthwise {
             }
     }
 
-    // Call f for each target of patches [first, last) with its active taps, slice by slice of channels [low, high).
-    template <class F>
-    void for_pixels(int64_t first, int64_t last, int64_t low, int64_t high, F f) const {
+    // Call f for each target of patches [first, last) with its active taps, slice by slice of channels [low, high), and
+    // end_run for each slice of a run of targets.
+    template <class F, class G>
+    void for_pixels(int64_t first, int64_t last, int64_t low, int64_t high, F f, G end_run) const {
         const int64_t batch = std::max<int64_t>(1, BATCH_PIXELS / (int64_t(v_.target) * h_.target));
         TapLists lists;
         for (int64_t begin = first; begin < last; begin += batch) {
@@ -147,13 +167,17 @@ class Depthwise {
             lists.target.clear();
             for (int64_t patch = begin; patch < std::min(begin + batch, last); ++patch) add_lists(lists, patch);
             lists.start.push_back(int32_t(lists.in.size()));
-            for (int64_t c = low; c < high; c += SLICE)
-                for (size_t i = 0; i < lists.target.size(); ++i)
+            for (int64_t c = low; c < high; c += SLICE) {
+                const int64_t end = std::min(c + SLICE, high);
+                for (size_t i = 0; i < lists.target.size(); ++i) {
                     f(PixelArgs<T>{static_cast<const T*>(args_.source), lists.in.data() + lists.start[i],
                                    lists.taps.data() + lists.start[i], lists.start[i + 1] - lists.start[i],
                                    static_cast<const T*>(args_.weight), static_cast<const T*>(args_.bias),
                                    static_cast<T*>(args_.target) + lists.target[i] * args_.channels, args_.channels, c,
-                                   std::min(c + SLICE, high)});
+                                   end});
+                    if ((i + 1) % BATCH_PIXELS == 0 || i + 1 == lists.target.size()) end_run(c, end);
+                }
+            }
         }
     }
 

@@ -35,7 +35,8 @@ void depthwise_channels(const DepthwiseArgs<typename V::T>& a, int64_t c, int co
     }
 }
 
-// The sums of one kernel row stay in registers over all rows of the patch.
+// The sums of one kernel row stay in registers over all rows of the patch. They begin at 0 in each patch: one sum over
+// all patches would round too often.
 template <class V, int WIDTH, int WIDE>
 void depthwise_wgrad_channels(const DepthwiseArgs<typename V::T>& a, typename V::T* gradient, int64_t c, int count) {
     using T = typename V::T;
@@ -44,7 +45,7 @@ void depthwise_wgrad_channels(const DepthwiseArgs<typename V::T>& a, typename V:
     for (int ky = 0; ky < a.kernel[0]; ++ky) {
         T* to = gradient + int64_t(ky) * WIDE * a.channels + c;
         V sum[WIDE];
-        for (int kx = 0; kx < WIDE; ++kx) sum[kx] = load(to + kx * a.channels);
+        for (int kx = 0; kx < WIDE; ++kx) sum[kx] = V::zero();
         for (int y = 0; y < a.height; ++y) {
             const int32_t* halo = a.halo + (y + ky) * a.halo_row;
             const T* from = a.target + y * a.target_row + c;
@@ -60,6 +61,7 @@ void depthwise_wgrad_channels(const DepthwiseArgs<typename V::T>& a, typename V:
             }
         }
         for (int kx = 0; kx < WIDE; ++kx) {
+            sum[kx].add(load(to + kx * a.channels));
             if (full) sum[kx].store(to + kx * a.channels);
             else sum[kx].store(to + kx * a.channels, count);
         }

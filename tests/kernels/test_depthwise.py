@@ -96,3 +96,30 @@ def test_no_active_neighbour_is_one_product_per_pixel():
     x, weight = torch.randn(1, 24, 1, 1), torch.randn(24, 1, 7, 7)
     out = patch_conv2d(x, weight, None, grid, padding=3, groups=24, backend="cpp")
     assert torch.equal(out, x * weight[None, :, 0, 3:4, 3:4])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "side"), [(7, 1, 1, 8), (7, 1, 1, 4), (3, 2, 1, 16), (3, 1, 2, 8)]
+)
+def test_a_weight_gradient_over_many_patches_is_as_exact_as_pytorch(isa, kernel, stride, dilation, side, monkeypatch):
+    """A gradient adds up some twenty thousand products; rounding after each of them would cost two digits."""
+    monkeypatch.setenv(native.ISA, isa)
+    channels, padding = 16, dilation * (kernel // 2)
+    generator = torch.Generator().manual_seed(kernel + side)
+    image = torch.randn(4, channels, 9 * side, 9 * side, generator=generator)
+    weight = torch.randn(channels, 1, kernel, kernel, generator=generator)
+    grid = PatchGrid.from_active(torch.ones(4, 9, 9, dtype=torch.bool))
+    grad = torch.randn(4, channels, 9 * side // stride, 9 * side // stride, generator=generator)
+
+    def of(x: Tensor, g: Tensor) -> Tensor:
+        leaf = weight.to(x).requires_grad_()
+        y = torch.nn.functional.conv2d(x, leaf, None, stride, padding, dilation, channels)
+        return torch.autograd.grad(y, leaf, g)[0].double()
+
+    leaf = weight.clone().requires_grad_()
+    y = patch_conv2d(pack(image, grid), leaf, None, grid, stride, padding, dilation, channels, backend="cpp")
+    ours = torch.autograd.grad(y, leaf, pack(grad, grid))[0].double()
+    exact, theirs = of(image.double(), grad.double()), of(image, grad)
+    tiny = 4 * torch.finfo(torch.float32).eps * float(grad[:, 0].double().square().sum().sqrt())  # as in test_cpp.py
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + tiny
