@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import cpp, requested
+from .backends import cpp
 from .functional import patch_conv2d, patch_conv_transpose2d
 from .geometry import Call, Window
 from .grid import whole_grid
@@ -71,9 +71,7 @@ def image_conv_transpose2d(image: Tensor, weight: Tensor, bias: Tensor | None = 
 
 def _by_engine(image: Tensor, op: str, out_channels: int, window: Window, backend: str) -> bool:
     """Return whether whole images are a case for the ``cpp`` engine: eager, float32 or float64, on a CPU."""
-    if type(image) is not Tensor or requested(backend) not in ("auto", "cpp"):
-        return False
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(image.device.type):
+    if not cpp.may_replace_pytorch(image, backend):
         return False
     size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
     call = Call(op, image.device.type, image.dtype, image.shape[0], size, *channels, window)

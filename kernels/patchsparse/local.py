@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .backends import native, requested
+from .backends import cpp, native
 from .geometry import Window
 from .grid import whole_grid
 from .processor import processor_fields
@@ -40,10 +40,8 @@ def multiplies_by_engine(x: Tensor) -> bool:
     convolution 0.7 to 2.5 ms (ResNet-50's 1x1 layers of batch 4, two cores of Zen 5, ``benchmarks/test_conv.py``);
     the linear layers of a ConvNeXt-Tiny 640 ms forward and backward, this engine 230 ms (batch 4, 60 % masked).
     """
-    plain = type(x) is Tensor and (x.device.type, x.dtype) == ("cpu", torch.float32)
-    eager = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
-    wanted = requested("auto") in ("auto", "cpp")
-    return plain and eager and wanted and x.shape[1] >= 16 and _products_are_slow() and native.library().problem is None
+    suits = (x.device.type, x.dtype) == ("cpu", torch.float32) and x.shape[1] >= 16
+    return suits and cpp.may_replace_pytorch(x) and _products_are_slow() and native.library().problem is None
 
 
 def local_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> Tensor:

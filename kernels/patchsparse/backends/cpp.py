@@ -19,10 +19,19 @@ from torch import Tensor
 
 from ..geometry import Call, Window
 from ..layout import packed_empty, packed_like
-from . import native
+from . import native, requested
 from .tables import remember
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "pays", "why_not"]
+__all__ = [
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "max_pool2d",
+    "max_pool2d_grad",
+    "may_replace_pytorch",
+    "pays",
+    "why_not",
+]
 
 Size = tuple[int, int]
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -78,6 +87,13 @@ def pays(call: Call) -> bool:
         return call.in_channels >= (few if weight_gradient else 16)
     tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.window)
     return tiled or min(call.window.output_size(call.size)) <= 2
+
+
+def may_replace_pytorch(x: Tensor, backend: str = "auto") -> bool:
+    """Return whether a layer that is PyTorch's own may be given to this engine: eager, on a plain tensor, if wanted."""
+    if type(x) is not Tensor or requested(backend) not in ("auto", "cpp"):
+        return False
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
 def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, groups: int = 1) -> bool:
