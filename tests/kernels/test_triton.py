@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @pytest.mark.parametrize("part", ["convolution", "tile or tun or weight", "pool or norm or patch or large"])
 def test_interpreted_kernels_equal_the_other_engines(part):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=--strict-markers", "-k", part, "tests/kernels/interpreted_triton.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]

@@ -11,6 +11,8 @@ Every scatter is written as a gather through inverse rows: sums are deterministi
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,22 @@ def method(x: Tensor, in_channels: int, out_channels: int, window: Window, group
         return "halo"
     pixels = (x.shape[2] // window.stride[0]) * (x.shape[3] // window.stride[1])
     return "rows" if pixels <= 16 and min(in_channels, out_channels) >= 64 else "halo"
+
+
+@cache
+def _lacks(dtype: torch.dtype) -> bool:
+    """Return whether this processor computes convolutions of ``dtype`` by PyTorch's slow fallback."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    known = torch.ops.mkldnn
+    return dtype in names and not (hasattr(known, names[dtype]) and getattr(known, names[dtype])())
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype to compute ``x`` in: float32 for a half precision that a CPU lacks.
+
+    There PyTorch would round weight gradients after every tile, and take 8 to 20 times as long (two cores of Zen 3).
+    """
+    return torch.float32 if x.device.type == "cpu" and _lacks(x.dtype) else x.dtype
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -112,6 +130,9 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
+    if (wide := _wide(x)) != x.dtype:
+        bias = None if bias is None else bias.to(wide)
+        return conv2d(x.to(wide), weight.to(wide), bias, slot, coords, window, groups).to(x.dtype)
     size = _patch_size(x)
     if method(x, x.shape[1], weight.shape[0], window, groups) == "halo":
         tile = dense_operand(halo(x, slot, coords, window.before, window.after))
@@ -129,6 +150,8 @@ def conv2d_dgrad(
     grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
 ) -> Tensor:
     """Return the gradient at the input ``(N, C_in, ph, pw)``, itself a (transposed) convolution of ``grad``."""
+    if (wide := _wide(grad)) != grad.dtype:
+        return conv2d_dgrad(grad.to(wide), weight.to(wide), slot, coords, size, window, groups).to(grad.dtype)
     in_channels = weight.shape[1] * groups
     if method(grad, in_channels, weight.shape[0], Window(window.kernel, padding=window.padding), groups) == "rows":
         pairs = tables.tap_pairs(slot, coords, size, window)
@@ -160,6 +183,8 @@ def _crop_transposed(tile: Tensor, weight: Tensor, size: Size, window: Window, g
 
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
+    if (wide := _wide(x)) != x.dtype:
+        return conv2d_wgrad(x.to(wide), grad.to(wide), slot, coords, window, groups).to(x.dtype)
     shape = (grad.shape[1], x.shape[1] // groups, *window.kernel)
     if method(x, x.shape[1], grad.shape[1], window, groups) == "rows":
         pairs = tables.tap_pairs(slot, coords, _patch_size(x), window)
@@ -169,8 +194,6 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
         for g, i, out in zip(grads, inputs, _tap_matrices(weight), strict=True):
             torch.mm(g.t(), i, out=out)
         return weight
-    if x.dtype == torch.float16 and not x.is_cuda:  # where a CPU lacks float16, PyTorch rounds after each tile
-        return conv2d_wgrad(x.float(), grad.float(), slot, coords, window, groups).half()
     tile = dense_operand(halo(x, slot, coords, window.before, window.after))
     weight = x.new_empty(shape)
     return torch.ops.aten.convolution_backward(
