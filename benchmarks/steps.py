@@ -16,6 +16,7 @@ from spatspark_fast.data.store import in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.spark import SparK, build_spark
+from spatspark_fast.training.decoding import patches_to_decode
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import parameter_groups, set_rates
 
@@ -84,9 +85,7 @@ class OurStep:
         self.position += 1
         frames = next(self.frames)
         grid = self.masks(frames, step=self.position)
-        decoded = None
-        if self.decode_ratio < 1:
-            decoded = self.masks.decoded(grid, self.decode_ratio, step=self.position)
+        decoded = patches_to_decode(self.model, self.masks, grid, self.decode_ratio, self.position)
         marks("data")
         with torch.autocast(frames.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
             return self.run(frames, grid, decoded, marks)

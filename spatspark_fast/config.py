@@ -96,8 +96,8 @@ class ModelConfig:
         patch: side in pixels of the square patches that are hidden or seen
         decoder: "unet" (the published one) or "light" (one block and a 1x1 convolution)
         decoder_width: channels of the decoder's first block
-        decode_ratio: share of an image's patches that the U-Net reconstructs in a training step, masked patches at
-            random, anew each step; 1 reconstructs the whole image
+        decode_ratio: share of an image's patches that are reconstructed in a training step, masked patches at
+            random, anew each step; 1 is the whole image, or all that are masked by the light decoder
         dense_decoder_blocks: first blocks of the U-Net that run on the whole image even if decode_ratio is below 1
         levels: feature maps used, at strides 4, 8, 16, 32; fewer than 4 allow patches of 16 or 8 pixels
         loss_on: "masked" patches only (SparK), or "all" patches
@@ -302,12 +302,6 @@ def validate(config: PretrainConfig) -> None:
     )
     model = config.model
     need(0 < model.decode_ratio <= 1, "model.decode_ratio", model.decode_ratio, "give a share above 0, at most 1")
-    need(
-        model.decode_ratio == 1 or model.decoder == "unet",
-        "model.decode_ratio",
-        model.decode_ratio,
-        "the light decoder has no fine blocks to leave out; take --model.decoder unet, or 1",
-    )
     check_betas_and_devices(optim.betas, config.trainer.devices)
     crop, patch = config.data.crop, config.model.patch
     need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")

@@ -5,7 +5,6 @@ from typing import Protocol
 
 import torch
 
-from spatspark_fast.errors import UserError
 from spatspark_fast.masks import num_visible
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.macs import SparKMacs, count_macs
@@ -39,8 +38,6 @@ def model_costs(options: CostOptions) -> Iterable[str]:
     """Yield the lines of the report; raise `UserError` for a model or a size that does not exist."""
     size = (options.size, options.size)
     rows, columns = grid_shape(size, options.patch)
-    if options.decode_ratio < 1 and options.decoder != "unet":
-        raise UserError(f"--decode-ratio {options.decode_ratio} needs --decoder unet")
     model = build_spark(
         options.model,
         in_chans=options.frames,

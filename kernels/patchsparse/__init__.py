@@ -14,7 +14,7 @@ from .functional import (
     why_unavailable,
 )
 from .grid import PatchGrid
-from .images import image_conv2d, image_conv_transpose2d, image_engine
+from .images import image_conv2d, image_conv_transpose2d, image_engine, image_grid
 from .ops_densify import patch_batch_norm_unpack
 from .ops_norm import patch_batch_norm_act
 from .packing import pack, unpack
@@ -29,6 +29,7 @@ __all__ = [
     "image_conv2d",
     "image_conv_transpose2d",
     "image_engine",
+    "image_grid",
     "pack",
     "patch_avg_pool2d",
     "patch_batch_norm_act",

@@ -9,10 +9,11 @@ from torch import Tensor
 from .backends import cpp
 from .functional import patch_conv2d, patch_conv_transpose2d
 from .geometry import Call, Window
-from .grid import whole_grid
+from .grid import PatchGrid, whole_grid
 
-__all__ = ["image_conv2d", "image_conv_transpose2d", "image_engine"]
+__all__ = ["image_conv2d", "image_conv_transpose2d", "image_engine", "image_grid"]
 
+ONE = Window((1, 1))
 THREE = Window((3, 3), (1, 1), (1, 1))
 DOUBLE = Window((4, 4), (2, 2), (1, 1))
 
@@ -28,6 +29,17 @@ def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> boo
     return _by_engine(image, "conv2d", out_channels, THREE, backend) and cpp.winograd(
         image.dtype, size, channels, THREE
     )
+
+
+def image_grid(image: Tensor, backend: str = "auto") -> PatchGrid | None:
+    """Return the grid to bind for whole images ``(B, C, H, W)`` in a sparsified module: each is a single patch.
+
+    None, which is the plain dense module, where `image_conv_transpose2d` would leave them to PyTorch. Equivalent to::
+
+        grid = PatchGrid.from_active(torch.ones(B, 1, 1, dtype=torch.bool))
+    """
+    channels = image.shape[1]
+    return whole_grid(image.shape[0]) if _by_engine(image, "conv2d", channels, ONE, backend) else None
 
 
 def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:

@@ -7,6 +7,7 @@ patches from the deepest level, so that the encoder is nearly the whole cost of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import cast
 
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 
 from patchsparse import (
     PatchGrid,
+    bind,
     image_conv2d,
     image_conv_transpose2d,
+    image_grid,
     pack,
     patch_batch_norm_act,
     patch_conv2d,
     patch_conv_transpose2d,
+    sparsify,
 )
 from spatspark_fast.errors import UserError
 from spatspark_fast.models.geometry import strides_of
@@ -129,7 +133,11 @@ class LightDecoder(nn.Module):
 
     One ConvNeXt V2 block at the deepest stride ``s``, then a 1x1 convolution to the ``s*s*out_chans`` pixels
     under each position. Only the deepest level is densified.
+
+    With a grid of ``decoded`` patches, the last convolution draws these alone; their values are the same.
     """
+
+    dense_blocks = 1  # the block mixes positions of the whole image
 
     def __init__(self, out_chans: int, width: int = 512, levels: int = 4) -> None:
         super().__init__()
@@ -140,13 +148,18 @@ class LightDecoder(nn.Module):
         self.block = ConvNeXtBlock(width, use_grn=True, ls_init_value=None)
         self.head = nn.Conv2d(width, self.stride**2 * out_chans, kernel_size=1)
         self.apply(_init_weights)
+        sparsify(self)
 
-    def forward(self, densified: Sequence[Tensor], backend: str = "dense") -> Tensor:
+    def forward(self, densified: Sequence[Tensor], decoded: PatchGrid | None = None, backend: str = "dense") -> Tensor:
         """Map the deepest densified map ``(B, width, h, w)`` to ``(B, out_chans, h*s, w*s)``.
 
-        ``backend`` is that of `UNetDecoder`; there is no 3x3 convolution here for it.
+        With ``decoded`` the result is packed on it, ``(N, out_chans, patch, patch)``. ``backend`` as in `UNetDecoder`.
         """
-        pixels = self.head(self.block(densified[-1]))
+        x = densified[-1]
+        grid = image_grid(x, backend)
+        with nullcontext() if grid is None else bind(self, grid):
+            x = self.block(x)
+            pixels = self.head(x if decoded is None else pack(x, decoded))
         return F.pixel_shuffle(pixels, self.stride)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spatspark_fast.models.decoder import UNetDecoder
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.spark import SparK
 
@@ -80,7 +79,7 @@ class SparKMacs(NamedTuple):
 def count_macs(model: SparK, size: tuple[int, int], visible: float, decoded: float = 1.0) -> SparKMacs:
     """Count the multiply-adds of ``model`` for one image of ``size`` (H, W) with a ``visible`` share in (0, 1].
 
-    ``decoded`` is the share of patches that a U-Net reconstructs, 1 for all. The two convolutions of an upsampling
+    ``decoded`` is the share of patches that are reconstructed, 1 for all. The two convolutions of an upsampling
     block count as two, also where they run as one. The model itself is not touched; no memory for activations is
     needed. Raises UserError if the patch does not divide the image, ValueError for a share out of range.
     """
@@ -101,8 +100,7 @@ def count_macs(model: SparK, size: tuple[int, int], visible: float, decoded: flo
     for order in (densify.blocks, decoder.blocks):
         # Level and block number i, in the order in which they run, meet: both are packed from the same one on.
         for index, (name, macs) in enumerate(order.items()):
-            packed = isinstance(ghost.decoder, UNetDecoder) and index >= ghost.decoder.dense_blocks
-            blocks.append(BlockMacs(name, macs, macs * (decoded if packed else 1.0)))
+            blocks.append(BlockMacs(name, macs, macs * (decoded if index >= ghost.decoder.dense_blocks else 1.0)))
     found = tuple(block for block in blocks if block.dense)
     return SparKMacs(encoder.macs, densify.macs.dense, decoder.macs.dense, found)
 

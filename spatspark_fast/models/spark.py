@@ -11,7 +11,7 @@ The path of the data, one line each in `SparK.forward`::
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,8 @@ class SparK(nn.Module):
     def forward(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None = None) -> SparKOutput:
         """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units), seen where ``grid`` is active.
 
-        With ``decoded`` the finer blocks of a U-Net run on these patches alone, and the loss is that of these patches
-        (sparse decoding, see docs/training.md); the prediction is then packed, ``(M, T, patch, patch)``.
+        With ``decoded`` the finer blocks of the decoder run on these patches alone, and the loss is that of these
+        patches (sparse decoding, see docs/decoding.md); the prediction is then packed, ``(M, T, patch, patch)``.
 
         Raises UserError if the frames, the grid and the model do not fit together.
         """
@@ -84,9 +84,8 @@ class SparK(nn.Module):
             densified = self.densify(features, grid, backend=self.backend)
             prediction = self.decoder(densified, backend=self.backend)
             return SparKOutput(reconstruction_loss(prediction, frames, grid, self.loss_on), prediction)
-        decoder = cast(UNetDecoder, self.decoder)
-        densified = self.densify(features, grid, decoded, decoder.dense_blocks, self.backend)
-        prediction = decoder(densified, decoded, self.backend)
+        densified = self.densify(features, grid, decoded, self.decoder.dense_blocks, self.backend)
+        prediction = self.decoder(densified, decoded, self.backend)
         return SparKOutput(decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on), prediction)
 
     def encode(self, packed: Tensor, grid: PatchGrid) -> list[Tensor]:
@@ -101,6 +100,14 @@ class SparK(nn.Module):
     def forward_dense(self, frames: Tensor) -> Tensor:
         """Return the decoder's output ``(B, T, H, W)`` for whole images, by ordinary dense layers only."""
         return self.decoder(self.densify(self.encode_dense(frames)))
+
+    @property
+    def decodes_apart(self) -> bool:
+        """Whether leaving out patches that the loss does not read changes nothing but the cost of a step.
+
+        The light decoder draws each patch by itself, and with ``loss_on="masked"`` visible ones count for nothing.
+        """
+        return isinstance(self.decoder, LightDecoder) and self.loss_on == "masked"
 
     @torch.no_grad()
     def reconstruct(self, frames: Tensor, grid: PatchGrid, keep_visible: bool = True) -> Tensor:
@@ -128,8 +135,6 @@ class SparK(nn.Module):
                 f"the grid is {tuple(grid.active.shape)} (images, rows, columns), but frames "
                 f"{tuple(frames.shape)} in patches of {self.patch} need {expected}"
             )
-        if decoded is not None and not isinstance(self.decoder, UNetDecoder):
-            raise UserError("sparse decoding needs the unet decoder: the light one has no fine blocks to leave out")
         if decoded is not None and (decoded.active.shape != grid.active.shape or decoded.num_active == 0):
             raise UserError(
                 f"the decoded patches are {decoded.num_active} of {tuple(decoded.active.shape)}, the grid is "

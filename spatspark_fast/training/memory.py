@@ -18,9 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from patchsparse import PatchGrid
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.spark import SparK
+from spatspark_fast.training.decoding import patches_to_decode
 
 __all__ = ["StepMemory", "estimate_memory"]
 
@@ -91,9 +91,7 @@ def _peak_of_step(
     with _Tracker() as tracker:
         frames = torch.empty(batch, model.in_chans, *size)
         grid = masks(frames, step=0)
-        decoded: PatchGrid | None = None
-        if decode_ratio < 1:
-            decoded = masks.decoded(grid, decode_ratio, step=0, masked=model.loss_on == "masked")
+        decoded = patches_to_decode(model, masks, grid, decode_ratio, step=0)
         with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
             loss = model(frames, grid, decoded).loss
         loss.backward()

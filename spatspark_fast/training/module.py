@@ -7,6 +7,7 @@ from torch import Tensor
 from spatspark_fast.config import PretrainConfig, to_plain
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.spark import SparK
+from spatspark_fast.training.decoding import patches_to_decode
 from spatspark_fast.training.planned import PlannedTraining, averaged, step_seed
 from spatspark_fast.training.schedules import Plan
 
@@ -47,11 +48,8 @@ class SparkPretraining(PlannedTraining):
         frames = batch["input"]
         progress = self.plan.progress(self.plan.step_of(self.position))
         grid = self.masks(frames, step=self.position, progress=progress, rank=self.global_rank)
-        decoded = None
-        model = self.config.model
-        if model.decode_ratio < 1:
-            options = {"step": self.position, "rank": self.global_rank, "masked": model.loss_on == "masked"}
-            decoded = self.masks.decoded(grid, model.decode_ratio, **options)
+        share = self.config.model.decode_ratio
+        decoded = patches_to_decode(self.spark, self.masks, grid, share, self.position, self.global_rank)
         return self.watch(self.spark(frames, grid, decoded).loss)
 
     def extra_row(self) -> dict[str, float | Tensor]:

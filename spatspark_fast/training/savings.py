@@ -170,7 +170,7 @@ def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: floa
     """Return the shares of patches that are seen, and that are reconstructed."""
     rows, columns = grid_shape(size, model.patch)
     patches = rows * columns
-    if decode_ratio >= 1:
+    if decode_ratio >= 1 and not (model.decodes_apart and visible < patches):
         return visible / patches, 1.0
     return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
 

@@ -59,7 +59,6 @@ def test_blocks_and_memory_of_sparse_decoding(capsys: pytest.CaptureFixture[str]
         (["--model=resnet18", "--size=100"], "100 x 100"),
         (["--size=0"], "at least 1"),
         (["--decode-ratio=0"], "--decode-ratio"),
-        (["--model=resnet18", "--decoder=light", "--decode-ratio=0.5"], "--decoder unet"),
         (["--decoder=dense"], "unet"),
         (["--colour=red"], "colour"),
     ],

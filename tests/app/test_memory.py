@@ -6,6 +6,7 @@ import torch
 from benchmarks.timing import peak_bytes
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.spark import SparK, build_spark
+from spatspark_fast.training.decoding import patches_to_decode
 from spatspark_fast.training.memory import StepMemory, estimate_memory
 
 BATCH = 8
@@ -18,7 +19,7 @@ def measured(model: SparK, size: int, decode_ratio: float, precision: torch.dtyp
 
     def step() -> None:
         grid = masks(frames, step=0)
-        decoded = masks.decoded(grid, decode_ratio, step=0) if decode_ratio < 1 else None
+        decoded = patches_to_decode(model, masks, grid, decode_ratio, step=0)
         with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
             loss = model(frames, grid, decoded).loss
         loss.backward()

@@ -18,6 +18,7 @@ from spatspark_fast.models import build_spark
 from spatspark_fast.models import decoder as decoder_module
 from spatspark_fast.models.decoder import UNetBlock
 from spatspark_fast.models.upsample import pays, upsample_conv
+from spatspark_fast.training.decoding import patches_to_decode
 
 from .parity import make_frames, scramble
 
@@ -157,11 +158,42 @@ def test_decoded_patches_are_masked_new_every_step_and_repeatable() -> None:
     assert anywhere.counts().tolist() == [73, 73, 73]
 
 
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_the_light_decoder_draws_masked_patches_alone_and_trains_the_same(backend: str) -> None:
+    """By the C++ engine, where there is one, and by PyTorch's own layers; unequal counts per image."""
+    model = build_spark(in_chans=3, decoder="light", decoder_width=32, backend=backend).double().train()
+    scramble(model)
+    twin = copy.deepcopy(model)
+    frames = make_frames(2, 64, 96)
+    grid = PatchGrid.from_active(torch.tensor([[[1, 0, 0], [0, 1, 0]], [[1, 1, 0], [0, 1, 1]]]).bool())
+    decoded = patches_to_decode(model, MaskSampler(0.5), PatchGrid.random(2, (2, 3), keep=2), 1.0, step=0)
+    assert decoded is not None
+    assert decoded.counts().tolist() == [4, 4]
+    alone, whole = model(frames, grid, grid.complement()), twin(frames, grid)
+    torch.testing.assert_close(alone.prediction, pack(whole.prediction, grid.complement()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(alone.loss, whole.loss, rtol=1e-9, atol=1e-9)
+    alone.loss.backward()
+    whole.loss.backward()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_whole_images_are_decoded_where_the_loss_reads_them_or_nothing_is_masked() -> None:
+    masks, grid = MaskSampler(0.5), PatchGrid.random(2, (2, 3), keep=2)
+    unet = build_spark(in_chans=3, decoder_width=32)
+    light = build_spark(in_chans=3, decoder="light", decoder_width=32)
+    everywhere = build_spark(in_chans=3, decoder="light", decoder_width=32, loss_on="all")
+    for model, seen in ((unet, grid), (everywhere, grid), (light, PatchGrid.random(2, (2, 3), keep=1.0))):
+        assert patches_to_decode(model, masks, seen, 1.0, step=0) is None
+    found = patches_to_decode(light, masks, grid, 1.0, step=0)
+    assert found is not None
+    assert torch.equal(found.active, ~grid.active)
+
+
 def test_sparse_decoding_of_what_cannot_be_decoded_is_refused() -> None:
     frames, grid = make_frames(2, 64, 96), PatchGrid.random(2, (2, 3), keep=2)
-    light = build_spark(in_chans=3, decoder="light", decoder_width=32).double()
-    with pytest.raises(UserError, match="needs the unet decoder"):
-        light(frames, grid, grid.complement())
     unet = build_spark(in_chans=3, decoder_width=32).double()
     with pytest.raises(UserError, match="at least one patch of the same grid"):
         unet(frames, grid, PatchGrid.random(2, (3, 2), keep=2))

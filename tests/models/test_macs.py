@@ -38,6 +38,8 @@ def test_light_decoder_leaves_the_encoder_as_the_cost() -> None:
     block = 256 * 49 + 2 * 4 * 256**2
     assert macs.decoder == 81 * (block + 256 * 32 * 32 * 12)
     assert macs.saving > 1.5
+    masked = count_macs(build_spark(decoder="light", decoder_width=256), (288, 288), visible=0.4, decoded=0.6)
+    assert masked.active("decoder") == pytest.approx(81 * (block + 0.6 * 256 * 32 * 32 * 12))
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "convnext_atto"])

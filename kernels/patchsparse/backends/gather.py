@@ -64,7 +64,7 @@ def _lacks(dtype: torch.dtype) -> bool:
 def _wide(x: Tensor) -> torch.dtype:
     """Return the dtype to compute ``x`` in: float32 for a half precision that a CPU lacks.
 
-    There PyTorch would round weight gradients after every tile, and take 8 to 20 times as long (two cores of Zen 3).
+    PyTorch's own fallback rounds weight gradients after every tile there, and takes up to ten times as long.
     """
     return torch.float32 if x.device.type == "cpu" and _lacks(x.dtype) else x.dtype
 
