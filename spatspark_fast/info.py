@@ -108,8 +108,10 @@ def _engines() -> Iterable[str]:
     yield f"available: {', '.join(available_backends())}"
     loaded = native.library()
     if loaded.problem is None:
-        chosen = os.environ.get(native.ISA) or loaded.isas[-1]
-        yield f"cpp: runs on {chosen}; {native.ISA} chooses one of {', '.join(loaded.isas)}"
+        try:
+            yield f"cpp: runs on {native.ISAS[loaded.isa()]}; {native.ISA} chooses one of {', '.join(loaded.isas)}"
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         grid = PatchGrid.random(4, (9, 9), 32, generator=torch.Generator().manual_seed(0)).to(device)

@@ -51,6 +51,17 @@ def test_blocks_and_memory_of_sparse_decoding(capsys: pytest.CaptureFixture[str]
     assert "16 windows" in report
 
 
+@pytest.mark.skipif("cpp" not in available_backends(), reason="the C++ engine is not built")
+def test_an_instruction_set_that_cannot_run_is_not_named_as_if_it_ran(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(native.ISA, "sse9")
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert f"{native.ISA}=sse9 cannot run here; choose one of portable" in shown.err
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
