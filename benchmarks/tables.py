@@ -72,16 +72,18 @@ def encoder_table(rows: Sequence[Row]) -> str:
 
 def layer_table(rows: Sequence[Row]) -> str:
     """Return single layers over plain dense, all passes together."""
-    suite = [row for row in _suite(rows, "conv") if row["against"] == "dense" and row["limit"]]
+    whole = _suite(rows, "conv")
+    suite = [row for row in whole if row["against"] == "dense" and row["limit"]]
     sums = [row for row in suite if row["case"].endswith(" all")]
     lines = []
     for shape in dict.fromkeys(row["case"].rsplit(" ", 2)[0] for row in sums):
         cells = [_find(sums, case=f"{shape} {dtype} all", way="auto") for dtype in ("float32", "bfloat16")]
         found = next(cell for cell in cells if cell)
         passes = [_find(suite, case=f"{shape} float32 {side}", way="auto") for side in ("fwd", "dgrad", "wgrad")]
+        half = _ratio(_find(whole, case=f"{shape} all", way="bfloat16", against="float32"))
         apart = " / ".join(f"{float(row['ratio']):.1f}" if row else "-" for row in passes)
-        lines.append((words(shape), _ratio(cells[0]), apart, f"{float(found['limit']):.2f}", _ratio(cells[1])))
-    header = ("layer", "float32", "forward / dgrad / wgrad", "limit", "bfloat16")
+        lines.append((words(shape), _ratio(cells[0]), apart, f"{float(found['limit']):.2f}", _ratio(cells[1]), half))
+    header = ("layer", "float32", "forward / dgrad / wgrad", "limit", "bfloat16", "ours, bfloat16 over float32")
     title = (
         "**Single layers**, forward + both gradients, 60 % masked, over plain dense: `pytest benchmarks/test_conv.py`"
     )

@@ -1,11 +1,13 @@
-"""What Linux says of the processor."""
+"""What Linux and PyTorch say of the processor."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
 
-__all__ = ["processor_fields"]
+import torch
+
+__all__ = ["lacks", "processor_fields"]
 
 
 @cache
@@ -17,3 +19,11 @@ def processor_fields() -> dict[str, str]:
         return {}
     lines = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in lines}
+
+
+@cache
+def lacks(dtype: torch.dtype) -> bool:
+    """Return whether PyTorch has no unit of this processor for ``dtype``, a half precision, and falls back."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    known = torch.ops.mkldnn
+    return dtype in names and not (hasattr(known, names[dtype]) and getattr(known, names[dtype])())

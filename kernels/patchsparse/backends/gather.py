@@ -11,14 +11,13 @@ Every scatter is written as a gather through inverse rows: sums are deterministi
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import Call, Window
 from ..layout import dense_operand
+from ..processor import lacks
 from . import tables
 
 __all__ = [
@@ -53,20 +52,12 @@ def method(x: Tensor, in_channels: int, out_channels: int, window: Window, group
     return "rows" if pixels <= 16 and min(in_channels, out_channels) >= 64 else "halo"
 
 
-@cache
-def _lacks(dtype: torch.dtype) -> bool:
-    """Return whether this processor computes convolutions of ``dtype`` by PyTorch's slow fallback."""
-    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    known = torch.ops.mkldnn
-    return dtype in names and not (hasattr(known, names[dtype]) and getattr(known, names[dtype])())
-
-
 def _wide(x: Tensor) -> torch.dtype:
     """Return the dtype to compute ``x`` in: float32 for a half precision that a CPU lacks.
 
     PyTorch's own fallback rounds weight gradients after every tile there, and takes up to ten times as long.
     """
-    return torch.float32 if x.device.type == "cpu" and _lacks(x.dtype) else x.dtype
+    return torch.float32 if x.device.type == "cpu" and lacks(x.dtype) else x.dtype
 
 
 def _as_rows(x: Tensor) -> Tensor:
