@@ -160,7 +160,7 @@ struct WinogradTargetArgs {
     int32_t columns;
 };
 
-// out[e - 4 * row, i] = component e of the targets' gradients of tile i: one vector, `columns` of it used.
+// out[e - 4 * row, i] = component e of the targets' gradients of tile i: one vector, of which `columns` are read.
 template <class T>
 struct WinogradGradientArgs {
     const void* target;

@@ -80,8 +80,9 @@ class WinogradWgrad {
         }
         for (int64_t tile = low; tile < high; ++tile) {
             const int64_t n = first_row(tile);
+            const int32_t read = int32_t(std::min(lane_, args_.target_channels - n));  // a whole vector, where the row has one
             storage_.images.gradient({static_cast<const char*>(args_.target) + n * storage_.bytes, args_.target_channels, count, at, tiles_.pitch(),
-                              int32_t(first_row(tile + 1) - n), row, buffers.target + (tile - low) * left, (high - low) * left});
+                              read, row, buffers.target + (tile - low) * left, (high - low) * left});
         }
         for (int32_t e = 0; e < 4; ++e)
             for (int64_t tile = low; tile < high; ++tile)
