@@ -12,6 +12,7 @@
 #include "plan.h"
 #include "prefetch.h"
 #include "scratch.h"
+#include "storage.h"
 
 namespace patchsparse {
 namespace {
@@ -35,11 +36,11 @@ template <class T>
 class Conv {
   public:
     Conv(const ps_conv_args& args, const Kernels<T>& kernels)
-        : args_(args), plan_(*args.plan), kernels_(kernels), start_(unit_costs(plan_)) {
+        : args_(args), plan_(*args.plan), kernels_(kernels), weights_(kernels, args.weight_dtype), start_(unit_costs(plan_)) {
         for (const Group& group : plan_.groups) tiles_ += (group.rows + kernels.rows - 1) / kernels.rows;
         bool only_shared = true;
         for (const Unit& unit : plan_.units) only_shared = only_shared && unit.shared;
-        by_tap_ = only_shared && WeightPrefetch<T>::contiguous(args);
+        by_tap_ = only_shared && WeightPrefetch::contiguous(args);
     }
 
     bool run() {
@@ -70,7 +71,7 @@ class Conv {
         const int64_t panel_size = plan_.taps() * args_.source_channels * kernels_.columns;
         T* packed = scratch.get<T>(panel_size * ((panels + bands - 1) / bands));
         if (packed == nullptr) return false;
-        WeightPrefetch<T> next(args_);
+        WeightPrefetch next(args_, weights_.bytes);
         auto band_at = [&](int64_t b) {
             const int64_t p = panels * b / bands;
             return Band{packed, panel_size, p * kernels_.columns, panels * (b + 1) / bands - p};
@@ -97,7 +98,7 @@ class Conv {
     }
 
     // Add up the shared units tap by tap, so that each tap's weights meet all rows while they are in the cache.
-    void compute_shared(const std::vector<const Unit*>& units, const Band& band, WeightPrefetch<T>& next) const {
+    void compute_shared(const std::vector<const Unit*>& units, const Band& band, WeightPrefetch& next) const {
         for (const Unit* unit : units) initialise(*unit, band);
         const int32_t taps = plan_.taps();
         for (int64_t i = 0; i < band.count; ++i) {
@@ -134,8 +135,8 @@ class Conv {
         const int64_t* stride = args_.weight_stride;
         const int64_t at = column * stride[0] + tap / g.kernel[1] * stride[2] + tap % g.kernel[1] * stride[3];
         const bool all = taps == plan_.taps();
-        kernels_.pack({static_cast<const T*>(args_.weight) + at, stride, {all ? g.kernel[0] : 1, all ? g.kernel[1] : 1},
-                       args_.source_channels, columns_at(column), panel});
+        weights_.kernels.pack({weights_.at(args_.weight, at), stride, {all ? g.kernel[0] : 1, all ? g.kernel[1] : 1},
+                               args_.source_channels, columns_at(column), panel});
     }
 
     void initialise(const Unit& unit, const Band& band) const {
@@ -149,7 +150,7 @@ class Conv {
 
     // Cut a group into tiles of nearly equal height, so that none is too low to keep the arithmetic units busy.
     void group_tiles(const Group& group, const Band& band, int64_t first, int64_t last, bool add,
-                     WeightPrefetch<T>& next) const {
+                     WeightPrefetch& next) const {
         const int64_t tiles = (group.rows + kernels_.rows - 1) / kernels_.rows;
         const int64_t per_row = (group.tap_count + 1) * band.count;
         auto begins_before = [&](int64_t i, int64_t cost) { return group.rows * i / tiles * per_row < cost; };
@@ -196,6 +197,7 @@ class Conv {
     const ps_conv_args& args_;
     const ps_plan& plan_;
     const Kernels<T>& kernels_;
+    const Storage<T> weights_;
     std::vector<int64_t> start_;
     int64_t tiles_ = 0;    // of one panel
     bool by_tap_ = false;  // weights are packed tap by tap: all units are shared
@@ -203,7 +205,7 @@ class Conv {
 
 template <class T>
 int32_t conv(const ps_conv_args& args) {
-    const Kernels<T>* table = kernels<T>(args.isa);
+    const Kernels<T>* table = Storage<T>::offers(args.weight_dtype) ? kernels<T>(args.isa) : nullptr;
     try {
         return table != nullptr && Conv<T>(args, *table).run() ? 0 : -1;
     } catch (const std::bad_alloc&) {

@@ -175,7 +175,7 @@ class ConvBf16 {
 }  // namespace
 
 int32_t conv_bf16(const ps_conv_args& args) {
-    const Bf16Kernels* table = kernels_bf16(args.isa);
+    const Bf16Kernels* table = args.weight_dtype == PS_BF16 ? kernels_bf16(args.isa) : nullptr;
     try {
         return table != nullptr && ConvBf16(args, *table).run() ? 0 : -1;
     } catch (const std::bad_alloc&) {

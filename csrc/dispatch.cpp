@@ -68,7 +68,7 @@ const Bf16Kernels* kernels_bf16(int32_t isa) {
 
 }  // namespace patchsparse
 
-int32_t ps_abi() { return 3; }
+int32_t ps_abi() { return 4; }
 
 int32_t ps_isa_supported(int32_t isa) {
     if (isa < PS_PORTABLE || isa > PS_AMX) return 0;

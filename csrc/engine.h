@@ -34,7 +34,7 @@ typedef struct {
 
 // One multiplication: target[o, :] (+)= sum over taps of source[i(o, tap), :] * weight[tap]. The weight of (target
 // channel n, source channel k, tap row y, tap column x) lies at weight[n * s[0] + k * s[1] + y * s[2] + x * s[3]],
-// in elements; strides may be negative. `bias` may be null.
+// in elements; strides may be negative. `bias` may be null. Weights are stored as `weight_dtype`: `dtype` or PS_BF16.
 typedef struct {
     const ps_plan* plan;
     const void* source;
@@ -43,7 +43,7 @@ typedef struct {
     const void* bias;
     void* target;
     int64_t source_channels, target_channels;
-    int32_t dtype, isa, threads;
+    int32_t weight_dtype, dtype, isa, threads;
 } ps_conv_args;
 
 // weight gradient[n, k, y, x] = sum over pairs of target[o, n] * source[i(o, tap), k]; one of the first two strides is 1.
@@ -54,7 +54,7 @@ typedef struct {
     void* weight;
     int64_t weight_stride[4];
     int64_t source_channels, target_channels;
-    int32_t dtype, isa, threads;
+    int32_t weight_dtype, dtype, isa, threads;
 } ps_wgrad_args;
 
 // Depthwise: `weight` and its gradient are (taps, channels), contiguous. `flip` reads the taps in reverse order.
@@ -98,9 +98,10 @@ PS_API void ps_plan_statistics(const ps_plan* plan, int64_t* out);
 // Each returns 0, or -1 when out of memory or the dtype or instruction set is not offered.
 PS_API int32_t ps_conv(const ps_conv_args* args);
 PS_API int32_t ps_wgrad(const ps_wgrad_args* args);
-// 3x3, stride 1, padding 1, patches of even sides. With PS_BF16 sources and targets are bfloat16, weights and bias float32.
+// 3x3, stride 1, padding 1, patches of even sides. With PS_BF16 sources and targets are bfloat16 and the bias float32;
+// weights are either.
 PS_API int32_t ps_winograd_conv(const ps_conv_args* args);
-PS_API int32_t ps_winograd_wgrad(const ps_wgrad_args* args);  // the same, the gradient float32; weight_stride[1] is 1
+PS_API int32_t ps_winograd_wgrad(const ps_wgrad_args* args);  // the same; weight_stride[1] is 1
 PS_API int32_t ps_depthwise(const ps_depthwise_args* args);
 PS_API int32_t ps_depthwise_wgrad(const ps_depthwise_args* args);  // bias unused; source, target read; weight written
 PS_API int32_t ps_max_pool(const ps_pool_args* args);

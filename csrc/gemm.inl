@@ -102,6 +102,14 @@ void outer(const OuterArgs<typename V::T>& a) {
         for (int n = 0; n < N; ++n) store_part<V, N>(sum[r][n], a.result + r * a.result_stride, n, tail);
 }
 
+template <class V>
+void narrow(const typename V::T* from, Bf16* to, int64_t count) {
+    int64_t n = 0;
+    for (; n + V::width <= count; n += V::width) V::load(from + n).store(to + n, V::width);
+    const int tail = int(count - n);
+    if (tail > 0) V::load(from + n, tail).store(to + n, tail);
+}
+
 // Copy columns of indexed rows side by side, so that they stay in the first-level cache whatever the rows' distance.
 template <class V, int N>
 void gather(const GatherArgs<typename V::T>& a) {

@@ -27,7 +27,7 @@ struct TileArgs {
 // panel[(tap * depth + k) * Kernels::columns + n] = weight[n * stride[0] + k * stride[1] + tap offset], 0 for n >= columns.
 template <class T>
 struct PackArgs {
-    const T* weight;
+    const void* weight;
     const int64_t* stride;  // of (n, k, tap row, tap column)
     int32_t kernel[2];
     int64_t depth;
@@ -160,7 +160,7 @@ struct WinogradTargetArgs {
     int32_t columns;
 };
 
-// out[e - 4 * row, i] = component e of the targets' gradients of tile i: one vector, `columns` of it used.
+// out[e - 4 * row, i] = component e of the targets' gradients of tile i: one vector, of which `columns` are read.
 template <class T>
 struct WinogradGradientArgs {
     const void* target;
@@ -177,33 +177,34 @@ template <class T>
 struct WinogradWgradArgs {
     const T* sums;
     int64_t component, channels;
-    T* weight;
+    void* weight;
     int64_t stride[2];
 };
 
-// What reads and writes images, which are stored as T or as bfloat16.
-template <class T>
-struct WinogradImages {
-    void (*source)(const WinogradSourceArgs<T>&);
-    void (*target)(const WinogradTargetArgs<T>&);
-    void (*gradient)(const WinogradGradientArgs<T>&);
-};
+// --- The tables --------------------------------------------------------------------------------------------------------
 
+using Bf16 = uint16_t;
+
+// What reads and writes weights (`pack`, `winograd_wgrad`) or images, which are stored as T or as bfloat16.
 template <class T>
-struct WinogradKernels {
-    WinogradImages<T> own, bf16;
-    void (*weight)(const WinogradWeightArgs<T>&);
-    void (*wgrad)(const WinogradWgradArgs<T>&);
+struct StoredKernels {
+    void (*pack)(const PackArgs<T>&);
+    void (*winograd_source)(const WinogradSourceArgs<T>&);
+    void (*winograd_target)(const WinogradTargetArgs<T>&);
+    void (*winograd_gradient)(const WinogradGradientArgs<T>&);
+    void (*winograd_wgrad)(const WinogradWgradArgs<T>&);
 };
 
 template <class T>
 struct Kernels {
     int32_t rows, outer_rows, columns;  // largest tile
+    StoredKernels<T> own, bf16;
     void (*tile)(const TileArgs<T>&);
-    void (*pack)(const PackArgs<T>&);
     void (*gather)(const GatherArgs<T>&);       // out is (count, columns of the table), zero-filled
     void (*gather_left)(const GatherArgs<T>&);  // out is (count, half of them): one vector per row
     void (*outer)(const OuterArgs<T>&);
+    void (*narrow)(const T* from, Bf16* to, int64_t count);
+    void (*winograd_weight)(const WinogradWeightArgs<T>&);
     // Weight gradients: `target` is read, the result is added to gradient (taps, channels).
     void (*depthwise_patch)(const DepthwiseArgs<T>&);  // kernels 3, 5 or 7 wide; null where it would not pay for its size
     void (*depthwise_patch_wgrad)(const DepthwiseArgs<T>&, T* gradient);
@@ -213,12 +214,10 @@ struct Kernels {
     void (*depthwise_pixel_wgrad)(const PixelArgs<T>&, T* gradient);
     void (*pool_max)(const T* value, int32_t tap, T* best, uint8_t* at, int64_t channels);  // value null: zeros
     void (*pool_add)(const T* gradient, const uint8_t* at, int32_t tap, T* sum, int64_t channels);
-    WinogradKernels<T> winograd;
 };
 
 // --- bfloat16: blocks of 32 x 32 results, 32 channels or pairs of rows at a time ---------------------------------------
 
-using Bf16 = uint16_t;
 constexpr int64_t BF16_TILE = 32;  // rows, columns and depth of a step
 
 // sum over taps j of the products of the source's rows in[j] with panel[taps[j]] (steps, 2, 16, 16, 2), then stored in the

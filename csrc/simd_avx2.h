@@ -18,15 +18,16 @@ struct Avx2Vector {
     }
     static Avx2Vector load(const T* p) { return {_mm256_loadu_ps(p)}; }
     static Avx2Vector load(const T* p, int count) { return {_mm256_maskload_ps(p, mask(count))}; }
-    static Avx2Vector load(const uint16_t* p) {
-        const __m128i bf16 = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16))};
-    }
+    static Avx2Vector widen(__m128i bf16) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16))}; }
+    static Avx2Vector load(const uint16_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    // There is no mask for 16 bits: whole pairs are loaded under one, and the last of an odd number by itself.
     static Avx2Vector load(const uint16_t* p, int count) {
         if (count == width) return load(p);
-        uint16_t cells[width] = {};
-        std::memcpy(cells, p, size_t(count) * sizeof *p);
-        return load(cells);
+        const __m128i whole = _mm_cmpgt_epi32(_mm_set1_epi32(count / 2), _mm_setr_epi32(0, 1, 2, 3));
+        const __m128i pairs = _mm_maskload_epi32(reinterpret_cast<const int*>(p), whole);
+        if (count % 2 == 0) return widen(pairs);
+        const __m128i at = _mm_cmpeq_epi16(_mm_set1_epi16(int16_t(count - 1)), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
+        return widen(_mm_or_si128(pairs, _mm_and_si128(at, _mm_set1_epi16(int16_t(p[count - 1])))));
     }
     static Avx2Vector all(T x) { return {_mm256_set1_ps(x)}; }
     static Avx2Vector zero() { return {_mm256_setzero_ps()}; }

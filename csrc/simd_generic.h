@@ -12,6 +12,9 @@ struct GenericVector {
     using T = Scalar;
     static constexpr int width = 16 / sizeof(T);
     typedef T Raw __attribute__((vector_size(16)));
+    typedef uint32_t Bits __attribute__((vector_size(16)));
+    typedef uint16_t Half __attribute__((vector_size(8)));
+    static constexpr bool SINGLE = sizeof(T) == sizeof(uint32_t);  // whole vectors of bfloat16 are widened and rounded at once
     Raw v;
 
     static GenericVector load(const T* p) {
@@ -32,9 +35,21 @@ struct GenericVector {
         store(cells);
         for (int i = 0; i < count; ++i) p[i] = cells[i];
     }
-    static GenericVector load(const uint16_t* p) { return load(p, width); }
-    static GenericVector load(const uint16_t* p, int count) { return load_bf16<GenericVector>(p, count); }
-    void store(uint16_t* p, int count) const { store_bf16(*this, p, count); }
+    static GenericVector load(const uint16_t* p) {
+        if constexpr (!SINGLE) return load_bf16<GenericVector>(p, width);
+        Half upper;
+        __builtin_memcpy(&upper, p, sizeof upper);
+        return {(Raw)(__builtin_convertvector(upper, Bits) << 16)};
+    }
+    static GenericVector load(const uint16_t* p, int count) {
+        return count == width ? load(p) : load_bf16<GenericVector>(p, count);
+    }
+    void store(uint16_t* p, int count) const {
+        if (!SINGLE || count < width) return store_bf16(*this, p, count);
+        const Bits bits = (Bits)v, number = (Bits)(v == v), rounded = bits + 0x7fff + (bits >> 16 & 1);
+        const Half upper = __builtin_convertvector(((rounded & number) | (0x7fc00000 & ~number)) >> 16, Half);
+        __builtin_memcpy(p, &upper, sizeof upper);
+    }
     void add_product(GenericVector a, GenericVector b) { v += a.v * b.v; }
     void add(GenericVector a) { v += a.v; }
     GenericVector plus(GenericVector a) const { return {v + a.v}; }

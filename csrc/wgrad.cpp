@@ -4,15 +4,17 @@
 #include <new>
 
 #include "kernels.h"
+#include "storage.h"
 
 namespace patchsparse {
 namespace {
 
-template <class T>
+// `R` is what the gradient is stored as: T or bfloat16.
+template <class T, class R>
 struct VectorPolicy {
     using Source = T;
     using Sum = T;
-    using Result = T;
+    using Result = R;
     static constexpr int64_t RUN = 256;
     const Kernels<T>& kernels;
 
@@ -34,12 +36,15 @@ struct VectorPolicy {
                   int32_t rows, int32_t columns, bool accumulate) const {
         kernels.outer({p, offsets, count, panel, result, result_stride, rows, columns, accumulate});
     }
+    void narrow(const T* from, Bf16* to, int64_t count) const { kernels.narrow(from, to, count); }
 };
 
 template <class T>
 bool run(const ps_wgrad_args& args) {
-    const Kernels<T>* table = kernels<T>(args.isa);
-    return table != nullptr && Wgrad<VectorPolicy<T>>(args, VectorPolicy<T>{*table}).run();
+    const Kernels<T>* table = Storage<T>::offers(args.weight_dtype) ? kernels<T>(args.isa) : nullptr;
+    if (table == nullptr) return false;
+    if (args.weight_dtype == PS_BF16) return Wgrad<VectorPolicy<T, Bf16>>(args, {*table}).run();
+    return Wgrad<VectorPolicy<T, T>>(args, {*table}).run();
 }
 
 }  // namespace

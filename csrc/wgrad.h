@@ -6,7 +6,8 @@
 //
 // A run's columns (one side of its pairs) are gathered into panels; then every tile of its rows (the other side) meets
 // all panels, so that the gradient is written in long pieces. Where the gradient is narrower than its sums, these have
-// memory of their own: of the block at hand if no other chunk adds to it, else of the whole gradient.
+// memory of their own (of a tile if one run completes it, of the block at hand if one chunk does, else of the whole gradient)
+// and are rounded tile by tile in the last run.
 #pragma once
 
 #include <algorithm>
@@ -92,7 +93,9 @@ class Wgrad {
         int64_t low, high, first, last;
         Sum* sums;  // of the first of them
         int64_t stride;
-        bool opens;  // nothing has been stored yet
+        bool opens, closes;  // nothing has been stored yet; nothing is added after this chunk
+        Result* result;      // where the first of them belongs
+        int64_t result_stride;
     };
 
     // Cut the units laid end to end into chunks of as many target rows as the cache holds. A shared unit stays whole; a
@@ -145,30 +148,24 @@ class Wgrad {
                 const int64_t low = std::clamp<int64_t>((first - start[tap] + step - 1) / step, 0, row_tiles_);
                 const int64_t high = std::clamp<int64_t>((last - start[tap] + step - 1) / step, 0, row_tiles_);
                 for (int64_t c = 0; low < high && c < column_tiles_; c += PANELS)
-                    add_chunk(chunk, tap, {low, high, c, std::min(c + PANELS, column_tiles_), nullptr, 0, first_[tap] == chunk},
-                              buffers);
+                    add_chunk(chunk, tap, {low, high, c, std::min(c + PANELS, column_tiles_), nullptr, 0, first_[tap] == chunk,
+                                           last_[tap] == chunk, nullptr, args_.weight_stride[by_target_ ? 1 : 0]}, buffers);
             }
     }
 
     void add_chunk(int64_t chunk, int32_t tap, Block block, const Buffers& buffers) const {
         const int32_t wide = plan_.axis[1].taps;
-        const int64_t row_stride = args_.weight_stride[by_target_ ? 1 : 0];
         const int64_t row = first_row(block.low), column = block.first * policy_.tile_columns();
-        Result* result = static_cast<Result*>(args_.weight) + tap / wide * args_.weight_stride[2] +
-                         tap % wide * args_.weight_stride[3] + row * row_stride + column;
+        block.result = static_cast<Result*>(args_.weight) + tap / wide * args_.weight_stride[2] +
+                       tap % wide * args_.weight_stride[3] + row * block.result_stride + column;
         if constexpr (NARROWS) {
             block.sums = buffers.block != nullptr ? buffers.block : buffers.sums + (tap * rows_ + row) * columns_ + column;
             block.stride = buffers.block != nullptr ? PANELS * policy_.tile_columns() : columns_;
         } else {
-            block.sums = result;
-            block.stride = row_stride;
+            block.sums = block.result;
+            block.stride = block.result_stride;
         }
         add_spans(chunks_[chunk], tap, block, buffers.panels);
-        if constexpr (NARROWS) {
-            const int64_t count = std::min(PANELS * policy_.tile_columns(), columns_ - column);
-            for (int64_t r = 0; r < first_row(block.high) - row && last_[tap] == chunk; ++r)
-                policy_.narrow(block.sums + r * block.stride, result + r * row_stride, count);
-        }
     }
 
     void add_spans(const std::vector<Span>& spans, int32_t tap, Block& block, Source* panels) const {
@@ -180,17 +177,18 @@ class Wgrad {
             const int32_t* source = plan_.in_rows.data() + group.in + int64_t(j) * group.rows + span.row;
             const int32_t* target = plan_.out_rows.data() + group.out + span.row;
             for (int64_t i = 0, count = 0; i < span.count; i += count) {
+                if (run.count == RUN) add_run(run, block, panels, false);
                 count = std::min(RUN - run.count, span.count - i);
                 std::copy_n((by_target_ ? source : target) + i, count, run.p + run.count);
                 std::copy_n((by_target_ ? target : source) + i, count, run.q + run.count);
                 run.count += count;
-                if (run.count == RUN) add_run(run, block, panels);
             }
         }
-        if (run.count > 0 || block.opens) add_run(run, block, panels);
+        if (run.count > 0 || block.opens) add_run(run, block, panels, block.closes);
     }
 
-    void add_run(Run& run, Block& block, Source* panels) const {
+    // `closes`: it is the last to be added to the block.
+    void add_run(Run& run, Block& block, Source* panels, bool closes) const {
         const Source *source = static_cast<const Source*>(args_.source), *target = static_cast<const Source*>(args_.target);
         const Source *p = by_target_ ? source : target, *q = by_target_ ? target : source;
         Source* left = panels + PANELS * panel_size();
@@ -201,17 +199,38 @@ class Wgrad {
         for (int64_t i = 0; i < run.count + OUTER_AHEAD && run.count > 0; ++i)
             scattered[i] = run.p[std::min(i, run.count - 1)] * rows_;
         for (int64_t tile = block.low; tile < block.high; ++tile) {
-            const int64_t row = first_row(tile);
+            const int64_t row = first_row(tile), down = row - first_row(block.low);
             const int32_t rows = int32_t(first_row(tile + 1) - row);
+            // Sums that one run completes are stored rounded at once: one tile's memory serves all.
+            Sum* sums = block.sums + (NARROWS && block.opens && closes ? 0 : down * block.stride);
             const bool gathered = policy_.gather_rows({p + row, rows_, run.p, run.count, rows, left}, block.last - block.first);
-            for (int64_t c = block.first; c < block.last; ++c)
+            for (int64_t c = block.first; c < block.last; ++c) {
+                if (closes && c + 1 == block.last) prefetch(block, down, rows);
                 policy_.multiply(gathered ? left : p + row, gathered ? side_by_side_ : scattered, run.count, panel(c),
-                                 block.sums + (row - first_row(block.low)) * block.stride +
-                                     (c - block.first) * policy_.tile_columns(),
-                                 block.stride, rows, columns_at(c), !block.opens);
+                                 sums + (c - block.first) * policy_.tile_columns(), block.stride, rows, columns_at(c), !block.opens);
+            }
+            if (closes) narrow(block, sums, down, rows);
         }
         run.count = 0;
         block.opens = false;
+    }
+
+    // Ask for the memory that `narrow` writes, late enough for it to stay in the first-level cache.
+    void prefetch(const Block& block, int64_t row, int32_t rows) const {
+        if constexpr (NARROWS)
+            for (int64_t r = row; r < row + rows; ++r)
+                for (int64_t n = 0; n < width_of(block); n += 64 / int64_t(sizeof(Result)))
+                    __builtin_prefetch(block.result + r * block.result_stride + n, 1);
+    }
+
+    void narrow(const Block& block, const Sum* sums, int64_t row, int32_t rows) const {
+        if constexpr (NARROWS)
+            for (int32_t r = 0; r < rows; ++r)
+                policy_.narrow(sums + r * block.stride, block.result + (row + r) * block.result_stride, width_of(block));
+    }
+
+    int64_t width_of(const Block& block) const {
+        return std::min(block.last * policy_.tile_columns(), columns_) - block.first * policy_.tile_columns();
     }
 
     int64_t first_row(int64_t tile) const { return rows_ * tile / row_tiles_; }

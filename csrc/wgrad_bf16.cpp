@@ -39,7 +39,7 @@ struct TilePolicy {
 }  // namespace
 
 bool wgrad_bf16(const ps_wgrad_args& args) {
-    const Bf16Kernels* table = kernels_bf16(args.isa);
+    const Bf16Kernels* table = args.weight_dtype == PS_BF16 ? kernels_bf16(args.isa) : nullptr;
     return table != nullptr && Wgrad<TilePolicy>(args, TilePolicy{*table}).run();
 }
 

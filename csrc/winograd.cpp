@@ -30,7 +30,7 @@ template <class T>
 class WinogradConv {
   public:
     WinogradConv(const ps_conv_args& args, const Kernels<T>& kernels)
-        : args_(args), kernels_(kernels), storage_(kernels, args.dtype),
+        : args_(args), kernels_(kernels), images_(kernels, args.dtype), weights_(kernels, args.weight_dtype),
           tiles_(*args.plan), depth_(args.source_channels) {
         const int64_t lane = kernels.columns / 2;
         wide_ = (depth_ + lane - 1) / lane * lane;
@@ -66,9 +66,9 @@ class WinogradConv {
                 return;
             }
             for (int64_t p = panels_ * thread / team; p < panels_ * (thread + 1) / team; ++p) {
-                const T* from = static_cast<const T*>(args_.weight) + p * kernels_.columns * args_.weight_stride[0];
-                kernels_.pack({from, args_.weight_stride, {3, 3}, depth_, columns_at(p), taps});
-                kernels_.winograd.weight({taps, weights + p * panel_size_, depth_});
+                const void* from = weights_.at(args_.weight, p * kernels_.columns * args_.weight_stride[0]);
+                weights_.kernels.pack({from, args_.weight_stride, {3, 3}, depth_, columns_at(p), taps});
+                kernels_.winograd_weight({taps, weights + p * panel_size_, depth_});
             }
         };
         parallel(int(std::min<int64_t>(args_.threads, panels_)), share);
@@ -100,8 +100,8 @@ class WinogradConv {
 
     void transform(int64_t block, const T* zeros, T* out) const {
         for (int64_t i = 0; i < tiles_of(block); ++i)
-            storage_.images.source({args_.source, depth_, depth_, tiles_.halo(block * block_ + i),
-                            tiles_.halo_row(), zeros, 0, 4, out + i * wide_, block_ * wide_, kernels_.columns});
+            images_.kernels.winograd_source({args_.source, depth_, depth_, tiles_.halo(block * block_ + i), tiles_.halo_row(),
+                                             zeros, 0, 4, out + i * wide_, block_ * wide_, kernels_.columns});
     }
 
     void multiply(int64_t block, const T* components, const T* panel, int64_t p, T* sums) const {
@@ -119,9 +119,9 @@ class WinogradConv {
             }
         const int64_t column = p * kernels_.columns;
         const T* bias = static_cast<const T*>(args_.bias);
-        void* target = static_cast<char*>(args_.target) + column * storage_.bytes;
-        storage_.images.target({sums, block_ * kernels_.columns, count, at, tiles_.pitch(), target, args_.target_channels,
-                        bias == nullptr ? nullptr : bias + column, columns_at(p)});
+        images_.kernels.winograd_target({sums, block_ * kernels_.columns, count, at, tiles_.pitch(),
+                                         images_.at(args_.target, column), args_.target_channels,
+                                         bias == nullptr ? nullptr : bias + column, columns_at(p)});
     }
 
     int32_t columns_at(int64_t panel) const {
@@ -130,7 +130,7 @@ class WinogradConv {
 
     const ps_conv_args& args_;
     const Kernels<T>& kernels_;
-    const WinogradStorage<T> storage_;
+    const Storage<T> images_, weights_;
     const WinogradTiles tiles_;
     const int64_t depth_;
     int64_t wide_;  // channels of a source, up to a whole vector

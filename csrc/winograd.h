@@ -6,6 +6,7 @@
 #include "engine.h"
 #include "kernels.h"
 #include "plan.h"
+#include "storage.h"
 
 namespace patchsparse {
 
@@ -45,18 +46,9 @@ class WinogradTiles {
     const int64_t down_, across_;
 };
 
-// How images of a dtype are stored: what reads and writes them, and the bytes of an element.
-template <class T>
-struct WinogradStorage {
-    WinogradStorage(const Kernels<T>& kernels, int32_t dtype)
-        : images(dtype == PS_BF16 ? kernels.winograd.bf16 : kernels.winograd.own), bytes(dtype == PS_BF16 ? sizeof(Bf16) : sizeof(T)) {}
-
-    const WinogradImages<T>& images;
-    const int64_t bytes;
-};
-
 template <template <class> class Method, class T, class Args>
-bool run_method(const Args& args, const Kernels<T>* table) {
+bool run_method(const Args& args) {
+    const Kernels<T>* table = Storage<T>::offers(args.weight_dtype) ? kernels<T>(args.isa) : nullptr;
     return table != nullptr && Method<T>(args, *table).run();
 }
 
@@ -66,8 +58,8 @@ int32_t run_winograd(const Args& args) {
     if (!WinogradTiles::fit(*args.plan)) return -1;
     try {
         bool done = false;
-        if (args.dtype == PS_F32 || args.dtype == PS_BF16) done = run_method<Method>(args, kernels<float>(args.isa));
-        if (args.dtype == PS_F64) done = run_method<Method>(args, kernels<double>(args.isa));
+        if (args.dtype == PS_F32 || args.dtype == PS_BF16) done = run_method<Method, float>(args);
+        if (args.dtype == PS_F64) done = run_method<Method, double>(args);
         return done ? 0 : -1;
     } catch (const std::bad_alloc&) {
         return -1;

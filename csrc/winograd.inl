@@ -8,7 +8,7 @@
 //          0  1  0 -1           0   0   1
 //
 // 16 products instead of 36. The weight gradient is the same form read backwards: dg = G' [ (B' d B) * (A dy A') ] G.
-// Images are stored as S, which is V's own type or bfloat16; all sums are V's. (Winograd 1980; as a convolution of images: Lavin and Gray, arXiv 1509.09308.)
+// Images and weights are stored as S, which is V's own type or bfloat16; all sums are V's. (Winograd 1980; as a convolution of images: Lavin and Gray, arXiv 1509.09308.)
 
 // Row R of B', of A and of G' times a column of values at(0), at(1), ...
 template <class V, int R, class At>
@@ -173,9 +173,8 @@ void winograd_gradient(const WinogradGradientArgs<typename V::T>& a) {
     winograd_gradient_row<V, S, 3>(a);
 }
 
-template <class V>
+template <class V, class S>
 void winograd_wgrad(const WinogradWgradArgs<typename V::T>& a) {
-    using T = typename V::T;
     constexpr int W = V::width;
     for (int64_t k = 0; k < a.channels; k += W) {
         const int tail = least(W, a.channels - k);
@@ -188,7 +187,7 @@ void winograd_wgrad(const WinogradWgradArgs<typename V::T>& a) {
         }
         for (int y = 0; y < 3; ++y) {
             auto at = [&](int x) { return e[y][x]; };
-            T* to = a.weight + y * a.stride[0] + k;
+            S* to = static_cast<S*>(a.weight) + y * a.stride[0] + k;
             wgrad_row<V, 0>(at).store(to, tail);
             wgrad_row<V, 1>(at).store(to + a.stride[1], tail);
             wgrad_row<V, 2>(at).store(to + 2 * a.stride[1], tail);

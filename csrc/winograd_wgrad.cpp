@@ -22,7 +22,7 @@ template <class T>
 class WinogradWgrad {
   public:
     WinogradWgrad(const ps_wgrad_args& args, const Kernels<T>& kernels)
-        : args_(args), kernels_(kernels), storage_(kernels, args.dtype),
+        : args_(args), kernels_(kernels), images_(kernels, args.dtype), weights_(kernels, args.weight_dtype),
           tiles_(*args.plan), depth_(args.source_channels) {
         lane_ = kernels.columns / 2;
         row_tiles_ = (args.target_channels + kernels.outer_rows - 1) / kernels.outer_rows;
@@ -42,9 +42,9 @@ class WinogradWgrad {
         parallel(int(std::min<int64_t>(args_.threads, 4 * row_tiles_)), share);
         if (!failed)
             parallel_for(args_.threads, args_.target_channels, [&](int64_t n) {
-                kernels_.winograd.wgrad({sums + n * depth_, args_.target_channels * depth_, depth_,
-                                         static_cast<T*>(args_.weight) + n * args_.weight_stride[0],
-                                         {args_.weight_stride[2], args_.weight_stride[3]}});
+                weights_.kernels.winograd_wgrad({sums + n * depth_, args_.target_channels * depth_, depth_,
+                                                 weights_.at(args_.weight, n * args_.weight_stride[0]),
+                                                 {args_.weight_stride[2], args_.weight_stride[3]}});
             });
         return !failed;
     }
@@ -75,13 +75,14 @@ class WinogradWgrad {
         int32_t at[CHUNK];
         for (int64_t i = 0; i < count; ++i) {
             at[i] = tiles_.row(chunk + i);
-            storage_.images.source({args_.source, depth_, depth_, tiles_.halo(chunk + i), tiles_.halo_row(), buffers.zeros,
-                            row, row + 1, buffers.source + i * kernels_.columns, panels_ * panel, panel});
+            images_.kernels.winograd_source({args_.source, depth_, depth_, tiles_.halo(chunk + i), tiles_.halo_row(), buffers.zeros,
+                                             row, row + 1, buffers.source + i * kernels_.columns, panels_ * panel, panel});
         }
         for (int64_t tile = low; tile < high; ++tile) {
             const int64_t n = first_row(tile);
-            storage_.images.gradient({static_cast<const char*>(args_.target) + n * storage_.bytes, args_.target_channels, count, at, tiles_.pitch(),
-                              int32_t(first_row(tile + 1) - n), row, buffers.target + (tile - low) * left, (high - low) * left});
+            const int32_t read = int32_t(std::min(lane_, args_.target_channels - n));  // a whole vector, where the row has one
+            images_.kernels.winograd_gradient({images_.at(args_.target, n), args_.target_channels, count, at, tiles_.pitch(), read, row,
+                                               buffers.target + (tile - low) * left, (high - low) * left});
         }
         for (int32_t e = 0; e < 4; ++e)
             for (int64_t tile = low; tile < high; ++tile)
@@ -98,7 +99,7 @@ class WinogradWgrad {
 
     const ps_wgrad_args& args_;
     const Kernels<T>& kernels_;
-    const WinogradStorage<T> storage_;
+    const Storage<T> images_, weights_;
     const WinogradTiles tiles_;
     const int64_t depth_;
     int64_t lane_, row_tiles_, panels_;

@@ -14,6 +14,7 @@ from .cases import cases
 from .test_conv import gradients, masked_conv, relative_error
 
 ISAS = native.library().isas
+WIDENING = [isa for isa in ISAS if native.ISAS.index(isa) < native.BF16]  # they multiply float32
 pytestmark = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
 
 
@@ -85,6 +86,54 @@ def test_small_integers_are_multiplied_exactly(isa, case, out):
         patch.setenv(native.ISA, isa)
         output = results(case.grid, operands, case.window)[0]
     assert torch.equal(output, exact.bfloat16())
+
+
+def layouts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return the same weights in each order that is packed in its own way, and in one that has none."""
+    return (
+        weight.contiguous(),
+        weight.contiguous(memory_format=torch.channels_last),
+        weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
+        torch.cat((weight, weight), 3)[..., 3:],
+    )
+
+
+@pytest.mark.parametrize("isa", WIDENING)
+@pytest.mark.parametrize(
+    ("size", "stride", "channels"),
+    [(4, 1, (37, 50)), (2, 1, (5, 40)), (2, 2, (33, 20)), (1, 1, (50, 67)), (1, 1, (400, 350))],
+)
+def test_results_are_those_of_widened_operands_rounded_once(isa, size, stride, channels, monkeypatch):
+    """Bit for bit, by Winograd's way and directly; the last has several chunks and runs, for each of its taps."""
+    monkeypatch.setenv(native.ISA, isa)
+    grid = PatchGrid.random(8, (8, 8), keep=64 if size == 1 else 9, generator=torch.Generator().manual_seed(1))
+    maps, window = (grid.slot, grid.coords), Window((3, 3), (stride, stride), (1, 1))
+    x, grad = (normal(grid.num_active, c, s, s) for c, s in zip(channels, (size, size // stride), strict=True))
+    bias = normal(channels[1])
+    for weight in layouts(normal(channels[1], channels[0], 3, 3, seed=2)):
+        for run in (
+            lambda t, w=weight: cpp.conv2d(t(x), t(w), t(bias), *maps, window, 1),
+            lambda t, w=weight: cpp.conv2d_dgrad(t(grad), t(w), *maps, (size, size), window, 1),
+        ):
+            assert torch.equal(run(torch.clone), run(Tensor.float).bfloat16())
+    half, full = (cpp.conv2d_wgrad(t(x), t(grad), *maps, window, 1) for t in (torch.clone, Tensor.float))
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, full.bfloat16())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 4])
+def test_wider_images_read_bfloat16_weights_as_they_are(isa, dtype, size, monkeypatch):
+    monkeypatch.setenv(native.ISA, isa)
+    grid = PatchGrid.random(2, (4, 4), keep=9, generator=torch.Generator().manual_seed(1))
+    x = normal(18, 35, size, size).to(dtype)
+    for weight in layouts(normal(41, 35, 3, 3, seed=2)):
+        narrow, wide = (
+            cpp.conv2d(x, w, None, grid.slot, grid.coords, Window((3, 3), (1, 1), (1, 1)), 1)
+            for w in (weight, weight.to(dtype))
+        )
+        assert torch.equal(narrow, wide)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -2,7 +2,8 @@
 
 Inactive neighbours cost nothing: target rows are grouped by the taps that are active for them, and a group is one
 matrix product whose rows are found by index. Weights are packed in panels once per call. bfloat16 is stored and read
-as such and accumulated in float32. Results do not depend on the number of threads.
+as such (images are widened first where nothing multiplies it) and accumulated in float32. Results do not depend on the
+number of threads.
 
 3x3 convolutions of stride 1 go another way where patches have even sides (:func:`winograd`): 16 products for 2x2
 outputs instead of 36, or as many as are active. bfloat16 does not where the processor multiplies it itself.
@@ -189,9 +190,15 @@ def _compute(x: Tensor, groups: int) -> Tensor:
     return packed_like(x) if groups == 1 and _multiplies_bfloat16() else _widened(x)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the weights that Winograd's way takes for images of ``dtype``."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+def _parameters(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+    """Return weights and bias as a convolution of ``x`` reads them: in the dtype of its sums.
+
+    bfloat16 weights stay as they are, but for depthwise ones: they are widened while they are packed. A bias stays
+    where the processor multiplies bfloat16 itself.
+    """
+    sums = x.dtype if _multiplies_bfloat16() or x.dtype != torch.bfloat16 else torch.float32
+    narrow = groups == 1 and weight.dtype == torch.bfloat16
+    return weight if narrow else weight.to(sums), None if bias is None else bias.to(sums).contiguous()
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -209,8 +216,7 @@ def conv2d(
     dtype = x.dtype
     fast = winograd(dtype, _size(x), (x.shape[1], weight.shape[0]), window, groups)
     x = packed_like(x) if fast else _compute(x, groups)
-    weight = weight.to(_wide(dtype) if fast else x.dtype)
-    bias = None if bias is None else bias.to(weight.dtype).contiguous()
+    weight, bias = _parameters(x, weight, bias, groups)
     the_plan = plan(slot, coords, _size(x), window, False, _lists(groups, fast))
     out = packed_empty(x, x.shape[0], weight.shape[0], *window.output_size(_size(x)))
     if groups == 1:
@@ -227,7 +233,7 @@ def conv2d_dgrad(
     dtype = grad.dtype
     fast = winograd(dtype, size, (weight.shape[1], weight.shape[0]), window, groups)
     grad = packed_like(grad) if fast else _compute(grad, groups)
-    weight = weight.to(_wide(dtype) if fast else grad.dtype)
+    weight, _ = _parameters(grad, weight, None, groups)
     the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, _lists(groups, fast))
     out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
     if groups == 1:
@@ -256,7 +262,7 @@ def _multiply(
     args = native.Conv(
         *(the_plan.pointer, source.data_ptr(), first, (n, k, y, x)),
         *(None if bias is None else bias.data_ptr(), out.data_ptr()),
-        *(source.shape[1], out.shape[1], *_how(source)),
+        *(source.shape[1], out.shape[1], DTYPES[weight.dtype], *_how(source)),
     )
     _run("ps_winograd_conv" if fast else "ps_conv", args)
 
@@ -289,17 +295,16 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
         )
         _run("ps_depthwise_wgrad", args)
         return matrix.t().unflatten(1, (1, kh, kw)).to(dtype)
-    sums = x.new_empty(0, dtype=_wide(dtype)) if fast else x
     if c_in < 32 <= c_out:  # few input channels (a stem) would leave the vectors half empty
-        weight = sums.new_empty(kh, kw, c_in, c_out).permute(3, 2, 0, 1)
+        weight = x.new_empty(kh, kw, c_in, c_out, dtype=dtype).permute(3, 2, 0, 1)
     else:
-        weight = sums.new_empty(c_out, kh, kw, c_in).permute(0, 3, 1, 2)
+        weight = x.new_empty(c_out, kh, kw, c_in, dtype=dtype).permute(0, 3, 1, 2)
     args = native.Wgrad(
         *(the_plan.pointer, x.data_ptr(), grad.data_ptr(), weight.data_ptr(), weight.stride()),
-        *(c_in, c_out, *_how(x)),
+        *(c_in, c_out, DTYPES[dtype], *_how(x)),
     )
     _run("ps_winograd_wgrad" if fast else "ps_wgrad", args)
-    return weight.to(dtype)
+    return weight
 
 
 def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:

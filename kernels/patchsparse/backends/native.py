@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 __all__ = ["AMX", "BF16", "ISA", "ISAS", "Conv", "Depthwise", "Geometry", "Library", "Pool", "Wgrad", "library"]
 
-ABI = 3
+ABI = 4
 ISA = "PATCHSPARSE_ISA"
 ENGINE = "PATCHSPARSE_ENGINE"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
@@ -36,6 +36,7 @@ class Geometry(ctypes.Structure):
 
 
 _TAIL = (("dtype", c_int32), ("isa", c_int32), ("threads", c_int32))
+_WEIGHT = ("weight_dtype", c_int32)
 _CHANNELS = (("source_channels", c_int64), ("target_channels", c_int64))
 
 
@@ -44,7 +45,7 @@ class Conv(ctypes.Structure):
 
     _fields_ = (
         *(("plan", c_void_p), ("source", c_void_p), ("weight", c_void_p), ("weight_stride", _Strides)),
-        *(("bias", c_void_p), ("target", c_void_p), *_CHANNELS, *_TAIL),
+        *(("bias", c_void_p), ("target", c_void_p), *_CHANNELS, _WEIGHT, *_TAIL),
     )
 
 
@@ -53,7 +54,7 @@ class Wgrad(ctypes.Structure):
 
     _fields_ = (
         *(("plan", c_void_p), ("source", c_void_p), ("target", c_void_p), ("weight", c_void_p)),
-        *(("weight_stride", _Strides), *_CHANNELS, *_TAIL),
+        *(("weight_stride", _Strides), *_CHANNELS, _WEIGHT, *_TAIL),
     )
 
 
