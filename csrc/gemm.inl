@@ -4,8 +4,7 @@
 // channel costs LANES panel loads, ROWS broadcasts and ROWS * LANES multiply-adds: with 12 x 2 the multiply-add units
 // never wait for the loads, and the addresses of the rows still fit in registers.
 
-constexpr int LANES = 2;   // vectors per panel row
-constexpr int UNROLL = 4;  // channels
+constexpr int LANES = 2;  // vectors per panel row
 
 inline int least(int64_t a, int64_t b) { return static_cast<int>(a < b ? a : b); }
 
@@ -55,12 +54,9 @@ void tile(const TileArgs<typename V::T>& a) {
             }
         };
         // Few enough rounds for the processor to foresee the last: a wrong guess per tap costs a twentieth at 64 channels.
-        int64_t k = 0;
-        for (; k + UNROLL <= a.depth; k += UNROLL, panel += UNROLL * LANES * W) {
-#pragma GCC unroll 8
-            for (int u = 0; u < UNROLL; ++u) channel(k + u, panel + u * LANES * W);
-        }
-        for (; k < a.depth; ++k, panel += LANES * W) channel(k, panel);
+        // One loop, unrolled by the compiler: with a second one for what is left it moves sums to memory and back.
+#pragma GCC unroll 4
+        for (int64_t k = 0; k < a.depth; ++k, panel += LANES * W) channel(k, panel);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
@@ -79,17 +75,25 @@ void outer(const OuterArgs<typename V::T>& a) {
             __builtin_prefetch(a.result + r * a.result_stride + n * W, 1);
             sum[r][n] = V::zero();
         }
-    const T* panel = a.panel;
-    for (int64_t i = 0; i < a.count; ++i, panel += LANES * W) {
-        const T* p = a.p + a.offsets[i];
-        const T* ahead = a.p + a.offsets[i + OUTER_AHEAD];  // found by index: the processor cannot foresee it
-        __builtin_prefetch(ahead);
-        __builtin_prefetch(ahead + ROWS - 1);
+    auto pair = [&](const T* p, const T* at) {
         V b[N];
-        for (int n = 0; n < N; ++n) b[n] = V::load(panel + n * W);
+        for (int n = 0; n < N; ++n) b[n] = V::load(at + n * W);
         for (int r = 0; r < ROWS; ++r) {
             const V x = V::all(p[r]);
             for (int n = 0; n < N; ++n) sum[r][n].add_product(x, b[n]);
+        }
+    };
+    const T *p = a.p, *panel = a.panel;
+    if (a.offsets == nullptr) {
+        // Nothing but loads and products: where two threads share a core, its instructions are what a round costs.
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < a.count; ++i, p += W, panel += LANES * W) pair(p, panel);
+    } else {
+        for (int64_t i = 0; i < a.count; ++i, panel += LANES * W) {
+            const T* ahead = p + a.offsets[i + OUTER_AHEAD];  // found by index: the processor cannot foresee it
+            __builtin_prefetch(ahead);
+            __builtin_prefetch(ahead + ROWS - 1);
+            pair(p + a.offsets[i], panel);
         }
     }
     if (a.accumulate) {

@@ -48,11 +48,11 @@ struct GatherArgs {
 
 constexpr int64_t OUTER_AHEAD = 12;  // pairs that `outer` prefetches ahead
 
-// result[a, b] = or += sum over i < count: p[offsets[i] + a] * panel[i, b], a < rows, b < columns.
+// result[a, b] = or += sum over i < count: p[offset(i) + a] * panel[i, b], a < rows, b < columns.
 template <class T>
 struct OuterArgs {
     const T* p;
-    const int64_t* offsets;  // count + OUTER_AHEAD of them, the last ones valid but only prefetched
+    const int64_t* offsets;  // count + OUTER_AHEAD of them, the last ones valid but only prefetched; or null: one vector apart
     int64_t count;
     const T* panel;
     T* result;

@@ -20,8 +20,7 @@ struct VectorPolicy {
 
     int64_t tile_rows() const { return kernels.outer_rows; }
     int64_t tile_columns() const { return kernels.columns; }
-    int64_t left_size() const { return RUN * left_stride(); }
-    int64_t left_stride() const { return kernels.columns / 2; }
+    int64_t left_size() const { return RUN * kernels.columns / 2; }
     void begin() const {}
     void end() const {}
 

@@ -31,7 +31,7 @@ struct Span {
     int64_t row, count;
 };
 
-// Policy: types Source, Sum and Result; RUN; tile_rows, tile_columns; left_size, left_stride; begin, end (per thread);
+// Policy: types Source, Sum and Result; RUN; tile_rows, tile_columns; left_size; begin, end (per thread);
 // gather_columns; gather_rows, which says whether it did; multiply; narrow, if Sum is not Result.
 template <class Policy>
 class Wgrad {
@@ -55,7 +55,6 @@ class Wgrad {
         row_tiles_ = (rows_ + policy.tile_rows() - 1) / policy.tile_rows();
         column_tiles_ = (columns_ + policy.tile_columns() - 1) / policy.tile_columns();
         cut_chunks();
-        for (int64_t i = 0; i < RUN + OUTER_AHEAD; ++i) side_by_side_[i] = std::min(i, RUN - 1) * policy.left_stride();
     }
 
     bool run() {
@@ -206,7 +205,7 @@ class Wgrad {
             const bool gathered = policy_.gather_rows({p + row, rows_, run.p, run.count, rows, left}, block.last - block.first);
             for (int64_t c = block.first; c < block.last; ++c) {
                 if (closes && c + 1 == block.last) prefetch(block, down, rows);
-                policy_.multiply(gathered ? left : p + row, gathered ? side_by_side_ : scattered, run.count, panel(c),
+                policy_.multiply(gathered ? left : p + row, gathered ? nullptr : scattered, run.count, panel(c),
                                  sums + (c - block.first) * policy_.tile_columns(), block.stride, rows, columns_at(c), !block.opens);
             }
             if (closes) narrow(block, sums, down, rows);
@@ -246,7 +245,6 @@ class Wgrad {
     const Policy policy_;
     bool by_target_;  // columns are target channels
     int64_t rows_, columns_, row_tiles_, column_tiles_;  // of the gradient of a tap
-    int64_t side_by_side_[RUN + OUTER_AHEAD];  // offsets of gathered rows
     std::vector<std::vector<Span>> chunks_;
     std::vector<int32_t> position_;              // (group, tap): the place of the tap in the group, or -1
     std::vector<int64_t> first_, last_, pairs_;  // of each tap: the chunks that open and close its sums, its number of pairs

@@ -21,8 +21,6 @@ struct TilePolicy {
     void begin() const { kernels.begin(); }
     void end() const { kernels.end(); }
 
-    int64_t left_stride() const { return 0; }
-
     void gather_columns(const GatherArgs<Bf16>& args) const { kernels.gather_q(args); }
     bool gather_rows(const GatherArgs<Bf16>& args, int64_t) const {
         kernels.gather_p(args);

@@ -27,7 +27,6 @@ class WinogradWgrad {
         lane_ = kernels.columns / 2;
         row_tiles_ = (args.target_channels + kernels.outer_rows - 1) / kernels.outer_rows;
         panels_ = (depth_ + kernels.columns - 1) / kernels.columns;
-        for (int64_t i = 0; i < CHUNK + OUTER_AHEAD; ++i) offsets_[i] = std::min(i, CHUNK - 1) * lane_;
     }
 
     bool run() {
@@ -89,7 +88,7 @@ class WinogradWgrad {
                 for (int64_t p = 0; p < panels_; ++p) {
                     const int64_t n = first_row(tile), k = p * kernels_.columns;
                     T* to = sums + ((row * 4 + e) * args_.target_channels + n) * depth_ + k;
-                    kernels_.outer({buffers.target + (e * (high - low) + tile - low) * left, offsets_, count,
+                    kernels_.outer({buffers.target + (e * (high - low) + tile - low) * left, nullptr, count,
                                     buffers.source + (e * panels_ + p) * panel, to, depth_, int32_t(first_row(tile + 1) - n),
                                     int32_t(std::min<int64_t>(kernels_.columns, depth_ - k)), chunk > 0});
                 }
@@ -103,7 +102,6 @@ class WinogradWgrad {
     const WinogradTiles tiles_;
     const int64_t depth_;
     int64_t lane_, row_tiles_, panels_;
-    int64_t offsets_[CHUNK + OUTER_AHEAD];  // of the gradients' components of a chunk
 };
 
 }  // namespace

@@ -167,8 +167,8 @@ def build_spark(
     frames. ``dense_decoder_blocks`` of a U-Net run on whole images in sparse decoding. ``densify_norm`` is
     ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given. ``input_scaling`` is what the
     encoder sees of the rain, see `spatspark_fast.models.inputs.scale_input`; ``none`` is the published model.
-    The image size is not fixed: any multiple of the patch, rectangular or not. Raises UserError for values
-    that do not fit.
+    The image size is not fixed: any multiple of the patch, rectangular or not. Kernels lie in channels_last memory, as
+    engines read them and leave their gradients. Raises UserError for values that do not fit.
     """
     check_patch(patch, levels)
     check_input_scaling(input_scaling)
@@ -184,4 +184,5 @@ def build_spark(
     else:
         head = UNetDecoder(in_chans, decoder_width, levels, dense_decoder_blocks)
     densify = Densify(encoder_channels(body), head.in_widths, densify_norm)
-    return SparK(body, densify, head, in_chans, patch, loss_on, backend, input_scaling)
+    model = SparK(body, densify, head, in_chans, patch, loss_on, backend, input_scaling)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

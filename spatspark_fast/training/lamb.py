@@ -86,7 +86,7 @@ class Lamb(Optimizer):
             if not state:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
             grad = parameter.grad
-            if grad.stride() != parameter.stride():  # both must lie in memory in one order
+            if not _same_order(grad, parameter):
                 grad = torch.empty_like(parameter).copy_(grad)
             for values, value in zip(lists, (parameter, grad, state["exp_avg"], state["exp_avg_sq"]), strict=True):
                 values.append(value)
@@ -157,6 +157,12 @@ def _update_in_pieces(lists: _Lists, rates: _Rates) -> None:
             squares += [weight.dot(weight), update.dot(update)]
         norms = torch.stack(squares).view(-1, 2).double().sum(0).sqrt_()
         weights.add_(updates, alpha=-rates.lr * float(_trust(norms[0], norms[1])))
+
+
+def _same_order(one: Tensor, other: Tensor) -> bool:
+    """Return whether the elements of two tensors of one shape lie in memory in one order."""
+    steps = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(length == 1 or a == b for length, a, b in steps)
 
 
 def _flat(tensor: Tensor) -> Tensor:
