@@ -131,6 +131,6 @@ class DenseStep(OurStep):
         active = grid.active.repeat_interleave(rows, 1).repeat_interleave(columns, 2).unsqueeze(1)
         normed = level.norm(features)
         image = torch.where(active, normed, level.mask_token.to(normed.dtype)[:, None, None])
-        if isinstance(level.proj, nn.Conv2d) and level.proj.kernel_size == (3, 3):
-            return image_conv2d(image, level.proj.weight, level.proj.bias, self.model.backend)
-        return level.proj(image)
+        if isinstance(level.proj, nn.Identity):
+            return image
+        return image_conv2d(image, level.proj.weight, level.proj.bias, self.model.backend)

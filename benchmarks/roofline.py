@@ -104,9 +104,7 @@ def measure_ceilings(
     copy = 2 * source.nbytes / _fastest(partial(torch.empty_like(source).copy_, source), rounds)
     rate: dict[torch.dtype, float] = {}
     for dtype in dtypes:
-        if device.type == "cpu" and lacks(
-            dtype
-        ):  # float32 does the same work, and faster
+        if device.type == "cpu" and lacks(dtype):  # float32 does the same work, and faster
             rate[dtype] = rate[torch.float32]
             continue
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))

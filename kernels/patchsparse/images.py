@@ -10,6 +10,7 @@ from .backends import cpp
 from .functional import patch_conv2d, patch_conv_transpose2d
 from .geometry import Call, Window
 from .grid import PatchGrid, whole_grid
+from .local import local_conv2d
 
 __all__ = ["image_conv2d", "image_conv_transpose2d", "image_engine", "image_grid"]
 
@@ -43,11 +44,13 @@ def image_grid(image: Tensor, backend: str = "auto") -> PatchGrid | None:
 
 
 def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """Convolve whole images, 3x3 with padding 1: ``F.conv2d(image, weight, bias, padding=1)``, faster where it can be.
+    """Convolve whole images, 3x3 with padding 1 or 1x1: ``F.conv2d(image, weight, bias, padding=k // 2)``, or faster.
+
+    A 1x1 convolution is the matrix product of `local_conv2d`, where oneDNN would go through few pixels image by image.
 
     Args:
         image: ``(B, C_in, H, W)``, any float dtype.
-        weight: ``(C_out, C_in, 3, 3)`` of the same dtype.
+        weight: ``(C_out, C_in, k, k)`` of the same dtype, k = 1 or 3.
         bias: ``(C_out,)`` or None.
         backend: ``"auto"`` or ``"cpp"`` may take the engine, see `image_engine`; any other name does not.
 
@@ -56,7 +59,9 @@ def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, back
     """
     if weight.shape[2:] == (3, 3) and image_engine(image, weight.shape[0], backend):
         return patch_conv2d(image, weight, bias, whole_grid(image.shape[0]), padding=1, backend="cpp")
-    return F.conv2d(image, weight, bias, padding=1)
+    if weight.shape[2:] == (1, 1) and image_grid(image, backend) is not None:
+        return local_conv2d(image.contiguous(memory_format=torch.channels_last), weight, bias, ONE, 1)
+    return F.conv2d(image, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
 
 def image_conv_transpose2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:

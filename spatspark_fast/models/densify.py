@@ -49,12 +49,10 @@ class DensifyLevel(nn.Module):
         whole image, so that they have the values they would have there. ``backend`` as in `patchsparse.image_conv2d`.
         """
         image = self._filled(features, grid)
-        if decoded is None:
-            if isinstance(self.proj, nn.Conv2d) and self.proj.kernel_size == (3, 3):
-                return image_conv2d(image, self.proj.weight, self.proj.bias, backend)
-            return self.proj(image)
         if isinstance(self.proj, nn.Identity):
-            return pack(image, decoded)
+            return image if decoded is None else pack(image, decoded)
+        if decoded is None:
+            return image_conv2d(image, self.proj.weight, self.proj.bias, backend)
         halo = self.proj.kernel_size[0] // 2
         return F.conv2d(_pack_with_halo(image, decoded, halo), self.proj.weight, self.proj.bias)
 

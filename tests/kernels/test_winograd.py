@@ -174,6 +174,17 @@ def test_a_whole_image_enlarged_equals_pytorch(shape, bias):
     assert torch.equal(image_conv_transpose2d(image, weight, added, "dense"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_a_1x1_convolution_of_a_whole_image_equals_pytorch(dtype, backend):
+    leaves = [normal(3, 40, 9, 7), normal(24, 40, 1, 1, seed=1), normal(24, seed=2)]
+    image, weight, bias = leaves = tuple(t.to(dtype).requires_grad_() for t in leaves)
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    actual, expected = image_conv2d(image, weight, bias, backend), F.conv2d(image, weight, bias)
+    for a, e in zip((actual, *gradients(actual, leaves, 3)), (expected, *gradients(expected, leaves, 3)), strict=True):
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance)
+
+
 def test_where_the_engine_does_not_fit_pytorch_convolves_the_image(monkeypatch):
     image, weight = normal(1, 32, 4, 4, dtype=torch.float32), normal(32, 32, 3, 3, dtype=torch.float32)
     assert image_engine(image, 32)
