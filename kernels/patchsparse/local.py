@@ -29,16 +29,19 @@ def is_product(device: str, window: Window, groups: int) -> bool:
 
 @cache
 def _products_are_slow() -> bool:
-    """Return whether PyTorch's products are MKL's on an AMD processor."""
-    return processor_fields().get("vendor_id") == "AuthenticAMD" and torch.backends.mkl.is_available()
+    """Return whether PyTorch's products are MKL's on an AMD processor with AVX-512, which MKL leaves unused there."""
+    processor = processor_fields()
+    wide = processor.get("vendor_id") == "AuthenticAMD" and "avx512f" in processor.get("flags", "").split()
+    return wide and torch.backends.mkl.is_available()
 
 
 def multiplies_by_engine(x: Tensor) -> bool:
-    """Return whether the ``cpp`` engine does the product of ``x`` ``(N, C, ph, pw)``: float32 on an AMD processor.
+    """Return whether the ``cpp`` engine does the product of ``x`` ``(N, C, ph, pw)``: float32, AMD with AVX-512.
 
     MKL runs at half the rate there: 1.4 to 2.2 ms for products that take this engine 0.7 to 0.9 ms and oneDNN's
     convolution 0.7 to 2.5 ms (ResNet-50's 1x1 layers of batch 4, two cores of Zen 5, ``benchmarks/test_conv.py``);
     the linear layers of a ConvNeXt-Tiny 640 ms forward and backward, this engine 230 ms (batch 4, 60 % masked).
+    With AVX2 alone (Zen 3) MKL takes 0.8 to 0.9 of the engine's time.
     """
     suits = (x.device.type, x.dtype) == ("cpu", torch.float32) and x.shape[1] >= 16
     return suits and cpp.may_replace_pytorch(x) and _products_are_slow() and native.library().problem is None
