@@ -4,7 +4,15 @@ from patchsparse import PatchGrid
 from spatspark_fast.masks import MaskSampler
 from spatspark_fast.models.spark import SparK
 
-__all__ = ["patches_to_decode"]
+__all__ = ["leaves_patches_out", "patches_to_decode"]
+
+
+def leaves_patches_out(model: SparK, visible: int, patches: int, share: float) -> bool:
+    """Return whether a step reconstructs less than whole images, of which ``visible`` of ``patches`` are seen.
+
+    It does below a ``share`` of 1, and where that changes nothing (`SparK.decodes_apart`), if any patch is masked.
+    """
+    return share < 1 or (model.decodes_apart and visible < patches)
 
 
 def patches_to_decode(
@@ -15,7 +23,6 @@ def patches_to_decode(
     Sparse decoding draws them at random. Where patches can be left out without changing anything
     (`SparK.decodes_apart`) those that the loss does not read are, also at a share of 1.
     """
-    apart = model.decodes_apart and grid.num_active < grid.active.numel()
-    if share >= 1 and not apart:
+    if not leaves_patches_out(model, grid.num_active, grid.active.numel(), share):
         return None
     return masks.decoded(grid, share, step, rank, masked=model.loss_on == "masked")

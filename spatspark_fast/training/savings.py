@@ -19,6 +19,7 @@ from spatspark_fast.masks import num_decoded, num_visible
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.macs import count_macs
 from spatspark_fast.models.spark import SparK
+from spatspark_fast.training.decoding import leaves_patches_out
 
 __all__ = ["DenseAndMask", "Measurement", "counted_savings", "describe_savings", "measure_encoder", "shares"]
 
@@ -170,7 +171,7 @@ def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: floa
     """Return the shares of patches that are seen, and that are reconstructed."""
     rows, columns = grid_shape(size, model.patch)
     patches = rows * columns
-    if decode_ratio >= 1 and not (model.decodes_apart and visible < patches):
+    if not leaves_patches_out(model, visible, patches, decode_ratio):
         return visible / patches, 1.0
     return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
 
