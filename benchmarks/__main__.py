@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .scales import NAMES
+from .measure.scales import NAMES
 
 __all__ = ["main"]
 
@@ -36,20 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
     options = parser().parse_args(argv)
     if options.command == "headline":
-        from .headline import headline
+        from .reports.headline import headline
 
         return headline(options.json, options.scale)
     if options.command == "report":
-        from .report import report
+        from .reports.report import report
 
         for path in report():
             sys.stdout.write(f"{path}\n")
         return 0
     if options.command == "roofline":
-        from .roofline_report import roofline
+        from .reports.roofline import roofline
 
         return roofline(options.encoder, options.scale)
-    from .gpu import gpu
+    from .gpu.plan import gpu
 
     return gpu(options)
 

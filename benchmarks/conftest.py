@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from .machine import RESULTS, device_name, folder_name
-from .scales import NAMES, Scale, scale_of
-from .table import Row, line, make_row, merge
-from .timing import GATE
+from .measure.machine import RESULTS, device_name, folder_name
+from .measure.rows import Row, line, make_row, merge
+from .measure.scales import NAMES, Scale, scale_of
+from .measure.timing import GATE
 
 _rows = pytest.StashKey[list[Row]]()
 
@@ -67,7 +67,7 @@ def tf32():
 
 
 class Recorder:
-    """Note a ratio, as :func:`~benchmarks.table.make_row` takes it, or a whole row."""
+    """Note a ratio, as :func:`~benchmarks.measure.rows.make_row` takes it, or a whole row."""
 
     def __init__(self, rows: list[Row]) -> None:
         self._rows = rows

@@ -18,23 +18,23 @@ from torch import Tensor
 
 from patchsparse import PatchGrid
 from patchsparse.geometry import Window
-from patchsparse.local import local_conv2d
+from patchsparse.pointwise import local_conv2d
 from patchsparse.processor import lacks
 
-from .contenders import Case, contenders, peer_rows
-from .convolutions import GROUPS, RESULTS, SIDES, Shape, operators, problem, reference
-from .encoders import DENSE
+from .measure.contenders import Case, contenders, peer_rows
+from .measure.roofline import ceilings, conv_work
+from .measure.scales import device
+from .measure.timing import check_parity, in_turn
 from .peers import Packed, peers
-from .roofline import ceilings, conv_work
-from .scales import device
-from .timing import check_parity, in_turn
+from .subjects.convolutions import GROUPS, RESULTS, SIDES, Shape, operators, problem, reference
+from .subjects.encoders import DENSE
 
 MASKED = 0.6
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 POINTWISE = ((8, 64, 256), (4, 512, 128), (2, 256, 1024), (1, 512, 2048))
 
 pytestmark = pytest.mark.skipif(
-    device().type == "cuda", reason="on a GPU layers are replayed as CUDA graphs: python -m benchmarks.gpu_kernels"
+    device().type == "cuda", reason="on a GPU layers are replayed as CUDA graphs: python -m benchmarks.gpu.kernels"
 )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from spatspark_fast.data.augment import Augmentation
-from spatspark_fast.data.resident import OnDevice, OnHost, Place, SentAhead
-from spatspark_fast.data.store import in_memory
+from spatspark_fast.data.resident.places import OnDevice, OnHost, Place, SentAhead
+from spatspark_fast.data.resident.store import in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
 
-from .step_ways import check_equal, make_step
-from .timing import check_parity, in_turn
+from .measure.timing import check_parity, in_turn
+from .subjects.step_ways import check_equal, make_step
 
 SPARE = 32  # pixels that a crop may lie in
 STEP = "light step"

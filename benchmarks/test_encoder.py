@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .encoders import DENSE, MASKED, encoders
-from .timing import in_turn
+from .measure.timing import in_turn
+from .subjects.encoders import DENSE, MASKED, encoders
 
 
 def test_encoder(benchmark, record, scale, encoder, masked):

@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .convolutions import RESULTS, SIDES, Shape, operators, problem, reference
-from .encoders import DENSE, encoders
-from .roofline import ceilings, conv_work
-from .timing import check_parity, in_turn
+from .measure.roofline import ceilings, conv_work
+from .measure.timing import check_parity, in_turn
+from .subjects.convolutions import RESULTS, SIDES, Shape, operators, problem, reference
+from .subjects.encoders import DENSE, encoders
 
 SHAPES = (Shape(8, 64, 64), Shape(1, 512, 512))
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

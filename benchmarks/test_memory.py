@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from spatspark_fast.training.memory import StepMemory, estimate_memory
+from spatspark_fast.info.memory import StepMemory, estimate_memory
 
-from .encoders import DENSE, MASKED, encoders
-from .step_ways import DECODE_RATIO, OURS, RIVALS, case_of, check_equal, make_step
-from .steps import MASKED as SHARE
-from .steps import Step
-from .timing import Ratio, peak_bytes
+from .measure.timing import Ratio, peak_bytes
+from .subjects.encoders import DENSE, MASKED, encoders
+from .subjects.step_ways import DECODE_RATIO, OURS, RIVALS, case_of, check_equal, make_step
+from .subjects.steps import MASKED as SHARE
+from .subjects.steps import Step
 
 MIB, GIB = 2**20, 2**30
 CARDS, SPARE = (16, 24, 80), 1.5  # GiB, and what is left of them for CUDA and the workspaces of cuDNN

@@ -16,24 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack, sparsify, unpack
-from spatspark_fast.training.savings import DenseAndMask
+from spatspark_fast.pretrain.savings import DenseAndMask
 
-from .contenders import Case, contenders, peer_rows
-from .convolutions import GROUPS, operators, problem
-from .encoders import FEATURES, GRADIENTS
+from .measure.contenders import Case, contenders, peer_rows
+from .measure.scales import Scale
+from .measure.timing import check_parity, in_turn
 from .peers import Minkowski, Packed
 from .peers.base import to_packed, to_rows
 from .peers.minkowski import MinkowskiResNet
 from .peers.sites import rows_at
-from .scales import Scale
-from .timing import check_parity, in_turn
+from .subjects.convolutions import GROUPS, operators, problem
+from .subjects.encoders import FEATURES, GRADIENTS
 
 MASKED, PATCH = 0.6, 32
 MISSING = Minkowski().why_not()
 
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: python -m benchmarks.gpu_kernels"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: python -m benchmarks.gpu.kernels"),
 ]
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack, patch_batch_norm_act, unpack
 
-from .convolutions import GROUPS
-from .encoders import DENSE, MASKED
-from .timing import check_parity, in_turn
+from .measure.timing import check_parity, in_turn
+from .subjects.convolutions import GROUPS
+from .subjects.encoders import DENSE, MASKED
 
 MASKED_SHARE = 0.6
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

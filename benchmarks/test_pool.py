@@ -12,8 +12,8 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack, patch_max_pool2d, unpack
 
-from .encoders import DENSE, MASKED
-from .timing import check_parity, in_turn
+from .measure.timing import check_parity, in_turn
+from .subjects.encoders import DENSE, MASKED
 
 MASKED_SHARE = 0.6
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # sums of gradients where windows overlap are rounded

@@ -7,10 +7,10 @@ import statistics
 
 import torch
 
-from .roofline import ceilings, counted, optimiser_seconds
-from .step_ways import OURS, RIVALS, WAYS, case_of, check_equal, make_step
-from .steps import MASKED, PARTS, split
-from .timing import Ratio, in_turn
+from .measure.roofline import ceilings, counted, optimiser_seconds
+from .measure.timing import Ratio, in_turn
+from .subjects.step_ways import OURS, RIVALS, WAYS, case_of, check_equal, make_step
+from .subjects.steps import MASKED, PARTS, split
 
 
 def test_step(benchmark, record, scale, step_encoder):

@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from patchsparse import PatchGrid
-from spatspark_fast import finetune, pretrain
-from spatspark_fast.config import from_plain
 from spatspark_fast.data.nl50 import NowcastDataset
-from spatspark_fast.evaluation.scoring import evaluate_forecaster
-from spatspark_fast.losses import reconstruction_loss
-from spatspark_fast.masks import MaskSampler
-from spatspark_fast.training.build import build_model
+from spatspark_fast.evaluate.scoring import evaluate_forecaster
+from spatspark_fast.finetune import __main__ as finetune
+from spatspark_fast.models.patch_loss import reconstruction_loss
+from spatspark_fast.pretrain import __main__ as pretrain
+from spatspark_fast.pretrain.build import build_model
+from spatspark_fast.pretrain.config import from_plain
+from spatspark_fast.pretrain.masks import MaskSampler
 from spatspark_fast.training.checkpoints import read_checkpoint
 
 WAYS = {

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from spatspark_fast.data.merging import merge_archives
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.prepare.merging import merge_archives
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..convolutions import Problem, Shape
+from ..subjects.convolutions import Problem, Shape
 
 __all__ = ["Layer", "Peer", "check", "missing", "passes", "to_packed", "to_rows"]
 
@@ -153,7 +153,7 @@ def passes(layer: Layer, p: Problem, parts: bool = True) -> dict[str, Run]:
 
 
 def check(layer: Layer, p: Problem, expected: dict[str, Tensor]) -> dict[str, float]:
-    """Return the relative errors of output and gradients against :func:`~benchmarks.convolutions.reference`."""
+    """Return the relative errors of output and gradients against `benchmarks.subjects.convolutions.reference`."""
     layer.build_map()
     x = layer.operand(p.x).detach().clone().requires_grad_()
     y = layer.forward(x)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from patchsparse import pack, unpack
 
-from ..convolutions import Problem, Shape
+from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer
 
 __all__ = ["Dense", "DenseAndMask"]

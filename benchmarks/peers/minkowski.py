@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid
-from patchsparse.backends.minkowski_loading import library, module
+from patchsparse.backends.minkowski.loading import library, module
 
-from ..convolutions import Problem, Shape
+from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer, to_packed, to_rows
 from .sites import rows_at, sites
 

@@ -9,7 +9,7 @@ from patchsparse import PatchGrid, patch_conv2d
 from patchsparse.backends import why_not
 from patchsparse.geometry import Call, Window
 
-from ..convolutions import Problem, Shape
+from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer
 
 __all__ = ["Packed"]

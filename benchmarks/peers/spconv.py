@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..convolutions import Problem, Shape
+from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer, missing, to_packed, to_rows
 from .sites import rows_at, sites
 

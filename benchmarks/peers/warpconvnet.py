@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ..convolutions import Problem, Shape
+from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer, missing, to_packed
 from .sites import image_offsets, sites
 

@@ -3,7 +3,8 @@
 See ``kernels/README.md`` for the layout and a ten-line use in a timm model.
 """
 
-from .binding import bind
+from .adoption.adopt import UnsupportedModuleError, sparsify
+from .adoption.binding import bind
 from .functional import (
     available_backends,
     explain,
@@ -14,11 +15,10 @@ from .functional import (
     why_unavailable,
 )
 from .grid import PatchGrid
-from .images import image_conv2d, image_conv_transpose2d, image_engine, image_grid
-from .ops_densify import patch_batch_norm_unpack
-from .ops_norm import patch_batch_norm_act
+from .ops.norm import patch_batch_norm_act
+from .ops.norm_unpack import patch_batch_norm_unpack
 from .packing import pack, unpack
-from .sparsify import UnsupportedModuleError, sparsify
+from .whole_images import image_conv2d, image_conv_transpose2d, image_engine, image_grid
 
 __all__ = [
     "PatchGrid",

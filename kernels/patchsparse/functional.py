@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, ops_gradients  # noqa: F401 - the second registers an operator that the first one calls
 from .backends import ENGINES, OVERRIDE, choose, order, why_not
 from .backends.tables import OUTSIDE, tap_rows
 from .geometry import Call, Window, pair
 from .grid import PatchGrid
-from .local import is_product, local_conv2d, multiplies_by_engine
+from .ops import conv as ops
 from .packing import check_packed
+from .pointwise import is_product, local_conv2d, multiplies_by_engine
 
 __all__ = [
     "available_backends",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
 from .grid import PatchGrid
+from .ops import conv as ops
 
 __all__ = ["pack", "unpack"]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 
 __all__ = ["Affine", "Augmentation"]
 

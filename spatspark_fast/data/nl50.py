@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from spatspark_fast import units
+from spatspark_fast.common import units
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.augment import Augmentation
-from spatspark_fast.data.timestamps import parse_timestamp
-from spatspark_fast.errors import UserError
+from spatspark_fast.data.radar.timestamps import parse_timestamp
 
 __all__ = ["NowcastDataset"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from spatspark_fast import units
-from spatspark_fast.data.timestamps import format_timestamp
-from spatspark_fast.errors import UserError
+from spatspark_fast.common import units
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.data.radar.timestamps import format_timestamp
 
 __all__ = ["SyntheticRadar"]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patchsparse import UnsupportedModuleError, sparsify
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.geometry import strides_of
 from spatspark_fast.models.inputs import InputScaling
 

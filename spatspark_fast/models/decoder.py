@@ -27,7 +27,7 @@ from patchsparse import (
     patch_conv_transpose2d,
     sparsify,
 )
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.geometry import strides_of
 from spatspark_fast.models.upsample import pays, upsample_conv
 

@@ -11,7 +11,7 @@ from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, image_conv2d, pack, patch_batch_norm_unpack, unpack
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 
 __all__ = ["Densify", "DensifyLevel", "NormKind"]
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatspark_fast.errors import UserError
-from spatspark_fast.models.files import load_plain
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.files import load_plain
 
 __all__ = [
     "Forecaster",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 
 __all__ = ["check_patch", "grid_shape", "strides_of"]
 

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from spatspark_fast.errors import UserError
-from spatspark_fast.units import mm_per_hour
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.units import mm_per_hour
 
 __all__ = ["GAIN", "InputScaling", "check_input_scaling", "scale_input"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.forecaster import Forecaster
 
 __all__ = ["CBAM", "SeparableConv", "SmaAtUNet"]

@@ -17,13 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack
-from spatspark_fast.errors import UserError
-from spatspark_fast.losses import LossOn, decoded_loss, denormalise_patches, patch_statistics, reconstruction_loss
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.backbones import build_encoder, encoder_channels
 from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.geometry import check_patch, grid_shape
 from spatspark_fast.models.inputs import InputScaling, check_input_scaling, scale_input
+from spatspark_fast.models.patch_loss import (
+    LossOn,
+    decoded_loss,
+    denormalise_patches,
+    patch_statistics,
+    reconstruction_loss,
+)
 
 __all__ = ["DecoderKind", "SparK", "SparKOutput", "build_spark"]
 

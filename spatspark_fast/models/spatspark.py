@@ -17,14 +17,14 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatspark_fast.errors import UserError
-from spatspark_fast.losses import denormalise_patches, patch_statistics
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.backbones import build_dense_encoder, encoder_channels
 from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.forecaster import Forecaster, check_lengths
 from spatspark_fast.models.geometry import check_patch, grid_shape
 from spatspark_fast.models.inputs import InputScaling, check_input_scaling, scale_input
+from spatspark_fast.models.patch_loss import denormalise_patches, patch_statistics
 from spatspark_fast.models.translation import Translation, TranslationKind, build_translation
 
 __all__ = ["Freeze", "OutputNorm", "SpatSpark", "build_spatspark"]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 
 __all__ = [
     "AxialAttention",

@@ -1,6 +1,6 @@
 """Scores of rain forecasts, as torchmetrics states: errors, contingency tables, FSS and power spectra."""
 
-from spatspark_fast.score_defaults import FSS_SCALES, THRESHOLDS
+from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
 from spatspark_fast.scores.formulas import CATEGORICAL_SCORES, Counts, categorical_scores
 from spatspark_fast.scores.fractions import FractionsSkill, fractions_skill
 from spatspark_fast.scores.nowcast import NowcastScores

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spatspark_fast import units
-from spatspark_fast.score_defaults import FSS_SCALES, THRESHOLDS
+from spatspark_fast.common import units
+from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
 from spatspark_fast.scores.formulas import Counts, categorical_scores, ratio
 from spatspark_fast.scores.fractions import FractionsSkill, fractions_skill
 from spatspark_fast.scores.spectrum import SpectralPower

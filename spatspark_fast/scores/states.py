@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from spatspark_fast import units
+from spatspark_fast.common import units
 from spatspark_fast.scores.formulas import Counts, ratio
 
 __all__ = ["ContingencyTable", "RainErrors", "check_pair", "check_thresholds", "rain_errors"]

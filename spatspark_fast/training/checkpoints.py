@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from spatspark_fast.errors import UserError
-from spatspark_fast.models.files import load_plain
-from spatspark_fast.runs import RunDirectory, RunStopped, atomic_path
-from spatspark_fast.training.planned import PlannedTraining
+from spatspark_fast.common.errors import RunStopped, UserError
+from spatspark_fast.common.files import atomic_path, load_plain
+from spatspark_fast.training.module import PlannedTraining
+from spatspark_fast.training.rundir import RunDirectory
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
 

@@ -7,13 +7,13 @@ from typing import Literal
 import lightning as L
 import torch
 
-from spatspark_fast.config import DataConfig, PretrainConfig
 from spatspark_fast.data.augment import Augmentation
-from spatspark_fast.data.cache import NoRoomError, unpacked
 from spatspark_fast.data.nl50 import NowcastDataset
-from spatspark_fast.data.resident import Place, choose_place, free_memory, place_windows
-from spatspark_fast.data.store import WindowStore, in_memory
-from spatspark_fast.training.build import Remembered, Windows
+from spatspark_fast.data.resident.cache import NoRoomError, unpacked
+from spatspark_fast.data.resident.places import Place, choose_place, free_memory, place_windows
+from spatspark_fast.data.resident.store import WindowStore, in_memory
+from spatspark_fast.pretrain.build import Remembered, Windows
+from spatspark_fast.pretrain.config import DataConfig, PretrainConfig
 from spatspark_fast.training.stream import BatchStream, batches_of
 
 __all__ = ["open_place", "open_stream"]

@@ -1,63 +1,144 @@
-"""The pretraining step as a Lightning module: every random choice follows from (seed, position) alone."""
+"""What trainings of this project have in common: a plan, a place in it, and nothing random without a key."""
 
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from spatspark_fast.config import PretrainConfig, to_plain
-from spatspark_fast.masks import MaskSampler
-from spatspark_fast.models.spark import SparK
-from spatspark_fast.training.decoding import patches_to_decode
-from spatspark_fast.training.planned import PlannedTraining, averaged, step_seed
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.pretrain.config import OptimConfig
+from spatspark_fast.training.lamb import clip_gradients
+from spatspark_fast.training.optim import build_optimizer, set_rates
 from spatspark_fast.training.schedules import Plan
 
-__all__ = ["SparkPretraining", "step_seed"]
+__all__ = ["PlannedTraining", "averaged", "step_seed"]
+
+_STEP_STREAM = 3  # masks use the streams 0 and 1 of a seed, the data order 2
 
 
-class SparkPretraining(PlannedTraining):
-    """Train a `SparK` model: masks by position beside what every planned training does."""
+def step_seed(seed: int, position: int, rank: int) -> int:
+    """Return the seed of the global generators (drop-path, dropout) for the batch at a position."""
+    return int(np.random.SeedSequence((_STEP_STREAM, seed, position, rank)).generate_state(1, np.uint64)[0])
 
-    def __init__(self, config: PretrainConfig, spark: SparK, masks: MaskSampler, plan: Plan) -> None:
-        super().__init__(config.optim, config.trainer, plan)
-        self.config = config
-        self.spark = spark
-        self.masks = masks
-        self.ema = averaged(spark, config.optim.ema)
-        if config.trainer.compile != "off":
-            # Part by part, in place: the keys of the weights stay, and what chooses the grid stays outside.
-            for part in (spark.encoder, spark.densify, spark.decoder):
-                part.compile(mode=config.trainer.compile)
+
+class _Seeded(Protocol):
+    seed: int
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
+    """Return an exponential moving average of the weights and buffers of a model; None for decay 0."""
+    if decay <= 0:
+        return None
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average.requires_grad_(False)
+    return average
+
+
+class PlannedTraining(L.LightningModule):
+    """Set the rates of each step by its position in a `Plan`, clip gradients, average weights, watch the loss.
+
+    ``last`` holds what the newest step is worth logging: the detached loss, and the norm of the gradient. The
+    trained model is given by `trained`, its average is ``ema``.
+    """
+
+    def __init__(self, optim: OptimConfig, trainer_options: _Seeded, plan: Plan) -> None:
+        super().__init__()
+        self.optim = optim
+        self.seed = trainer_options.seed
+        self.plan = plan
+        self.ema: AveragedModel | None = None
+        self.last: dict[str, Tensor] = {}
+        self.position = -1
+        self._broken: Tensor | None = None
 
     @property
-    def trained(self) -> SparK:
+    def trained(self) -> nn.Module:
         """Return the model whose weights are trained."""
-        return self.spark
+        raise NotImplementedError
 
     @property
-    def best_spark(self) -> SparK:
-        """Return the model to keep: the averaged one, where there is one."""
-        if self.ema is None:
-            return self.spark
-        module = self.ema.module
-        if not isinstance(module, SparK):
-            raise TypeError(f"the averaged model is a {type(module).__name__}, not a SparK")
-        return module
+    def epochs_done(self) -> float:
+        """Return passes over the data up to and with the newest batch."""
+        return (self.position + 1) / self.plan.batches_per_epoch
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of one batch under the masks of its position."""
-        frames = batch["input"]
-        progress = self.plan.progress(self.plan.step_of(self.position))
-        grid = self.masks(frames, step=self.position, progress=progress, rank=self.global_rank)
-        share = self.config.model.decode_ratio
-        decoded = patches_to_decode(self.spark, self.masks, grid, share, self.position, self.global_rank)
-        return self.watch(self.spark(frames, grid, decoded).loss)
+    @property
+    def epoch_complete(self) -> bool:
+        """Tell whether the newest batch was the last of its epoch."""
+        return (self.position + 1) % self.plan.batches_per_epoch == 0
+
+    @property
+    def between_steps(self) -> bool:
+        """Tell whether no gradient waits for an optimiser step, so that a checkpoint is complete."""
+        in_epoch = (self.position + 1) % self.plan.batches_per_epoch
+        return in_epoch % self.plan.accumulate == 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Return the one optimiser."""
+        return self.trainer.optimizers[0]
 
     def extra_row(self) -> dict[str, float | Tensor]:
-        """Return the mask ratio of the newest batch."""
-        progress = self.plan.progress(self.plan.step_of(self.position))
-        return {"mask_ratio": self.masks.ratio_at(progress, self.position)}
+        """Return further columns of a row of metrics.csv; scalars on a device stay there, so that nobody waits."""
+        return {}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimiser of the model's own parameters, without the frozen ones."""
+        return build_optimizer(self.trained.named_parameters(), self.optim, self.plan.peak_lr)
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Set the rates of this step, and the global generators."""
+        self.position = int(batch["position"])
+        step = self.plan.step_of(self.position)
+        set_rates(self.optimizer.param_groups, self.plan.lr(step), self.plan.wd(step))
+        torch.manual_seed(step_seed(self.seed, self.position, self.global_rank))
+
+    def watch(self, loss: Tensor) -> Tensor:
+        """Keep the loss for the log and see that it is finite; return it."""
+        self.last["loss"] = loss.detach()
+        broken = ~loss.detach().isfinite()
+        self._broken = broken if self._broken is None else self._broken | broken
+        if loss.device.type == "cpu":  # on a GPU this would wait for the device at every step
+            self.check_finite()
+        return loss
+
+    @property
+    def broken(self) -> Tensor | float:
+        """Tell, as a bool on the device, whether a loss since the start was NaN or infinite."""
+        return 0.0 if self._broken is None else self._broken
+
+    def check_finite(self) -> None:
+        """Raise `UserError` if a loss since the start was NaN or infinite."""
+        if self._broken is not None and bool(self._broken):
+            step = self.plan.step_of(self.position)
+            raise UserError(
+                f"the loss is no longer finite at step {step} (epoch {self.epochs_done:.2f}): lower "
+                "--optim.base_lr or --optim.clip, take --trainer.precision fp32, or look for odd values in "
+                "the data; the last checkpoint is from before and stays"
+            )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: Any = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
+        """Clip the norm of the whole gradient, and keep the norm for the log."""
+        self.last["grad_norm"] = clip_gradients(self.trained.parameters(), self.optim.clip or None)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the average."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update_parameters(self.trained)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the options, as plain values."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["config"] = to_plain(self.config)
+        """Add the position, as plain values."""
+        checkpoint["position"] = self.position + 1
+        checkpoint["batches_per_epoch"] = self.plan.batches_per_epoch
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the position of the checkpoint."""
+        self.position = int(checkpoint["position"]) - 1

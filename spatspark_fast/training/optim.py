@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spatspark_fast.config import OptimConfig
+from spatspark_fast.pretrain.config import OptimConfig
 from spatspark_fast.training.lamb import Lamb
 
 __all__ = ["build_optimizer", "parameter_groups", "set_rates"]

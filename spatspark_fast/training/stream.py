@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from spatspark_fast.config import PretrainConfig
-from spatspark_fast.config_finetune import FinetuneConfig
-from spatspark_fast.data.resident import Key, Place
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.data.resident.places import Key, Place
+from spatspark_fast.finetune.config import FinetuneConfig
+from spatspark_fast.pretrain.config import PretrainConfig
 
 __all__ = ["BatchStream", "WindowDataset", "batches_of", "epoch_order", "windows_per_batch"]
 

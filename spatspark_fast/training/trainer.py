@@ -11,11 +11,11 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-from spatspark_fast.config import OptimConfig
-from spatspark_fast.errors import UserError
-from spatspark_fast.runs import RunDirectory
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.pretrain.config import OptimConfig
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
-from spatspark_fast.training.record import COLUMNS, MetricsCsv
+from spatspark_fast.training.recorder import COLUMNS, MetricsCsv
+from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.schedules import Plan, make_plan
 from spatspark_fast.training.stream import BatchStream
 

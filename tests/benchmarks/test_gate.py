@@ -12,10 +12,10 @@ import torch
 
 from benchmarks import test_conv as conv_suite
 from benchmarks import test_mask_sweep as sweep_suite
-from benchmarks.convolutions import Shape
-from benchmarks.scales import scale_of
-from benchmarks.table import Row, make_row
-from benchmarks.timing import GATE, Gate, Ratio, check_close, check_parity, in_turn
+from benchmarks.measure.rows import Row, make_row
+from benchmarks.measure.scales import scale_of
+from benchmarks.measure.timing import GATE, Gate, Ratio, check_close, check_parity, in_turn
+from benchmarks.subjects.convolutions import Shape
 
 from .broken import break_engines
 

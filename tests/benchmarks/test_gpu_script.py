@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu_densify, gpu_kernels, gpu_timing
-from benchmarks.contenders import Case, contenders, peak_rows, peer_rows
-from benchmarks.convolutions import GROUPS, Problem, Shape, problem
-from benchmarks.gpu_timing import graph_rows
+from benchmarks.gpu import densify as gpu_densify
+from benchmarks.gpu import kernels as gpu_kernels
+from benchmarks.gpu import timing as gpu_timing
+from benchmarks.gpu.timing import graph_rows
+from benchmarks.measure.contenders import Case, contenders, peak_rows, peer_rows
+from benchmarks.measure.rows import COLUMNS, read
 from benchmarks.peers import Dense, DenseAndMask, Layer, Packed, Spconv, base
 from benchmarks.peers.dense import _DenseLayer
-from benchmarks.table import COLUMNS, read
+from benchmarks.subjects.convolutions import GROUPS, Problem, Shape, problem
 from patchsparse import unpack
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "benchmarks.gpu_kernels"]
+    command = [sys.executable, "-m", "benchmarks.gpu.kernels"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stdout == ""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.machine import ROOT, command, cpu, folder_name, provenance
+from benchmarks.measure.machine import ROOT, command, cpu, folder_name, provenance
 
 AMD = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC", "cpu family": "26", "model": "2", "flags": "avx2 avx512f"}
 OLDER = AMD | {"cpu family": "25", "model": "17"}

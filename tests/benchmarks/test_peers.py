@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.convolutions import Problem, Shape, problem, reference
+from benchmarks.measure.scales import scale_of
 from benchmarks.peers import (
     Dense,
     DenseAndMask,
@@ -23,10 +23,11 @@ from benchmarks.peers import (
     peers,
 )
 from benchmarks.peers.sites import image_offsets, neighbours, pixel_rows, rows_at, sites
-from benchmarks.scales import scale_of
+from benchmarks.subjects.convolutions import Problem, Shape, problem, reference
 from benchmarks.test_minkowski import Encoders
 from patchsparse import PatchGrid, pack
-from patchsparse.backends import minkowski_loading, tables
+from patchsparse.backends import tables
+from patchsparse.backends.minkowski import loading as minkowski_loading
 from patchsparse.geometry import Window
 
 from . import imitations

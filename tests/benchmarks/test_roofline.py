@@ -6,8 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.convolutions import Problem, Shape, operators, problem
-from benchmarks.roofline import Ceilings, Layer, Work, conv_work, counted, lines, measure_ceilings, optimiser_seconds
+from benchmarks.measure.roofline import (
+    Ceilings,
+    Layer,
+    Work,
+    conv_work,
+    counted,
+    lines,
+    measure_ceilings,
+    optimiser_seconds,
+)
+from benchmarks.subjects.convolutions import Problem, Shape, operators, problem
 
 CEILINGS = Ceilings("cpu", copy=1e9, rate={torch.float32: 1e10})
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks import gpu as gpu_script
-from benchmarks import headline as headline_command
-from benchmarks import report as report_command
-from benchmarks import steps
-from benchmarks.headline import headlines
-from benchmarks.report import BEGIN, END, devices, fill, newest, read_folder, report
-from benchmarks.scales import NAMES, scale_of
-from benchmarks.table import COLUMNS, Row, merge
+from benchmarks.gpu import plan as gpu_script
+from benchmarks.measure.rows import COLUMNS, Row, merge
+from benchmarks.measure.scales import NAMES, scale_of
+from benchmarks.reports import headline as headline_command
+from benchmarks.reports import report as report_command
+from benchmarks.reports.headline import headlines
+from benchmarks.reports.report import BEGIN, END, devices, fill, newest, read_folder, report
+from benchmarks.subjects import steps
 
 ROOT = Path(__file__).parents[2]
 CHOSEN = (

@@ -18,7 +18,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from patchsparse.backends.triton import configs, conv, image, norm, pool
+from patchsparse.backends.triton import configs, conv, norm
+from patchsparse.backends.triton import depthwise_pool as pool
+from patchsparse.backends.triton import norm_unpack as image
 from patchsparse.backends.triton.launch import Launch, rows_like
 from patchsparse.geometry import Window
 

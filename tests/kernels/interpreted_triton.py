@@ -23,7 +23,7 @@ from patchsparse.backends import gather, triton
 from patchsparse.backends.triton import conv, tuning
 from patchsparse.backends.triton.configs import CONV, WGRAD, Tile
 from patchsparse.geometry import Window
-from patchsparse.ops_norm import ACTIVATIONS, patch_batch_norm_act
+from patchsparse.ops.norm import ACTIVATIONS, patch_batch_norm_act
 
 from .cases import Case, cases
 

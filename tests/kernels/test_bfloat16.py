@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchsparse import PatchGrid, ops, pack
-from patchsparse.backends import cpp, native
+from patchsparse import PatchGrid, pack
+from patchsparse.backends import cpp
+from patchsparse.backends.cpp import native
 from patchsparse.geometry import Call, Window
+from patchsparse.ops import conv as ops
 
 from .cases import cases
 from .test_conv import gradients, masked_conv, relative_error

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from patchsparse import PatchGrid, bind, pack, sparsify
-from patchsparse.binding import bindings_of
+from patchsparse.adoption.binding import bindings_of
 
 from .sparsify_cases import UNEQUAL, as_list, encoder, images, loss_of
 

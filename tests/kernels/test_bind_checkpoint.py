@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from patchsparse import PatchGrid, bind, pack, sparsify
-from patchsparse.binding import bindings_of
+from patchsparse.adoption.binding import bindings_of
 
 from .sparsify_cases import UNEQUAL, encoder, images, loss_of
 

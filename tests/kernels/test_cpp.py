@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from patchsparse import PatchGrid, ops, pack, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d, unpack
-from patchsparse.backends import cpp, native, tables
+from patchsparse import PatchGrid, pack, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d, unpack
+from patchsparse.backends import cpp, tables
+from patchsparse.backends.cpp import native
 from patchsparse.geometry import Window
+from patchsparse.ops import conv as ops
 
 from .cases import cases, packed_of, upsampled
 from .test_conv import gradients, masked_conv

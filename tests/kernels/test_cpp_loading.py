@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from patchsparse import PatchGrid, available_backends, explain, patch_conv2d
-from patchsparse.backends import cpp, native
+from patchsparse.backends import cpp
+from patchsparse.backends.cpp import native
 from patchsparse.geometry import Call, Window
 
 built = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))

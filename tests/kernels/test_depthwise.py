@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from patchsparse import PatchGrid, pack, patch_conv2d
-from patchsparse.backends import cpp, native
+from patchsparse.backends import cpp
+from patchsparse.backends.cpp import native
 from patchsparse.geometry import Window
 
 from .test_conv import gradients, masked_conv

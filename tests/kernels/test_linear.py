@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, bind, local, sparsify
-from patchsparse.backends import cpp, native
-from patchsparse.nn import PatchLinear
+from patchsparse import PatchGrid, bind, sparsify
+from patchsparse import pointwise as local
+from patchsparse.adoption.modules import PatchLinear
+from patchsparse.backends import cpp
+from patchsparse.backends.cpp import native
 
 engine = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
 

@@ -26,7 +26,8 @@ from patchsparse import (
     unpack,
     why_unavailable,
 )
-from patchsparse.backends import OVERRIDE, minkowski_loading
+from patchsparse.backends import OVERRIDE
+from patchsparse.backends.minkowski import loading as minkowski_loading
 
 from .cases import cases, packed_of, upsampled
 from .dense_masked import DenseMasked

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.library import opcheck
 
-from patchsparse import ops_norm
-from patchsparse.ops_norm import ACTIVATIONS, patch_batch_norm_act
+from patchsparse.ops import norm as ops_norm
+from patchsparse.ops.norm import ACTIVATIONS, patch_batch_norm_act
 
 PARTS = {"identity": lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 

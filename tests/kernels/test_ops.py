@@ -11,7 +11,6 @@ from patchsparse import (
     PatchGrid,
     available_backends,
     explain,
-    ops,
     pack,
     patch_avg_pool2d,
     patch_conv2d,
@@ -20,6 +19,7 @@ from patchsparse import (
     unpack,
 )
 from patchsparse.backends import OVERRIDE
+from patchsparse.ops import conv as ops
 
 from .test_conv import ENGINES
 

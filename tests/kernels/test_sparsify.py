@@ -15,9 +15,9 @@ from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, UnsupportedModuleError, bind, pack, sparsify
-from patchsparse.binding import bindings_of
-from patchsparse.nn import PatchConv2d, PatchModule
-from patchsparse.testing import check_parity
+from patchsparse.adoption.binding import bindings_of
+from patchsparse.adoption.modules import PatchConv2d, PatchModule
+from patchsparse.adoption.parity import check_parity
 
 from .sparsify_cases import UNEQUAL, assert_close, assert_parity, encoder, images
 

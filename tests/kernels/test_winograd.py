@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchsparse import PatchGrid, explain, image_conv2d, image_conv_transpose2d, image_engine, pack, patch_conv2d
-from patchsparse.backends import cpp, native
+from patchsparse.backends import cpp
+from patchsparse.backends.cpp import native
 from patchsparse.geometry import Window
 
 from .test_conv import gradients, masked_conv, relative_error

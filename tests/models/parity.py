@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid
-from spatspark_fast.losses import LossOn
+from spatspark_fast.models.patch_loss import LossOn
 from spatspark_fast.models.spark import DecoderKind, SparK, build_spark
 
 from .reference_spark import ReferenceSparK

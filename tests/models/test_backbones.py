@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from patchsparse import PatchGrid, bind, pack
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.backbones import (
     build_encoder,
     encoder_channels,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from patchsparse import PatchGrid, bind, pack, unpack
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models import build_encoder, build_spark
 from spatspark_fast.models.backbones import build_dense_encoder
 from spatspark_fast.models.forecaster import (

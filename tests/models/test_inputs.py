@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from patchsparse import PatchGrid
-from spatspark_fast.errors import UserError
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.inputs import scale_input
 from spatspark_fast.models.spark import build_spark
 from spatspark_fast.models.spatspark import SpatSpark, build_spatspark

@@ -2,7 +2,7 @@
 
 import pytest
 
-from patchsparse.backends import minkowski_loading
+from patchsparse.backends.minkowski import loading as minkowski_loading
 
 from .parity import Case, make_frames, make_pair, unequal_grid
 from .test_spark_parity import CONVNEXT, RESNET18, check_everything, name_of

@@ -19,7 +19,8 @@ Size = tuple[int, int]
 def why_not(call: Call) -> str | None:
     """Return why this engine cannot take the call, or None if it can."""
     try:
-        from . import conv, kernels, launch
+        from . import conv, launch
+        from . import conv_kernels as kernels
     except ImportError:
         return "Triton is not installed"
     if call.device != "cuda" and not (call.device == "cpu" and launch.is_interpreted(kernels.patch_conv2d_fwd_kernel)):
@@ -41,7 +42,8 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
-    from . import conv, pool
+    from . import conv
+    from . import depthwise_pool as pool
 
     if groups == x.shape[1] == weight.shape[0]:
         target = window.output_size((x.shape[2], x.shape[3]))
@@ -53,7 +55,8 @@ def conv2d_dgrad(
     grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
 ) -> Tensor:
     """Return the gradient at the input ``(N, C_in, ph, pw)``, itself a (transposed) convolution of ``grad``."""
-    from . import conv, pool
+    from . import conv
+    from . import depthwise_pool as pool
 
     if groups == grad.shape[1] == weight.shape[1] * groups:
         return pool.depthwise(grad, weight, None, slot, coords, size, window, True)
@@ -62,7 +65,8 @@ def conv2d_dgrad(
 
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
-    from . import conv, pool
+    from . import conv
+    from . import depthwise_pool as pool
 
     if groups == x.shape[1] == grad.shape[1]:
         return pool.depthwise_wgrad(x, grad, slot, coords, window)
@@ -71,13 +75,13 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
 
 def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     """Return the maximum over each window and the winning tap (uint8, row-major in the kernel)."""
-    from . import pool
+    from . import depthwise_pool as pool
 
     return pool.max_pool2d(x, slot, coords, window)
 
 
 def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
     """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
-    from . import pool
+    from . import depthwise_pool as pool
 
     return pool.max_pool2d_grad(grad, tap, slot, coords, size, window)

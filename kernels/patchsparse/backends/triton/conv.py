@@ -10,7 +10,7 @@ from torch import Tensor
 from ...geometry import Window
 from . import tuning
 from .configs import Tile, conv_tiles, wgrad_tiles
-from .kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
+from .conv_kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
 from .launch import Launch, as_rows, processors, row_major, rows_like, takes_large_tiles
 from .orders import active_share, order_of, pairs_of
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, as_rows, processors, rows_like
-from .norms import (
+from .norm_kernels import (
     norm_apply_kernel,
     norm_combine_kernel,
     norm_grad_apply_kernel,

@@ -1,0 +1,133 @@
+"""A whole encoder, forward + backward: packed against plain dense and against dense-and-mask.
+
+Plain dense (channels_last) convolves the whole image once and gets its masking for free: the honest rival.
+Dense-and-mask is SparK's way. All have the same weights, and packed features and gradients are compared with those of
+dense-and-mask before anything is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from patchsparse import PatchGrid, bind, pack, sparsify, unpack
+from spatspark_fast.pretrain.savings import DenseAndMask
+
+from ..measure.roofline import ceilings, counted
+from ..measure.scales import Scale
+from ..measure.timing import check_parity, exact_float32
+
+__all__ = ["DENSE", "MASKED", "Encoders", "encoders"]
+
+PATCH = 32
+DENSE, MASKED = "dense", "dense-and-mask"
+CHECKED = 8  # images of a batch that are compared, at most
+FEATURES = 1e-4  # relative difference up to which features in float32 count as the same
+# Of gradients: where rounding turns the sign at a ReLU or the winner of a pool, single entries differ wholly, which
+# moves the gradient of a ResNet by up to 2e-3, also that of dense-and-mask itself from float32 to float64.
+GRADIENTS = 1e-2
+
+
+@dataclass
+class Encoders:
+    """Ways of running one encoder on one batch.
+
+    Attributes:
+        case: encoder and batch, for tables.
+        steps: forward + backward by name: one for each engine asked for, ``dense`` and ``dense-and-mask``.
+        check: compare all engines with dense-and-mask, which opens the gate.
+    """
+
+    case: str
+    steps: dict[str, Callable[[], object]]
+    check: Callable[[], None]
+    device: str
+
+    def bounds(self, way: str) -> tuple[float, float]:
+        """Return how many times fewer products ``way`` has than plain dense, and its floor in seconds."""
+        ours, dense = (counted(self.steps[name]) for name in (way, DENSE))
+        products = [sum(layer.work.macs for layer in layers) for layers in (ours, dense)]
+        return products[1] / products[0], ceilings(self.device).total(ours)
+
+
+def _backward(features: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
+    torch.autograd.backward(list(features), list(directions))
+
+
+def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) -> Encoders:
+    """Build an encoder once for each way, with equal weights, on random frames."""
+    device = scale.device
+    torch.manual_seed(0)
+    plain = timm.create_model(name, in_chans=scale.frames, features_only=True).train().to(device)
+    plain = plain.to(memory_format=torch.channels_last)
+    ours = {backend: sparsify(copy.deepcopy(plain), backend=backend) for backend in backends}
+    side = scale.size // PATCH
+    generator = torch.Generator().manual_seed(0)
+    grid = PatchGrid.random(scale.batch, (side, side), 1 - masked, generator=generator).to(device)
+    frames = torch.randn(scale.batch, scale.frames, scale.size, scale.size, generator=generator).to(device)
+    last = frames.contiguous(memory_format=torch.channels_last)
+    masking = DenseAndMask(plain, grid).train().to(memory_format=torch.contiguous_format)
+
+    with torch.no_grad():
+        directions = _directions(_packed(next(iter(ours.values())), last, grid))
+    images = [unpack(d, grid).contiguous() for d in directions]  # gradients in the layout of the features, each way
+    noise = [torch.randn_like(image, memory_format=torch.channels_last) for image in images]  # no zeros that save power
+
+    def timed(run: Callable[[], Sequence[Tensor]], directions: Sequence[Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            with torch.autocast(device.type, dtype=scale.precision, enabled=scale.precision != torch.float32):
+                features = run()
+            _backward(features, [d.to(f.dtype) for d, f in zip(directions, features, strict=True)])
+
+        return step
+
+    def check() -> None:
+        with exact_float32():
+            _compare(name, ours, plain, frames[:CHECKED], PatchGrid.from_active(grid.active[:CHECKED]))
+
+    steps: dict[str, Callable[[], object]] = {
+        **{b: timed(lambda model=model: _packed(model, last, grid), directions) for b, model in ours.items()},
+        DENSE: timed(lambda: plain(last), noise),
+        MASKED: timed(lambda: masking(frames), images),
+    }
+    return Encoders(f"{name} batch {scale.batch}", steps, check, device.type)
+
+
+def _packed(model: nn.Module, frames: Tensor, grid: PatchGrid) -> list[Tensor]:
+    with bind(model, grid):
+        return model(pack(frames, grid))
+
+
+def _directions(features: Sequence[Tensor]) -> list[Tensor]:
+    """Return a random gradient for each feature map, in channels_last memory; ones would vanish in a batch norm."""
+    generator = torch.Generator(features[0].device).manual_seed(1)
+    random = (torch.randn(f.shape, generator=generator, device=f.device) for f in features)
+    return [direction.contiguous(memory_format=torch.channels_last) for direction in random]
+
+
+def _compare(name: str, ours: dict[str, nn.Module], plain: nn.Module, frames: Tensor, grid: PatchGrid) -> None:
+    """Open the gate if features and gradients are those of dense-and-mask."""
+    last = frames.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        directions = _directions(_packed(next(iter(ours.values())), last, grid))
+    masking = DenseAndMask(plain, grid).train()
+    whole = masking(frames)
+    expected = _gradients(masking, whole, [unpack(d, grid) for d in directions])
+    for backend, model in ours.items():
+        features = _packed(model, last, grid)
+        for level, (own, other) in enumerate(zip(features, whole, strict=True)):
+            check_parity(f"{name} {backend} level {level}", own, pack(other.detach(), grid), FEATURES)
+        check_parity(f"{name} {backend} gradient", _gradients(model, features, directions), expected, GRADIENTS)
+
+
+def _gradients(model: nn.Module, features: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+    """Return the gradients of all parameters as one vector."""
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(list(features), parameters, list(directions), allow_unused=True)
+    pairs = zip(found, parameters, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])

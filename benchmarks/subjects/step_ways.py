@@ -1,0 +1,133 @@
+"""The ways of taking a training step, and the checks that they train the same model before any of them is timed.
+
+===================  =================================================================================================
+``published``        dense-and-mask, NCHW, eager, per-parameter LAMB, the whole image decoded; float32 (TF32 on a GPU)
+``dense``            the best dense step of our own: whole images, channels_last, masking for free (`rivals.py`)
+``exact``            ours: packed encoder, exact decoder
+``decode_ratio=0.25``  ours, sparse decoding
+``light``            ours, light decoder
+===================  =================================================================================================
+
+Ours and ``dense`` run in bfloat16 on a GPU, in float32 on a CPU. Sparse decoding and the light decoder train other
+objectives, which docs/decoding.md compares by what they learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from patchsparse import PatchGrid, pack
+from spatspark_fast.data.augment import Augmentation
+from spatspark_fast.models.patch_loss import reconstruction_loss
+from spatspark_fast.models.spark import SparK
+from spatspark_fast.pretrain.masks import MaskSampler
+from spatspark_fast.pretrain.savings import DenseAndMask
+from spatspark_fast.training.lamb import clip_gradients
+
+from ..measure.scales import Scale
+from ..measure.timing import GATE, exact_float32
+from .rivals import DenseStep, Published, PublishedStep
+from .steps import MASKED, OurStep, Step, build, compiled, no_mark, windows_on
+
+__all__ = ["OURS", "RIVALS", "WAYS", "case_of", "check_equal", "make_step"]
+
+DECODE_RATIO = 0.25
+OURS = ("exact", f"decode_ratio={DECODE_RATIO}", "light")
+RIVALS = ("published", "dense")
+WAYS = (*RIVALS, *OURS)
+CHECKED = 8  # images of a batch that are compared, at most
+LOSS, GRADIENT = 1e-4, 1e-3  # relative differences up to which two ways count as the same
+
+
+def case_of(encoder: str, scale: Scale) -> str:
+    """Return the name of a case for tables."""
+    return f"{encoder} {scale.size}x{scale.size}x{scale.frames} batch {scale.batch}"
+
+
+def make_step(way: str, encoder: str, scale: Scale, precision: torch.dtype | None = None) -> Step:
+    """Build a step on windows in memory; equal weights and masks in all ways that share a decoder."""
+    masks, device = MaskSampler(ratio=MASKED), scale.device
+    place = windows_on(device, scale.batch, scale.size, scale.frames, Augmentation())
+    decoder, width = ("light", scale.light) if way == "light" else ("unet", scale.width)
+    model = build(decoder, width, device, encoder, scale.frames)
+    if way == "published":
+        (frames,) = place.batches([[(0, index) for index in range(scale.batch)]])
+        return PublishedStep(Published(model, encoder, masks(frames, step=0)), frames, masks)
+    kind = DenseStep if way == "dense" else OurStep
+    if way == "dense":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ratio = DECODE_RATIO if way == OURS[1] else 1.0
+    step = kind(model, place, scale.batch, masks, ratio, scale.precision if precision is None else precision)
+    return compiled(step) if way in scale.compiled and precision is None else step
+
+
+def check_equal(encoder: str, scale: Scale) -> None:
+    """Open the gate if all ways train the same, in float32; else raise AssertionError.
+
+    ``exact`` has the loss and the gradient of ``published``. With everything visible ``dense`` has those of ``exact``,
+    and sparse decoding of every patch too. ``light`` has those of the same model on the features of a dense-and-mask
+    encoder. What was compared once in a process counts for all its benchmarks.
+    """
+    for what, error, limit in _differences(encoder, replace(scale, batch=min(scale.batch, CHECKED))):
+        GATE.let(f"{encoder} {what}", error, limit)
+
+
+@cache
+def _differences(encoder: str, scale: Scale) -> list[tuple[str, float, float]]:
+    """Return what was compared, how far it differs relatively, and how far it may."""
+    with exact_float32():
+        found = [("exact", _exact(encoder, scale), _published(encoder, scale))]
+        visible = _visible("exact", encoder, scale)
+        found += [(f"{way}, all visible", _visible(way, encoder, scale), visible) for way in ("dense", OURS[1])]
+        found.append(("light", *_light(encoder, scale)))
+    return [
+        (f"{way}: {what}", abs(own - other) / max(abs(other), 1e-30), limit)
+        for way, owns, others in found
+        for what, limit, own, other in zip(("loss", "gradient"), (LOSS, GRADIENT), owns, others, strict=True)
+    ]
+
+
+def _loss_and_norm(loss: Tensor, *modules: nn.Module) -> tuple[float, float]:
+    """Return a loss and the norm of its gradient at the parameters of some modules."""
+    parameters = [p for module in modules for p in module.parameters()]
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    return float(loss.detach()), float(clip_gradients(parameters, None))
+
+
+def _published(encoder: str, scale: Scale) -> tuple[float, float]:
+    step = make_step("published", encoder, scale)
+    return _loss_and_norm(step.loss(), step.model)
+
+
+def _exact(encoder: str, scale: Scale) -> tuple[float, float]:
+    step = make_step("exact", encoder, scale, torch.float32)
+    return _loss_and_norm(step.loss(), step.model)
+
+
+def _visible(way: str, encoder: str, scale: Scale) -> tuple[float, float]:
+    """Return loss and norm with every patch visible, and decoded; the loss is that of all patches."""
+    step = make_step(way, encoder, scale, torch.float32)
+    step.model.loss_on = "all"
+    step.masks = MaskSampler(ratio=0.0)
+    frames = next(step.frames)
+    grid = step.masks(frames, step=1)
+    return _loss_and_norm(step.run(frames, grid, grid if way == OURS[1] else None, no_mark), step.model)
+
+
+def _light(encoder: str, scale: Scale) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return loss and norm of ours, and of the same model with a dense-and-mask encoder."""
+    step = make_step("light", encoder, scale, torch.float32)
+    model: SparK = step.model
+    frames = next(step.frames)
+    grid: PatchGrid = step.masks(frames, step=1)
+    masking = DenseAndMask(model.encoder, grid)
+    own = _loss_and_norm(model(frames, grid).loss, model)
+    densified = model.densify([pack(f, grid) for f in masking(frames)], grid)
+    other = reconstruction_loss(model.decoder(densified), frames, grid, model.loss_on)
+    return own, _loss_and_norm(other, masking, model.densify, model.decoder)

@@ -1,0 +1,177 @@
+"""Whole training steps to compare: data, forward, backward, clipping and LAMB; ours, and what they are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from patchsparse import PatchGrid
+from spatspark_fast.data.augment import Augmentation
+from spatspark_fast.data.resident.places import Place, place_windows
+from spatspark_fast.data.resident.store import in_memory
+from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.models.spark import SparK, build_spark
+from spatspark_fast.pretrain.decoding import patches_to_decode
+from spatspark_fast.pretrain.masks import MaskSampler
+from spatspark_fast.training.lamb import Lamb, clip_gradients
+from spatspark_fast.training.optim import parameter_groups, set_rates
+
+from ..measure.timing import wait
+
+__all__ = ["MASKED", "PARTS", "Marks", "OurStep", "Step", "build", "compiled", "no_mark", "split", "windows_on"]
+
+RATES = (2e-4, 0.04)  # learning rate and weight decay
+BETAS, CLIP = (0.9, 0.95), 5.0
+MASKED = 0.6
+PARTS = ("data", "encoder", "decoder", "optimiser")  # backward passes included
+
+
+class Marks(Protocol):
+    """Say that a part of a step ends here; return the encoder's ``features`` for the decoder to read.
+
+    These are aliases, whose gradient is the decoder's alone; that of the features comes from deeper stages too.
+    """
+
+    def __call__(self, part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]: ...
+
+
+class Step(Protocol):
+    """Train one step and return its loss."""
+
+    model: Any
+    optimizer: Any
+    masks: Any
+    frames: Any
+
+    def loss(self, marks: Marks = ...) -> Tensor: ...
+
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor: ...
+
+    def __call__(self, marks: Marks = ...) -> Tensor: ...
+
+
+def no_mark(part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+    """Do nothing: a step that is timed as a whole."""
+    return features
+
+
+class OurStep:
+    """Step a `SparK` model as `python -m spatspark_fast.pretrain` does, from 16 bits a pixel to the new weights."""
+
+    def __init__(
+        self,
+        model: SparK,
+        place: Place,
+        batch: int,
+        masks: MaskSampler,
+        decode_ratio: float = 1.0,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = model.train()
+        self.masks = masks
+        self.decode_ratio = decode_ratio
+        self.precision = precision
+        self.position = 0
+        self.frames = _endless(place, batch)
+        self.optimizer = Lamb(parameter_groups(model.named_parameters()), betas=BETAS)
+        set_rates(self.optimizer.param_groups, *RATES)
+
+    def loss(self, marks: Marks = no_mark) -> Tensor:
+        """Return the loss of the next step."""
+        self.position += 1
+        frames = next(self.frames)
+        grid = self.masks(frames, step=self.position)
+        decoded = patches_to_decode(self.model, self.masks, grid, self.decode_ratio, self.position)
+        marks("data")
+        with torch.autocast(frames.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            return self.run(frames, grid, decoded, marks)
+
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
+        """Return the loss of ``frames`` ``(B, T, H, W)``."""
+        if marks is no_mark:
+            return self.model(frames, grid, decoded).loss
+        encode = self.model.encode
+
+        def marked(*args: Any) -> list[Tensor]:
+            return list(marks("encoder", encode(*args)))
+
+        self.model.encode = marked  # type: ignore[method-assign]
+        try:
+            return self.model(frames, grid, decoded).loss
+        finally:
+            del self.model.encode  # the method of the class shows again
+
+    def __call__(self, marks: Marks = no_mark) -> Tensor:
+        """Train one step; return its loss."""
+        loss = self.loss(marks)
+        marks("decoder")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        marks("encoder")
+        clip_gradients(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        marks("optimiser")
+        return loss.detach()
+
+
+def _endless(place: Place, batch: int) -> Iterator[Tensor]:
+    keys = [(0, index) for index in range(batch)]
+    while True:
+        yield from place.batches([keys])
+
+
+def windows_on(device: torch.device, batch: int, size: int, frames: int, augmentation: Augmentation) -> Place:
+    """Return ``batch`` windows of synthetic radar in the memory of a device, 16 bits a pixel."""
+    radar = SyntheticRadar(batch, frames, 0, size)
+    return place_windows(
+        in_memory(radar, radar.scale), augmentation, "host" if device.type == "cpu" else "device", device
+    )
+
+
+def build(decoder: str, width: int, device: torch.device, encoder: str, frames: int) -> SparK:
+    """Build a model of equal weights in every call, in channels_last memory."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"decoder": decoder, "decoder_width": width, "in_chans": frames}
+    return build_spark(encoder, **options).to(device)
+
+
+def compiled(step: OurStep) -> OurStep:
+    """Compile the parts of a step's model in place, as ``--trainer.compile default`` does."""
+    for part in (step.model.encoder, step.model.densify, step.model.decoder):
+        part.compile()
+    return step
+
+
+def split(step: Callable[[Marks], object]) -> dict[str, float]:
+    """Run one step and return the seconds of each of its `PARTS`; the device is waited for between them.
+
+    The backward pass of decoder and densify ends when the last gradient of the encoder's features has arrived.
+    """
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+    since = _now()
+
+    def mark(part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        nonlocal since
+        now = _now()
+        found[part] += now - since
+        since = now
+        aliases = [feature.view_as(feature) for feature in features]
+        for alias in aliases:
+            if alias.requires_grad:
+                alias.register_hook(decoded)
+        return aliases
+
+    def decoded(gradient: Tensor) -> None:
+        mark("decoder")
+
+    step(mark)
+    return found
+
+
+def _now() -> float:
+    wait()
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Turn a dense model into one that also runs on packed patches: the engine room of ``sparsify``."""

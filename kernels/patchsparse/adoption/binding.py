@@ -1,0 +1,157 @@
+"""Which grid a sparsified model runs on: one :class:`Binding` per model, switched by :func:`bind`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..grid import PatchGrid
+
+__all__ = ["Binding", "bind"]
+
+_REPLAY_HELP = (
+    "a sparsified module was recomputed during backward, outside of bind(), and the grid of its forward "
+    "pass is "
+    "not known. Enter bind(model, grid, checkpointing=True) when you use torch.utils.checkpoint yourself"
+)
+
+
+class Binding:
+    """Hold the grid that the modules of one sparsified model run on; ``None`` means the plain dense model.
+
+    Every Patch module of a model refers to the same Binding. It is a plain attribute: no part of the state
+    dict. A deep copy or a pickle starts unbound, so copies are independent of the block that they were made
+    in.
+
+    Attributes:
+        backend: name of the engine that the modules ask for.
+        grid: grid of the innermost :func:`bind` block, or None.
+        replay: grid of the forward pass that activation checkpointing recomputes at the moment, or None.
+    """
+
+    def __init__(self, backend: str = "auto"):
+        self.backend = backend
+        self.grid: PatchGrid | None = None
+        self.replay: PatchGrid | None = None
+        self._replay_task = -1
+        self._unsafe = False  # ran on a grid that a recomputation could not find again, and not densely since
+
+    def current(self) -> PatchGrid | None:
+        """Return the grid to run on, or None for the dense path.
+
+        Raises:
+            RuntimeError: if called by a recomputation during backward whose grid is not known.
+        """
+        if torch.compiler.is_compiling():  # a graph cannot ask for the task; `replay` is reset when backward ends
+            return self.grid if self.replay is None else self.replay
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            if self.grid is None:
+                self._unsafe = False
+            return self.grid
+        if task == self._replay_task:
+            return self.replay
+        if self.grid is None and self._unsafe:
+            raise RuntimeError(_REPLAY_HELP)
+        return self.grid
+
+    def enter(self, grid: PatchGrid | None, replayable: bool) -> PatchGrid | None:
+        """Switch to ``grid``, return the one before; ``replayable``: recomputation is prepared for."""
+        previous, self.grid = self.grid, grid
+        if torch._C._current_graph_task_id() == -1:
+            self.replay, self._replay_task = None, -1  # left over where a backward pass ended in an exception
+        self._unsafe |= grid is not None and not replayable
+        return previous
+
+    def replay_with(self, grid: PatchGrid | None) -> None:
+        """Make recomputation use ``grid`` until the running backward pass ends or says otherwise."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return
+        if task != self._replay_task:
+            engine = cast(Any, torch.autograd.Variable)._execution_engine
+            engine.queue_callback(self._end_replay)
+        self.replay, self._replay_task = grid, task
+
+    def _end_replay(self) -> None:
+        self.replay, self._replay_task = None, -1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
+        memo[id(self)] = copy = Binding(self.backend)
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["backend"])
+
+
+def bindings_of(model: nn.Module) -> list[Binding]:
+    """Return every distinct Binding in ``model``, in module order."""
+    found = (getattr(module, "patch_binding", None) for module in model.modules())
+    return list({id(binding): binding for binding in found if isinstance(binding, Binding)}.values())
+
+
+@contextmanager
+def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None = None) -> Iterator[nn.Module]:
+    """Run every sparsified part of ``model`` on ``grid`` inside the block, and restore the state before on
+    leaving.
+
+    Blocks nest, also for the same model; models with different grids may alternate. ``model`` may be wrapped
+    (DistributedDataParallel, ``torch.compile``) or hold several sparsified parts. ``backward`` may follow the
+    block.
+
+    Args:
+        model: module that holds at least one sparsified part.
+        grid: the grid of the packed input; None runs the plain dense model inside the block.
+        checkpointing: whether activation checkpointing will recompute parts of the forward pass in backward.
+            None looks for it: any submodule whose attribute ``grad_checkpointing`` or
+            ``gradient_checkpointing`` is True, as timm and other libraries set it. Pass True when you call
+            ``torch.utils.checkpoint`` yourself.
+
+    Raises:
+        ValueError: if no part of ``model`` has been sparsified.
+        TypeError: if ``grid`` is neither a PatchGrid nor None.
+    """
+    if grid is not None and not isinstance(grid, PatchGrid):
+        raise TypeError(f"grid must be a PatchGrid or None, got {type(grid).__name__}; see PatchGrid.from_active")
+    bindings = bindings_of(model)
+    if not bindings:
+        raise ValueError(f"no part of {type(model).__name__} is sparsified; call sparsify(model) first")
+    replayable = _uses_checkpointing(model) if checkpointing is None else checkpointing
+    before = [binding.enter(grid, replayable) for binding in bindings]
+    try:
+        with _remember(bindings, grid) if replayable else nullcontext():
+            yield model
+    finally:
+        for binding, previous in zip(bindings, before, strict=True):
+            binding.grid = previous
+
+
+def _uses_checkpointing(model: nn.Module) -> bool:
+    names = ("grad_checkpointing", "gradient_checkpointing")
+    return any(getattr(module, name, False) is True for module in model.modules() for name in names)
+
+
+def _remember(bindings: list[Binding], grid: PatchGrid | None) -> torch.autograd.graph.saved_tensors_hooks:
+    """Attach ``grid`` to every tensor saved for backward in the block.
+
+    A checkpoint saves its inputs under these hooks and unpacks them right before it recomputes: the moment at
+    which the modules must know the grid again. Tensors inside a checkpoint are its own affair and pass by
+    these hooks.
+    """
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def unpack(tensor: Tensor) -> Tensor:
+        for binding in bindings:
+            binding.replay_with(grid)
+        return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

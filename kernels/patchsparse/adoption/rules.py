@@ -1,0 +1,265 @@
+"""The rule table of :func:`patchsparse.sparsify`: what becomes of a type, and why some are refused."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..geometry import Window, pair
+from . import modules as patch_nn
+from .modules import PatchModule, window_of
+
+__all__ = ["POINTWISE", "Rule", "find_rule", "qualified_name"]
+
+
+def accept(module: nn.Module) -> str | None:
+    """Refuse nothing."""
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What to do with a module type.
+
+    Attributes:
+        make: the class that adopts the module (a string is a name in ``nn_timm``), None leaves it as
+        it is.
+        refuse: returns the reason why a given instance cannot be equal to dense-and-mask, or None.
+        whole: the module answers for its children, which see one row per image; they are not visited.
+        optional: adopting only saves time, so that a module that cannot be adopted stays as it is.
+    """
+
+    make: type[PatchModule] | str | None = None
+    refuse: Callable[[Any], str | None] = accept
+    whole: bool = False
+    optional: bool = False
+
+    def target(self) -> type[PatchModule] | None:
+        """Return the class to adopt with."""
+        if isinstance(self.make, str):
+            module = importlib.import_module(".modules_timm", __package__)
+            return getattr(module, self.make)
+        return self.make
+
+
+POINTWISE = Rule(patch_nn.PatchPointwiseConv2d)
+
+
+def _pair_of(value: Any) -> tuple[int, int]:
+    return pair(tuple(value) if isinstance(value, (tuple, list)) else value, "output_padding")
+
+
+def _misaligned(window: Window, ceil_mode: bool = False) -> str | None:
+    try:
+        window.check(window.stride, "its window", ceil_mode)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _conv(module: nn.Conv2d) -> str | None:
+    try:
+        window = window_of(module)
+    except ValueError as error:
+        return str(error)
+    if module.padding_mode != "zeros" and max(window.padding) > 0:
+        return f"padding_mode={module.padding_mode!r} reads pixels that may be masked; use padding_mode='zeros'"
+    return _misaligned(window)
+
+
+def _conv_transpose(module: nn.ConvTranspose2d) -> str | None:
+    w = window_of(module)
+    extra = _pair_of(module.output_padding)
+    for k, s, p, d, e in zip(w.kernel, w.stride, w.padding, w.dilation, extra, strict=True):
+        if d * (k - 1) + 1 + e - 2 * p != s:
+            return (
+                f"kernel {k}, stride {s}, padding {p}, output_padding {e} does not map an image of H "
+                f"pixels to {s}*H; "
+                f"choose kernel = stride + 2 * padding"
+            )
+    return None
+
+
+def _max_pool(module: nn.MaxPool2d) -> str | None:
+    if module.return_indices:
+        return "return_indices=True gives positions in the whole image; set it to False"
+    return _misaligned(window_of(module), module.ceil_mode)
+
+
+def _avg_pool(module: nn.AvgPool2d) -> str | None:
+    return _misaligned(window_of(module), module.ceil_mode)
+
+
+def _adaptive(module: Any) -> str | None:
+    if module.output_size not in (1, (1, 1), [1, 1]):
+        return f"output_size={module.output_size} mixes patches; only global pooling (1) has a packed form"
+    return None
+
+
+def _fast_pool(module: Any) -> str | None:
+    return None if tuple(module.dim) == (2, 3) else "pooling of NHWC input is not supported; use input_fmt='NCHW'"
+
+
+def _layer_norm(module: Any) -> str | None:
+    if len(module.normalized_shape) != 1:
+        return f"normalized_shape={tuple(module.normalized_shape)} spans pixels; use a norm over channels"
+    return None
+
+
+def _instance_norm(module: nn.InstanceNorm2d) -> str | None:
+    return "running statistics are not supported; use the default" if module.track_running_stats else None
+
+
+def _channel_dim(module: Any) -> str | None:
+    if module.dim in (1, -3):
+        return None
+    return f"dim={module.dim} is not the channel dimension; use dim=1"
+
+
+def _upsample(module: nn.Upsample) -> str | None:
+    factor = module.scale_factor
+    factors = factor if isinstance(factor, tuple) else (factor,)
+    if module.mode != "nearest" or any(f is None or f != int(f) for f in factors):
+        return f"mode={module.mode!r}, scale_factor={factor} is not local; use 'nearest', whole factor"
+    return None
+
+
+def _squeeze_excite(module: Any) -> str | None:
+    return "add_maxpool=True is not supported; use the mean only" if module.add_maxpool else None
+
+
+def _blur(module: Any) -> str | None:
+    if module.pad_mode not in ("constant", "zeros"):
+        return f"pad_mode={module.pad_mode!r} reads pixels that may be masked; use aa_layer='blurpc'"
+    size, stride, padding = module.filt_size, module.stride, module.padding[0]
+    return _misaligned(Window((size, size), (stride, stride), (padding, padding)))
+
+
+def _because(reason: str) -> Rule:
+    return Rule(refuse=lambda module: reason)
+
+
+def _torch_rules() -> Iterator[tuple[str, Rule]]:
+    stay = (
+        "linear.Identity activation.Threshold activation.ReLU activation.RReLU "
+        "activation.Hardtanh "
+        "activation.ReLU6 activation.Sigmoid activation.Hardsigmoid activation.Tanh activation.SiLU "
+        "activation.Mish "
+        "activation.Hardswish activation.ELU activation.CELU activation.SELU activation.GELU "
+        "activation.Hardshrink "
+        "activation.LeakyReLU activation.LogSigmoid activation.Softplus activation.Softshrink "
+        "activation.PReLU "
+        "activation.Softsign activation.Tanhshrink activation.Softmax2d dropout.Dropout dropout.AlphaDropout "
+        "batchnorm.BatchNorm2d batchnorm.SyncBatchNorm normalization.LocalResponseNorm "
+        "pixelshuffle.PixelShuffle "
+        "pixelshuffle.PixelUnshuffle channelshuffle.ChannelShuffle container.Sequential container.ModuleList "
+        "container.ModuleDict container.ParameterList container.ParameterDict flatten.Flatten"
+    )
+    rules: dict[str, Rule] = dict.fromkeys(stay.split(), Rule())
+    rules |= dict.fromkeys(
+        ("activation.GLU", "activation.Softmax", "activation.LogSoftmax", "activation.Softmin"),
+        Rule(refuse=_channel_dim),
+    )
+    rules |= {
+        "linear.Linear": Rule(patch_nn.PatchLinear, optional=True),
+        "conv.Conv2d": Rule(patch_nn.PatchConv2d, _conv),
+        "conv.ConvTranspose2d": Rule(patch_nn.PatchConvTranspose2d, _conv_transpose),
+        "pooling.MaxPool2d": Rule(patch_nn.PatchMaxPool2d, _max_pool),
+        "pooling.AvgPool2d": Rule(patch_nn.PatchAvgPool2d, _avg_pool),
+        "pooling.AdaptiveAvgPool2d": Rule(patch_nn.PatchAdaptiveAvgPool2d, _adaptive),
+        "normalization.GroupNorm": Rule(patch_nn.PatchGroupNorm),
+        "normalization.LayerNorm": Rule(refuse=_layer_norm),
+        "normalization.RMSNorm": Rule(refuse=_layer_norm),
+        "instancenorm.InstanceNorm2d": Rule(patch_nn.PatchInstanceNorm2d, _instance_norm),
+        "dropout.Dropout2d": Rule(patch_nn.PatchDropout2d),
+        "upsampling.Upsample": Rule(refuse=_upsample),
+        "upsampling.UpsamplingNearest2d": Rule(refuse=_upsample),
+        "activation.MultiheadAttention": _because("attention mixes all pixels of an image; it has no packed form here"),
+    }
+    apart = _because("padding apart from its convolution is not aligned with the patches; give it to the convolution")
+    for name in ("ZeroPad2d", "ConstantPad2d", "ReflectionPad2d", "ReplicationPad2d", "CircularPad2d"):
+        rules[f"padding.{name}"] = apart
+    for name, rule in rules.items():
+        yield f"torch.nn.modules.{name}", rule
+
+
+def _timm_stay() -> dict[str, Rule]:
+    """Return the rules of modules that look at one pixel, and of those that never can be equal."""
+    layers = (
+        "norm_act.BatchNormAct2d norm_act.SyncBatchNormAct norm_act.FrozenBatchNormAct2d layer_scale.LayerScale",
+        "layer_scale.LayerScale2d linear.Linear space_to_depth.SpaceToDepth space_to_depth.DepthToSpace",
+        "adaptive_avgmax_pool.SelectAdaptivePool2d",
+    )
+    models = "fastvit.LayerScale2d selecsls.SelectSeq hrnet.SequentialList metaformer.Scale"
+    activations = "Swish Mish Sigmoid Tanh HardSwish HardSigmoid HardMish PReLU GELU GELUTanh QuickGELU"
+    norms = "LayerNorm LayerNormFp32 LayerNorm2d LayerNorm2dFp32 LayerNormExp2d"
+    other_norms = "RmsNorm RmsNormFp32 RmsNorm2d RmsNorm2dFp32 SimpleNorm SimpleNormFp32 SimpleNorm2d SimpleNorm2dFp32"
+    norm_acts = "LayerNormAct LayerNormActFp32 LayerNormAct2d LayerNormAct2dFp32 RmsNormAct RmsNormAct2d"
+    same = "conv2d_same.Conv2dSame std_conv.StdConv2dSame std_conv.ScaledStdConv2dSame"
+    same_pools = "pool2d_same.AvgPool2dSame pool2d_same.MaxPool2dSame"
+    channels = Rule(refuse=_layer_norm)
+    dynamic = _because(
+        "TensorFlow's dynamic same padding depends on the size of the image; use the variant without 'tf_'"
+    )
+    groups = (
+        ("layers.", " ".join(layers), Rule()),
+        ("models.", models, Rule()),
+        ("layers.activations.", activations, Rule()),
+        ("layers.activations_me.", "SwishMe MishMe HardSigmoidMe HardSwishMe HardMishMe", Rule()),
+        ("layers.norm.", f"{norms} {other_norms}", channels),
+        ("layers.norm_act.", norm_acts, channels),
+        ("layers.", f"{same} {same_pools}", dynamic),
+    )
+    return {f"{prefix}{name}": rule for prefix, names, rule in groups for name in names.split()}
+
+
+def _timm_rules() -> Iterator[tuple[str, Rule]]:
+    rules = _timm_stay()
+    excite = Rule("PatchSqueezeExcite", _squeeze_excite, whole=True)
+    effective = Rule("PatchEffectiveSqueezeExcite", _squeeze_excite, whole=True)
+    rules |= {
+        "layers.drop.DropPath": Rule("PatchDropPath"),
+        "layers.drop.DropBlock2d": _because("DropBlock draws squares across patches; build the model without it"),
+        "layers.squeeze_excite.SEModule": excite,
+        "layers.squeeze_excite.EffectiveSEModule": effective,
+        "models._efficientnet_blocks.SqueezeExcite": Rule("PatchEfficientNetSqueezeExcite", whole=True),
+        "layers.eca.EcaModule": Rule("PatchEca", whole=True),
+        "layers.eca.CecaModule": Rule("PatchCeca", whole=True),
+        "layers.grn.GlobalResponseNorm": Rule("PatchGlobalResponseNorm"),
+        "layers.adaptive_avgmax_pool.FastAdaptiveAvgPool": Rule("PatchFastAdaptiveAvgPool", _fast_pool),
+        "layers.norm.GroupNorm": Rule("PatchGroupNormTimm"),
+        "layers.norm.GroupNorm1": Rule("PatchGroupNorm1Timm"),
+        "layers.norm_act.GroupNormAct": Rule("PatchGroupNormAct"),
+        "layers.norm_act.GroupNorm1Act": Rule("PatchGroupNorm1Act"),
+        "layers.std_conv.StdConv2d": Rule("PatchStdConv2d", _conv),
+        "layers.std_conv.ScaledStdConv2d": Rule("PatchScaledStdConv2d", _conv),
+        "layers.blur_pool.BlurPool2d": Rule("PatchBlurPool2d", _blur),
+    }
+    for name, rule in rules.items():
+        yield f"timm.{name}", rule
+    yield "torchvision.ops.misc.FrozenBatchNorm2d", Rule()
+
+
+_TABLE = dict([*_torch_rules(), *_timm_rules()])
+
+
+def qualified_name(kind: type) -> str:
+    """Return ``module.Class``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """Return the rule for ``module``: of its type, or of a base whose ``forward`` it inherits unchanged."""
+    kind = type(module)
+    for base in kind.__mro__:
+        rule = _TABLE.get(qualified_name(base))
+        if rule is not None:
+            inherited = all(
+                getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")
+            )
+            return rule if inherited or kind is base else None
+    return None

@@ -1,0 +1,337 @@
+"""The ``cpp`` engine: indirect GEMM through the slot map on the CPU, compiled from ``csrc/`` (see its README).
+
+Inactive neighbours cost nothing: target rows are grouped by the taps that are active for them, and a group is one
+matrix product whose rows are found by index. Weights are packed in panels once per call. bfloat16 is stored and read
+as such (images are widened first where nothing multiplies it) and accumulated in float32. Results do not depend on the
+number of threads.
+
+3x3 convolutions of stride 1 go another way where patches have even sides (:func:`winograd`): 16 products for 2x2
+outputs instead of 36, or as many as are active. bfloat16 does not where the processor multiplies it itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...geometry import Call, Window
+from ...layout import packed_empty, packed_like
+from .. import requested
+from ..tables import remember
+from . import native
+
+__all__ = [
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "max_pool2d",
+    "max_pool2d_grad",
+    "may_replace_pytorch",
+    "pays",
+    "why_not",
+]
+
+Size = tuple[int, int]
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+MOST_ROWS = 2**31 - 1
+NO_LISTS, GROUPS, SQUARES = range(3)  # what a plan holds besides the halo, as in csrc/engine.h
+
+
+def why_not(call: Call) -> str | None:
+    """Return why this engine cannot take a call, or None if it can."""
+    if call.device != "cpu":
+        return f"it runs on the CPU, the tensors are on {call.device}"
+    if call.dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float64, not {call.dtype}"
+    if call.groups != 1 and not call.groups == call.in_channels == call.out_channels:
+        return f"it takes groups=1 or depthwise, not groups={call.groups} with {call.in_channels} channels"
+    if call.num_active * call.size[0] * call.size[1] * max(call.window.stride) ** 2 > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} pixels in all patches"
+    return native.library().problem
+
+
+def pays(call: Call) -> bool:
+    """Return whether this engine is the faster one on a CPU, where ``gather`` hands tiles to PyTorch's own kernels.
+
+    Measured (``benchmarks/test_conv.py``; batch 8, 60 % masked, one core of a 4th-generation Xeon), time of
+    ``gather`` / time of ``cpp``, forward, input gradient, weight gradient:
+
+    ========================  ================  ===================
+    operation                 float32           bfloat16 (AMX)
+    ========================  ================  ===================
+    3x3, p=16, C=8            1.9 1.7 0.9       0.7 0.6 0.5
+    3x3, p=16, C=32           1.5 1.5 1.2       1.3 1.2 0.8
+    3x3, p=8, C=64            1.4 1.4 1.4       1.2 1.2 1.6
+    3x3 stride 2, p=8, C=64   2.1 2.1 2.7       2.3 3.2 3.9
+    3x3, p=1, C=512           1.1 1.0 2.1       37 46 44
+    7x7 depthwise, C=96..768  3 .. 160          1.1 .. 230
+    max-pooling               7                 5
+    7x7 stride 2, C=12 -> 64  1.2 1.1 0.8       0.5 0.9 0.4
+    ========================  ================  ===================
+
+    In bfloat16 by vectors of pairs (AVX512_BF16, two cores of Zen 5): 1.4 1.3 0.7 at p=16, C=16; 1.0 1.1 1.4 at p=16,
+    C=32; 1.3 1.3 1.5 at p=8, C=64; 7.9 12 21 at p=1, C=512; 1.9 2.2 2.8 at stride 2, p=8, C=64; 0.9 1.1 0.6 for the
+    7x7. Elsewhere it is widened, which pays on small patches alone; Winograd's way reads and writes it.
+    """
+    if call.operation.startswith("max_pool2d") or call.groups != 1:
+        return call.dtype != torch.float64
+    weight_gradient = call.operation == "conv2d_wgrad"
+    if call.dtype == torch.float32:
+        return call.in_channels >= (16 if weight_gradient else 8)
+    if call.dtype != torch.bfloat16:
+        return False
+    if _multiplies_bfloat16():
+        few = 64 if native.library().isa() == native.AMX else 32
+        return call.in_channels >= (few if weight_gradient else 16)
+    tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.window)
+    return tiled or min(call.window.output_size(call.size)) <= 2
+
+
+def may_replace_pytorch(x: Tensor, backend: str = "auto") -> bool:
+    """Return whether a layer that is PyTorch's own may be given to this engine: eager, on a plain tensor, if wanted."""
+    if type(x) is not Tensor or requested(backend) not in ("auto", "cpp"):
+        return False
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+
+
+def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, groups: int = 1) -> bool:
+    """Return whether Winograd's F(2x2, 3x3) computes a convolution of ``channels`` (input, output) and its gradients.
+
+    Its error is that of the direct sum: the factors are 1 and 1/2. Measured against the direct way (two cores of Zen 5,
+    float32, batch 8, 60 % masked, all three sides; ``benchmarks/test_conv.py``): 1.7x as fast at p=8, C=64; 1.5x
+    at p=4, C=128; 1.3x at p=2, C=256; 1.4x at p=8, C=32; slower below 32 channels, where its sums are a small part.
+    """
+    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return False  # two products or more for one of float32, and no sums around them: 1.1x (p=8) to 1.6x (p=2)
+    three = window == Window((3, 3), (1, 1), (1, 1))
+    even = size[0] % 2 == 0 and size[1] % 2 == 0
+    return three and even and groups == 1 and min(channels) >= 32 and dtype in DTYPES
+
+
+def _multiplies_bfloat16() -> bool:
+    """Return whether the instruction set in use multiplies bfloat16 itself: by matrix tiles, or by vectors of pairs."""
+    loaded = native.library()
+    return loaded.problem is None and loaded.isa() >= native.BF16
+
+
+class _Plan:
+    """Own a ``ps_plan``: which source row each target row reads at each tap."""
+
+    def __init__(self, slot: Tensor, coords: Tensor, geometry: native.Geometry):
+        self.handle = _engine()
+        slot, coords = slot.contiguous(), coords.contiguous()
+        maps = (slot.data_ptr(), coords.data_ptr())
+        self.pointer = self.handle.ps_plan_create(byref(geometry), *maps, torch.get_num_threads())
+        if not self.pointer:
+            raise MemoryError("the C++ engine ran out of memory for the row lists of a mask")
+
+    def __del__(self) -> None:
+        if getattr(self, "pointer", None):
+            self.handle.ps_plan_destroy(self.pointer)
+
+    def statistics(self) -> dict[str, int]:
+        """Return the numbers of rows, active pairs and groups."""
+        numbers = (ctypes.c_int64 * 5)()
+        self.handle.ps_plan_statistics(self.pointer, numbers)
+        names = ("targets", "sources", "pairs", "groups", "groups_stored_once")
+        return dict(zip(names, numbers, strict=True))
+
+
+def _engine() -> Any:
+    loaded = native.library()
+    if loaded.handle is None:
+        raise RuntimeError(loaded.problem)
+    return loaded.handle
+
+
+def plan(slot: Tensor, coords: Tensor, source: Size, window: Window, adjoint: bool, lists: int = NO_LISTS) -> _Plan:
+    """Return the plan of a window operation on patches of ``source`` pixels, built once per mask and geometry."""
+
+    def build() -> _Plan:
+        pairs = (source, window.kernel, window.stride, window.padding, window.dilation)
+        numbers = (coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), lists)
+        return _Plan(slot, coords, native.Geometry(*numbers, *pairs))
+
+    return remember(slot, ("cpp", source, window, adjoint, lists), build)
+
+
+def _lists(groups: int, fast: bool) -> int:
+    """Return the lists that a convolution reads: depthwise, by Winograd's method, or direct."""
+    return SQUARES if groups != 1 else NO_LISTS if fast else GROUPS
+
+
+def _adjoint_plan(slot: Tensor, coords: Tensor, source: Size, window: Window, lists: int) -> tuple[_Plan, bool]:
+    """Return the plan of an input gradient, and whether it reads the taps in reverse.
+
+    With stride 1 the gradient is the same operation with the kernel turned round, so that the plan of the forward
+    pass serves again wherever the padding is symmetrical.
+    """
+    if window.stride != (1, 1):
+        return plan(slot, coords, source, window, True, lists), False
+    turned = tuple(d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True))
+    around = Window(window.kernel, window.stride, (turned[0], turned[1]), window.dilation)
+    return plan(slot, coords, source, around, False, lists), True
+
+
+def _run(name: str, args: Any) -> None:
+    if getattr(_engine(), name)(byref(args)) != 0:
+        raise MemoryError(f"the C++ engine ran out of memory in {name}")
+
+
+def _how(x: Tensor) -> tuple[int, int, int]:
+    return DTYPES[x.dtype], native.library().isa(), torch.get_num_threads()
+
+
+def _compute(x: Tensor, groups: int) -> Tensor:
+    """Return ``x`` packed, and widened where the engine has no kernel for its dtype."""
+    return packed_like(x) if groups == 1 and _multiplies_bfloat16() else _widened(x)
+
+
+def _parameters(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+    """Return weights and bias as a convolution of ``x`` reads them: in the dtype of its sums.
+
+    bfloat16 weights stay as they are, but for depthwise ones: they are widened while they are packed. A bias stays
+    where the processor multiplies bfloat16 itself.
+    """
+    sums = x.dtype if _multiplies_bfloat16() or x.dtype != torch.bfloat16 else torch.float32
+    narrow = groups == 1 and weight.dtype == torch.bfloat16
+    return weight if narrow else weight.to(sums), None if bias is None else bias.to(sums).contiguous()
+
+
+def _widened(x: Tensor) -> Tensor:
+    return packed_like(x.float() if x.dtype == torch.bfloat16 else x)
+
+
+def _size(x: Tensor) -> Size:
+    return x.shape[2], x.shape[3]
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
+) -> Tensor:
+    """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
+    dtype = x.dtype
+    fast = winograd(dtype, _size(x), (x.shape[1], weight.shape[0]), window, groups)
+    x = packed_like(x) if fast else _compute(x, groups)
+    weight, bias = _parameters(x, weight, bias, groups)
+    the_plan = plan(slot, coords, _size(x), window, False, _lists(groups, fast))
+    out = packed_empty(x, x.shape[0], weight.shape[0], *window.output_size(_size(x)))
+    if groups == 1:
+        _multiply(the_plan, x, weight, weight.stride(), bias, out, fast)
+    else:
+        _depthwise(the_plan, x, weight, bias, out, False)
+    return out.to(dtype)
+
+
+def conv2d_dgrad(
+    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
+) -> Tensor:
+    """Return the input gradient ``(N, C_in, ph, pw)``."""
+    dtype = grad.dtype
+    fast = winograd(dtype, size, (weight.shape[1], weight.shape[0]), window, groups)
+    grad = packed_like(grad) if fast else _compute(grad, groups)
+    weight, _ = _parameters(grad, weight, None, groups)
+    the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, _lists(groups, fast))
+    out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
+    if groups == 1:
+        n, k, y, x = weight.stride()
+        _multiply(the_plan, grad, weight, (k, n, y, x), None, out, fast, flip)
+    else:
+        _depthwise(the_plan, grad, weight, None, out, flip)
+    return out.to(dtype)
+
+
+def _multiply(
+    the_plan: _Plan,
+    source: Tensor,
+    weight: Tensor,
+    strides: tuple[int, ...],
+    bias: Tensor | None,
+    out: Tensor,
+    fast: bool,
+    flip: bool = False,
+) -> None:
+    n, k, y, x = strides
+    first = weight.data_ptr()
+    if flip:  # the kernel turned round: begin at its last tap and step backwards
+        first += ((weight.shape[2] - 1) * y + (weight.shape[3] - 1) * x) * weight.element_size()
+        y, x = -y, -x
+    args = native.Conv(
+        *(the_plan.pointer, source.data_ptr(), first, (n, k, y, x)),
+        *(None if bias is None else bias.data_ptr(), out.data_ptr()),
+        *(source.shape[1], out.shape[1], DTYPES[weight.dtype], *_how(source)),
+    )
+    _run("ps_winograd_conv" if fast else "ps_conv", args)
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """Return a depthwise weight ``(C, 1, kh, kw)`` as ``(taps, C)``."""
+    return weight.flatten(1).t().contiguous()
+
+
+def _depthwise(the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flip: bool) -> None:
+    matrix = _taps_first(weight)
+    args = native.Depthwise(
+        *(the_plan.pointer, source.data_ptr(), matrix.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(out.data_ptr(), source.shape[1], int(flip), *_how(source)),
+    )
+    _run("ps_depthwise", args)
+
+
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
+    """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
+    dtype, (kh, kw) = x.dtype, window.kernel
+    c_in, c_out = x.shape[1], grad.shape[1]
+    fast = winograd(dtype, _size(x), (c_in, c_out), window, groups)
+    x, grad = (packed_like(t) if fast else _compute(t, groups) for t in (x, grad))
+    the_plan = plan(slot, coords, _size(x), window, False, _lists(groups, fast))
+    if groups != 1:
+        matrix = x.new_empty(kh * kw, c_in)
+        args = native.Depthwise(
+            *(the_plan.pointer, x.data_ptr(), matrix.data_ptr(), None, grad.data_ptr()), *(c_in, 0, *_how(x))
+        )
+        _run("ps_depthwise_wgrad", args)
+        return matrix.t().unflatten(1, (1, kh, kw)).to(dtype)
+    if c_in < 32 <= c_out:  # few input channels (a stem) would leave the vectors half empty
+        weight = x.new_empty(kh, kw, c_in, c_out, dtype=dtype).permute(3, 2, 0, 1)
+    else:
+        weight = x.new_empty(c_out, kh, kw, c_in, dtype=dtype).permute(0, 3, 1, 2)
+    args = native.Wgrad(
+        *(the_plan.pointer, x.data_ptr(), grad.data_ptr(), weight.data_ptr(), weight.stride()),
+        *(c_in, c_out, DTYPES[dtype], *_how(x)),
+    )
+    _run("ps_winograd_wgrad" if fast else "ps_wgrad", args)
+    return weight
+
+
+def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Return the maximum over each window and the winning tap (uint8, row-major in the kernel)."""
+    dtype = x.dtype
+    x = _widened(x)
+    out = packed_empty(x, x.shape[0], x.shape[1], *window.output_size(_size(x)))
+    tap = torch.empty_like(out, dtype=torch.uint8)
+    the_plan = plan(slot, coords, _size(x), window, False)
+    _pool("ps_max_pool", the_plan, x, tap, out)
+    return out.to(dtype), tap
+
+
+def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
+    """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
+    dtype = grad.dtype
+    grad, tap = _widened(grad), packed_like(tap)
+    out = packed_empty(grad, grad.shape[0], grad.shape[1], *size)
+    the_plan = plan(slot, coords, _size(grad), window, True)
+    _pool("ps_max_pool_grad", the_plan, grad, tap, out)
+    return out.to(dtype)
+
+
+def _pool(name: str, the_plan: _Plan, source: Tensor, tap: Tensor, out: Tensor) -> None:
+    pointer = ctypes.cast(tap.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
+    args = native.Pool(
+        *(the_plan.pointer, source.data_ptr(), pointer, out.data_ptr()), *(source.shape[1], *_how(source))
+    )
+    _run(name, args)

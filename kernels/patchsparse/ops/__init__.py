@@ -1,0 +1,1 @@
+"""The registered operators: schema, shape function and gradient; the engines implement them."""

@@ -1,0 +1,101 @@
+"""Read and write files so that nothing is lost: folders, atomic writes, plain checkpoints, package versions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spatspark_fast.common.errors import UserError
+
+__all__ = ["atomic_path", "check_folder", "load_plain", "make_folder", "package_versions"]
+
+PACKAGES = (
+    *("spatspark-fast", "torch", "timm", "lightning", "jsonargparse", "torchmetrics", "numpy", "h5py"),
+    *("triton", "MinkowskiEngine"),
+)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that matter; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@contextlib.contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """Give a temporary file beside ``target`` to write to, and rename it to ``target`` when the block ends
+    well.
+
+    Whoever reads sees the old file or the whole new one, whatever happens to this process. The temporary
+    file lies in the same folder, since a rename between file systems is a copy.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Check, before any work, that results can be written to ``out``; nothing is made yet.
+
+    Raises:
+        UserError: it is a file, cannot be written, or holds something and ``overwrite`` is not asked for.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {out} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out} cannot be written: no permission in {existing}")
+    if out.is_dir() and not overwrite and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: choose another folder, or --overwrite")
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder; raise `UserError` where the system does not let us."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
+
+
+def load_plain(path: Path, makers: str) -> Any:
+    """Load a file of tensors and plain values onto the CPU; ``makers`` names the commands that write such files.
+
+    Raises UserError if it is missing, not to be read, damaged, or holds anything else.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # torch raises half a dozen kinds for a file that is cut off or not its own
+        raise UserError(f"{path} is damaged or no checkpoint of {makers} ({type(error).__name__})") from error

@@ -1,0 +1,207 @@
+"""Unpack a compressed file of windows once, into a file that is mapped into memory ever after.
+
+::
+
+    4096 bytes       what it was made of, as JSON in a line; what does not fit the source is made anew
+    N * T * H * W    pixels, uint16 or float32 (see `store`)
+    N * 4 bytes      a checksum (CRC-32) of each window
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.files import atomic_path
+from spatspark_fast.data.nl50 import NowcastDataset
+from spatspark_fast.data.parallel import ordered_map
+from spatspark_fast.data.resident.store import Encoding, OffGridError, WindowStore, encoding_of, frames_of, stored
+
+__all__ = ["NoRoomError", "default_folder", "unpacked"]
+
+_logger = logging.getLogger(__name__)
+
+HEADER = 4096
+FORMAT = 1
+SPARE = 1 << 30  # bytes that stay free on the disk
+BATCH = 8  # windows that a reading process answers with
+
+
+class NoRoomError(UserError):
+    """Tell that the uncompressed copy cannot be written for lack of space or permission."""
+
+
+def default_folder() -> Path:
+    """Return ``spatspark-fast`` in the user's folder for caches."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "spatspark-fast"
+
+
+def unpacked(
+    windows: NowcastDataset,
+    folder: Path | None = None,
+    workers: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> WindowStore:
+    """Return the input frames of all windows, mapped from the uncompressed copy in ``folder``.
+
+    The copy is made where there is none yet, where the source has another size or time of change, and where
+    it is damaged. It is written beside its place and then renamed, so a killed process leaves no half of one.
+    Of several processes one writes; the others wait and take what it wrote. ``workers`` processes decompress.
+    ``say`` is told what takes time. Augmentation is left out: windows are stored whole.
+
+    Raises:
+        NoRoomError: the folder cannot be written, or its disk is full.
+        UserError: a window cannot be read or holds values that are no rain.
+    """
+    copy = _Copy.of(windows, default_folder() if folder is None else folder)
+    if (store := copy.open()) is not None:
+        return store
+    try:
+        copy.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(copy.path):
+            if (store := copy.open()) is None:
+                copy.make(windows, workers, say)
+                store = copy.open()
+    except OSError as error:
+        raise NoRoomError(
+            f"cannot write the uncompressed copy {copy.path}: {error.strerror or error}; give another folder by "
+            "--data.cache, or read the file window by window with --data.resident off"
+        ) from error
+    if store is None:
+        raise NoRoomError(f"{copy.path} was written and cannot be read back: give another folder by --data.cache")
+    return store
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """Name the uncompressed copy of one split of one file, and what must be true of it."""
+
+    path: Path
+    source: dict[str, Any]
+    shape: tuple[int, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, windows: NowcastDataset, folder: Path) -> _Copy:
+        path = windows.path.resolve()
+        found = path.stat()
+        shape = (len(windows), windows.input_length, *windows.stored_size)
+        key = {"path": str(path), "split": windows.split, "frames": windows.input_length, "scale": windows.scale}
+        digest = hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:16]
+        source = {**key, "bytes": found.st_size, "changed_ns": found.st_mtime_ns}
+        return cls(folder / f"{path.stem}-{windows.split}-{digest}.windows", source, shape, windows.scale)
+
+    def header(self, encoding: Encoding) -> bytes:
+        text = {"format": FORMAT, "source": self.source, "shape": self.shape, "unit": encoding.unit}
+        line = json.dumps(text).encode()
+        if len(line) >= HEADER:
+            raise NoRoomError(f"the path {self.source['path']} is too long for an uncompressed copy")
+        return line.ljust(HEADER - 1) + b"\n"
+
+    def bytes_of(self, encoding: Encoding) -> int:
+        """Return the size of the whole file."""
+        return HEADER + int(np.prod(self.shape)) * encoding.dtype.itemsize + 4 * self.shape[0]
+
+    def open(self) -> WindowStore | None:
+        """Map the copy; None if there is none that fits the source and is whole."""
+        try:
+            with self.path.open("rb") as file:
+                header = file.read(HEADER)
+            unit = json.loads(header)["unit"]
+            encoding = Encoding(None if unit is None else float(unit))
+            if header != self.header(encoding) or self.path.stat().st_size != self.bytes_of(encoding):
+                return None
+            codes = np.memmap(self.path, encoding.dtype, "r", HEADER, self.shape)
+            sums = np.memmap(self.path, "<u4", "r", HEADER + codes.nbytes, self.shape[:1])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            if list(pool.map(_checksum, codes)) != sums.tolist():
+                _logger.warning("%s is damaged; it is made anew", self.path)
+                return None
+        return WindowStore(codes, encoding)
+
+    def make(self, windows: NowcastDataset, workers: int, say: Callable[[str], None]) -> None:
+        """Write the copy; with 16 bits a pixel if all windows allow it, else with 32."""
+        for stale in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            stale.unlink(missing_ok=True)  # of a process that was killed: whoever still writes holds the lock
+        encoding = encoding_of(_Plain(windows), self.scale)
+        try:
+            self._write(windows, encoding, workers, say)
+        except OffGridError:
+            self._write(windows, Encoding(None), workers, say)
+
+    def _write(self, windows: NowcastDataset, encoding: Encoding, workers: int, say: Callable[[str], None]) -> None:
+        size = self.bytes_of(encoding)
+        free = shutil.disk_usage(self.path.parent).free
+        if size + SPARE > free:
+            raise NoRoomError(
+                f"the uncompressed copy {self.path} takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
+                "give another folder by --data.cache, or read window by window with --data.resident off"
+            )
+        say(f"Unpacking {len(windows)} windows once ({size / 2**30:.2f} GiB, {encoding.name}) to {self.path}")
+        read = _Reader(windows, encoding)
+        sums: list[int] = []
+        with atomic_path(self.path) as temporary, temporary.open("wb") as file:
+            file.write(self.header(encoding))
+            for codes in ordered_map(read, range(len(windows)), workers, BATCH):
+                file.write(codes.data)
+                sums.append(_checksum(codes))
+            file.write(np.array(sums, "<u4").tobytes())
+
+
+@dataclass
+class _Plain:
+    """Serve the windows of a file as they are stored, without augmentation."""
+
+    windows: NowcastDataset
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input": self.windows.whole_input(index)}
+
+
+@dataclass
+class _Reader:
+    """Read and encode windows, in this process or in another."""
+
+    windows: NowcastDataset
+    encoding: Encoding
+
+    def __call__(self, indices: list[int]) -> list[np.ndarray]:
+        plain = _Plain(self.windows)
+        return [stored(frames_of(plain[index]), self.encoding) for index in indices]
+
+
+def _checksum(codes: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(codes).data)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Let one process at a time into the block, where the system can; elsewhere the rename has to do."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,254 @@
+"""Repeat the paper's ablations on any file of radar windows: ``python -m spatspark_fast.experiments``.
+
+Pretrained or from scratch, which translation network, which mask ratio; several seeds each; one table with mean and
+spread. Every run is a run directory of `pretrain` or `finetune`; what is there already is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from jsonargparse import ArgumentParser, Namespace
+
+from spatspark_fast.common.cli import run_command
+from spatspark_fast.common.errors import RunStopped, UserError
+from spatspark_fast.common.files import atomic_path, package_versions
+from spatspark_fast.experiments.tables import Results, markdown
+from spatspark_fast.finetune.cli import parse_finetune
+from spatspark_fast.finetune.config import ForecastModelConfig
+
+__all__ = ["Arm", "arms_of", "main"]
+
+STUDIES = ("pretraining", "translation", "mask_ratio", "smaat")
+TRANSLATIONS: tuple[str, ...] = get_args(ForecastModelConfig.__annotations__["translation"])
+FIXED = ("--trainer.patience=0",)  # all arms take as many steps, so that only one thing differs
+SCORES = ("pmse", "csi@0.5", "csi@1", "hss@0.5", "bias@0.5")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Say how a model is trained: from a pretraining with ``ratio`` masked (None = from scratch), and as what."""
+
+    name: str
+    ratio: float | None
+    options: tuple[str, ...] = ()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: experiments(sys.argv[1:] if argv is None else argv))
+
+
+def experiments(argv: Sequence[str]) -> None:
+    """Read the command line, train what is missing, score, and write the table after every run."""
+    options = _parser().parse_args(list(argv))
+    arms, pairs = arms_of(options)
+    out, data = Path(options.out), Path(options.data.path)
+    plan = _plan(options)
+    _check(options, out, data, plan)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "experiment.json").write_text(json.dumps(plan, indent=1) + "\n")
+    results: Results = {}
+    for name, scores in _baselines(options, data).items():
+        results[name] = {"-": scores}
+    for seed in range(options.seeds):
+        for arm in arms:
+            run = out / "finetune" / _slug(arm.name) / f"seed-{seed}"
+            if not (run / "scores.json").exists():
+                init = None if arm.ratio is None else _pretrained(options, out, data, arm.ratio, seed)
+                _finetuned(options, run, data, arm, init, seed)
+            results.setdefault(arm.name, {})[str(seed)] = json.loads((run / "scores.json").read_text())
+            _write(out, results, pairs, plan)
+    sys.stdout.write(
+        markdown(results, pairs, SCORES) + f"\nFiles in {out}: results.md, results.json, finetune/, pretrain/\n"
+    )
+
+
+def arms_of(options: Namespace) -> tuple[list[Arm], list[tuple[str, str]]]:
+    """Return what is trained, each once, and which pairs of names are compared (the second is the reference).
+
+    Raises UserError for a study or a network that does not exist.
+    """
+    translations = [options.translation, *options.translations]
+    for asked, known, what in ((options.studies, STUDIES, "studies"), (translations, TRANSLATIONS, "translations")):
+        for name in asked:
+            if name not in known:
+                raise UserError(f"--{what} {name} is unknown; there are {', '.join(known)}")
+
+    def arm(ratio: float | None, kind: str = options.translation) -> Arm:
+        start = "from scratch" if ratio is None else f"pretrained, {ratio:g} masked"
+        return Arm(f"{start}, {kind}", ratio, (f"--model.translation={kind}",))
+
+    usual, scratch = arm(options.ratio), arm(None)
+    compared = [(usual, scratch)] if "pretraining" in options.studies else []
+    if "translation" in options.studies:
+        reference = arm(options.ratio, "identity")
+        compared += [
+            (arm(options.ratio, kind), reference) for kind in dict.fromkeys(translations) if kind != "identity"
+        ]
+    if "mask_ratio" in options.studies:
+        compared += [(arm(ratio), usual) for ratio in options.ratios if ratio != options.ratio]
+    if "smaat" in options.studies:
+        compared.append((Arm("SmaAt-UNet", None, ("--model.kind=smaat",)), scratch))
+    arms = {one.name: one for pair in compared for one in reversed(pair)}
+    return list(arms.values()), [(ours.name, theirs.name) for ours, theirs in compared]
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m spatspark_fast.experiments",
+        description="Train and score the paper's ablations on one file: pretrained or from scratch, translation "
+        "networks, mask ratios, several seeds each. Can be stopped and started again.",
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--data.path", required=True, help="HDF5 file in the NL-50 layout with the splits train and test")
+    add("--out", required=True, help="folder for all runs and the table; a stopped experiment goes on in it")
+    add("--seeds", type=int, default=3, help="runs of each kind, with seeds 0, 1, ... in pretraining and finetuning")
+    add("--studies", nargs="+", default=list(STUDIES[:3]), help=f"of {', '.join(STUDIES)}")
+    add("--ratio", type=float, default=0.6, help="masked share of the usual pretraining")
+    add("--ratios", type=float, nargs="+", default=[0.3, 0.75], help="masked shares that are compared with it")
+    add("--translation", default="conv_tanh", help="translation network of all models outside that study")
+    add("--translations", nargs="*", default=[], help=f"others to compare with identity, of {', '.join(TRANSLATIONS)}")
+    add("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="options of pretrain, such as trainer.epochs=50")
+    add("--finetune", nargs="*", default=[], metavar="KEY=VALUE", help="options of finetune, such as trainer.epochs=20")
+    add("--baselines", nargs="*", default=["persistence"], help="of persistence, extrapolation (optical flow, pysteps)")
+    add("--device", default="auto", help="device for scoring: auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def _plan(options: Namespace) -> dict[str, Any]:
+    """Return what must stay the same when an experiment goes on; seeds and studies may be added."""
+    return {"data": options.data.path, "pretrain": sorted(options.pretrain), "finetune": sorted(options.finetune)}
+
+
+def _lengths(options: Namespace) -> tuple[int, int | None]:
+    """Return how many frames are seen and forecast, by the options of finetune."""
+    words = [f"--{word}" for word in options.finetune]
+    argv = [f"--data.path={options.data.path}", *FIXED, *words]
+    data = parse_finetune(argv, prog="finetune").config.data
+    return data.input_length, data.output_length
+
+
+def _check(options: Namespace, out: Path, data: Path, plan: dict[str, Any]) -> None:
+    if options.seeds < 1:
+        raise UserError(f"--seeds is {options.seeds}: give a number of at least 1")
+    for word in (*options.pretrain, *options.finetune):
+        if "=" not in word or word.startswith("-"):
+            raise UserError(f"{word} is no option: write it as in --pretrain trainer.epochs=50 optim.name=adamw")
+    from spatspark_fast.data.nl50 import NowcastDataset
+
+    for split in ("train", "test"):
+        NowcastDataset(data, split, *_lengths(options))
+    note = out / "experiment.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not note.exists() and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty and holds no experiment: choose another folder")
+    if note.exists() and json.loads(note.read_text()) != plan:
+        raise UserError(
+            f"--out {out} holds an experiment with other data or options (see {note}): choose another folder"
+        )
+
+
+def _baselines(options: Namespace, data: Path) -> dict[str, dict[str, float]]:
+    """Score what needs no training."""
+    from spatspark_fast.data.nl50 import NowcastDataset
+    from spatspark_fast.evaluate.scoring import ScoringOptions, evaluate_predictors
+    from spatspark_fast.forecast.predictors import PersistencePredictor, Predictor, choose_device
+
+    predictors: list[Predictor] = []
+    for name in options.baselines:
+        if name == "persistence":
+            predictors.append(PersistencePredictor())
+        elif name == "extrapolation":
+            from spatspark_fast.forecast.extrapolation import ExtrapolationPredictor
+
+            predictors.append(ExtrapolationPredictor())
+        else:
+            raise UserError(f"--baselines {name} is unknown; there are persistence, extrapolation")
+    if not predictors:
+        return {}
+    settings = ScoringOptions(fss_scales=(), spectrum=False, device=choose_device(options.device))
+    windows = NowcastDataset(data, "test", *_lengths(options), include_valid=True)
+    found = evaluate_predictors(predictors, windows, settings).scores
+    return {name: _kept(scores) for name, scores in found.items()}
+
+
+def _pretrained(options: Namespace, out: Path, data: Path, ratio: float, seed: int) -> Path:
+    """Pretrain unless that is done; return the checkpoint."""
+    from spatspark_fast.pretrain import __main__ as pretrain
+
+    run = out / "pretrain" / f"ratio-{ratio:g}" / f"seed-{seed}"
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    if not (run / "encoder.safetensors").exists():  # written at the end
+        fixed = [f"--mask.ratio={ratio}", "--trainer.savings=false", "--trainer.picture_every=0"]
+        _train(pretrain.main, run, data, seed, fixed, options.pretrain)
+    return checkpoint
+
+
+def _finetuned(options: Namespace, run: Path, data: Path, arm: Arm, init: Path | None, seed: int) -> None:
+    """Finetune unless that is done, and write the scores of the best checkpoint on the test split."""
+    from spatspark_fast.evaluate.scoring import evaluate_forecaster
+    from spatspark_fast.finetune import __main__ as finetune
+    from spatspark_fast.forecast.predictors import choose_device
+
+    if not (run / "forecast.png").exists():  # written at the end
+        fixed = [*FIXED, *arm.options]
+        fixed += [] if init is None else [f"--init={init}"]
+        words = options.finetune if init is None else [word for word in options.finetune if not _of_weights(word)]
+        _train(finetune.main, run, data, seed, fixed, words)
+    device = choose_device(options.device)
+    path = run / "checkpoints" / "best.ckpt"
+    scores = evaluate_forecaster(path, data, split="test", fss_scales=(), spectrum=False, device=device)
+    with atomic_path(run / "scores.json") as temporary:
+        temporary.write_text(json.dumps(_kept(scores)) + "\n")
+
+
+def _of_weights(word: str) -> bool:
+    """Tell whether pretrained weights decide an option, which is then for models from scratch only."""
+    names = ("encoder", "patch", "levels", "decoder", "decoder_width", "input_scaling")
+    return word.split("=")[0] in {"data.input_length", *(f"model.{name}" for name in names)}
+
+
+def _train(
+    command: Callable[[Sequence[str]], int],
+    run: Path,
+    data: Path,
+    seed: int,
+    fixed: Sequence[str],
+    words: Sequence[str],
+) -> None:
+    """Run a training command in this process, or go on with it; end this command where that one ends badly."""
+    asked = [f"--{word}" for word in words]
+    argv = [f"--data.path={data}", f"--out={run}", "--trainer.tensorboard=false", *fixed, *asked]
+    code = command([*argv, f"--trainer.seed={seed}", "--resume"])
+    if code > 128:
+        raise RunStopped(code - 128, f"stopped; the same command goes on with {run}")
+    if code:
+        raise UserError(f"the experiment ends here, since {run} could not be trained (see above)")
+
+
+def _kept(scores: dict[str, Any]) -> dict[str, float]:
+    return {name: scores["all"][name] for name in SCORES}
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in name).replace("--", "-")
+
+
+def _write(out: Path, results: Results, pairs: Sequence[tuple[str, str]], plan: dict[str, Any]) -> None:
+    record = {**plan, "versions": package_versions(), "compared": [list(pair) for pair in pairs], "scores": results}
+    with atomic_path(out / "results.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    with atomic_path(out / "results.md") as temporary:
+        temporary.write_text(markdown(results, pairs, SCORES))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

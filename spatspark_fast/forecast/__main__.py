@@ -1,0 +1,181 @@
+"""Forecast rain from the newest radar frames: ``python -m spatspark_fast.forecast``.
+
+No targets are needed. Reads an NL-50 file or a folder of raw radar files; writes NetCDF, an animation and a panel.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser, Namespace
+
+from spatspark_fast.common.cli import run_command
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.files import check_folder, make_folder
+
+if TYPE_CHECKING:
+    from spatspark_fast.forecast.predictors import ModelPredictor
+    from spatspark_fast.forecast.result import Forecast
+    from spatspark_fast.forecast.starts import Selection
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(lambda: forecast(sys.argv[1:] if argv is None else argv))
+
+
+def forecast(argv: Sequence[str]) -> None:
+    """Read the command line, then forecast or export; raise `UserError` for what is wrong with the input."""
+    options = _parser().parse_args(list(argv))
+    for name in ("steps", "stride", "tile"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}: give a number of at least 1")
+    if options.data.path is None and options.export is None:
+        raise UserError("nothing to do: give --data.path and --out to forecast, or --export FILE.onnx")
+    if options.data.path is not None and options.out is None:
+        raise UserError("--out is missing: name the folder for the forecasts")
+    if options.export is not None:
+        _check_export(Path(options.export), options.overwrite)
+    if options.data.path is not None:
+        check_folder(Path(options.out), options.overwrite)
+    from spatspark_fast.forecast.predictors import choose_device, load_predictor
+
+    predictor = load_predictor(options.checkpoint, choose_device(options.device), options.name, options.tile)
+    if options.data.path is not None:
+        _forecast_all(options, predictor)
+    if options.export is not None:
+        from spatspark_fast.forecast.onnx import export_onnx
+
+        export_onnx(predictor.loaded, Path(options.export))
+        sys.stdout.write(f"wrote {options.export}\n")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="python -m spatspark_fast.forecast",
+        description="Forecast rain in mm/h from the newest radar frames, without targets. For each start it writes "
+        "forecast_TIME.nc (NetCDF, CF names), and pictures: forecast_TIME.gif and forecast_TIME.png.",
+        exit_on_error=False,
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=str, required=True, help="checkpoint of finetune")
+    add("--data.path", type=str, help="HDF5 file in the NL-50 layout, or folder of raw radar files")
+    add("--data.split", type=str, default="test", help="group of the HDF5 file")
+    add("--out", type=str, help="folder for the forecasts, new or empty")
+    add("--overwrite", action="store_true", help="write into a folder that is not empty, and over an ONNX file")
+    add(
+        "--start",
+        type=str,
+        default="newest",
+        help="newest: from the newest frames; every: from every window of the file, or every --stride-th frame of the "
+        "folder; or the time (UTC) of the newest frame to use, such as 2010-08-26T06:15",
+    )
+    add("--steps", type=int, help="frames of 5 minutes to forecast (default: those of training; more go on from those)")
+    add("--source", type=str, help="raw files: knmi, mch, fmi or an importer of pysteps (default: by the file names)")
+    add(
+        "--crop",
+        type=str,
+        help="raw files: r0:r1,c0:c1 in pixels, or all (default: that of prepare: 288 x 288 pixels)",
+    )
+    add("--stride", type=int, default=1, help="raw files, with --start every: frames between two starts")
+    add("--pattern", type=str, help="raw files: glob of the file names")
+    add("--time_format", type=str, help="raw files: strptime pattern of the time in the names, for pysteps' importers")
+    add("--importer_options", type=dict | None, default=None, help="raw files: options of pysteps' importer")
+    add("--pictures", type=bool | None, default=None, help="draw pictures (default: unless --start every)")
+    add("--name", type=str, help="name of the model in files and pictures (default: that in the checkpoint)")
+    add("--tile", type=int, help="side in pixels of tiles for images too large for memory (default: no tiles)")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    add(
+        "--export",
+        type=str,
+        metavar="FILE.onnx",
+        help="write the model as ONNX, rates in mm/h in and out (extra onnx); with or without --data.path",
+    )
+    return parser
+
+
+def _check_export(path: Path, overwrite: bool) -> None:
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--export {path} is no file in a folder that exists")
+    if path.exists() and not overwrite:
+        raise UserError(f"--export {path} exists already; give another name or --overwrite")
+
+
+def _selection(options: Namespace) -> Selection:
+    from spatspark_fast.data.radar.timestamps import parse_time
+    from spatspark_fast.forecast.starts import Selection
+
+    when = options.start if options.start in ("newest", "every") else parse_time(options.start, "--start")
+    return Selection(
+        when,
+        options.data.split,
+        options.source,
+        options.crop,
+        options.stride,
+        options.pattern,
+        options.time_format,
+        options.importer_options,
+    )
+
+
+def _forecast_all(options: Namespace, predictor: ModelPredictor) -> None:
+    """Forecast from one start after the other; only one is in memory."""
+    from spatspark_fast.forecast.result import make_forecast
+    from spatspark_fast.forecast.starts import read_starts
+
+    out, path = Path(options.out), Path(options.data.path)
+    if not path.exists():
+        raise UserError(f"--data.path {path} does not exist")
+    steps = options.steps or predictor.loaded.out_length
+    pictures = options.start != "every" if options.pictures is None else options.pictures
+    selection = _selection(options)
+    made = 0
+    for start in read_starts(path, predictor.in_length, selection):
+        result = make_forecast(predictor, start, steps)
+        make_folder(out)
+        names = _write(out, result, pictures)
+        made += 1
+        sys.stdout.write(f"{_summary(result)}: wrote {', '.join(names)}\n")
+    sys.stdout.write(f"{made} forecast{'s' if made != 1 else ''} in {out}\n")
+
+
+def _write(out: Path, result: Forecast, pictures: bool) -> list[str]:
+    from spatspark_fast.forecast.netcdf import write_netcdf
+
+    stem = out / f"forecast_{re.sub(r'[^A-Za-z0-9]+', '_', result.start.label)}"
+    files = [stem.with_suffix(".nc")]
+    write_netcdf(result, files[0])
+    if pictures:
+        from spatspark_fast.common.files import atomic_path
+        from spatspark_fast.common.plots import save_figure
+        from spatspark_fast.forecast.pictures import forecast_figure, write_animation
+
+        files += [stem.with_suffix(".gif"), stem.with_suffix(".png")]
+        write_animation(result, files[1])
+        with atomic_path(files[2]) as path:
+            save_figure(forecast_figure(result), path)
+    return [file.name for file in files]
+
+
+def _summary(result: Forecast) -> str:
+    import numpy as np
+
+    rates, start = result.rates, result.start
+    now = f"{start.times[-1]:%Y-%m-%d %H:%M} UTC" if start.times else start.label
+    if np.isnan(rates).all():
+        return f"{now}, no data in any frame"
+    return (
+        f"{now}, {result.lead_minutes[-1]:g} minutes, mean {np.nanmean(rates):.2f} mm/h "
+        f"(newest frame {np.nanmean(start.rates[-1]) if np.isfinite(start.rates[-1]).any() else np.nan:.2f}), "
+        f"at most {np.nanmax(rates):.1f} mm/h"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

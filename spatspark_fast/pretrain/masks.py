@@ -1,0 +1,159 @@
+"""Choose which patches of a window the encoder may see.
+
+Words: ``ratio`` is the *masked* share, ``keep`` the *visible* one, ``active`` is True where a patch is
+visible. The masks of a step follow from (seed, rank, step) alone, so a resumed run repeats them without any
+generator state in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchsparse import PatchGrid
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.models.geometry import grid_shape
+
+__all__ = ["MaskSampler", "Schedule", "Strategy", "num_decoded", "num_visible", "wet_share"]
+
+Strategy = Literal["random", "rain"]
+Schedule = Literal["constant", "interval", "linear", "cosine"]
+
+# Streams of random numbers that must not repeat each other.
+# The data order has 2 and the global generators of a step 3.
+_RATIO_STREAM, _MASK_STREAM, _DECODE_STREAM = 0, 1, 4
+
+
+def num_visible(num_patches: int, ratio: float) -> int:
+    """Return how many of ``L`` patches stay visible at a mask ``ratio``: ``round(L * (1 - ratio))``, or 1."""
+    return min(num_patches, max(1, round(num_patches * (1 - ratio))))
+
+
+def num_decoded(num_patches: int, num_visible: int, share: float, masked: bool = True) -> int:
+    """Return how many of ``L`` patches are reconstructed at a ``share``: ``round(L * share)``, at least 1.
+
+    With ``masked``, no more than there are masked patches.
+    """
+    available = num_patches - num_visible if masked else num_patches
+    return max(1, min(round(share * num_patches), available))
+
+
+def wet_share(frames: Tensor, shape: tuple[int, int], threshold: float = 0.0) -> Tensor:
+    """Return the share of each patch above ``threshold`` (data units), ``(B, Gh, Gw)`` float32 in [0, 1]."""
+    wet = (frames > threshold).float().mean(dim=1)
+    return wet.unflatten(2, (shape[1], -1)).unflatten(1, (shape[0], -1)).mean(dim=(2, 4))
+
+
+class MaskSampler:
+    """Draw one mask per window of a batch.
+
+    Strategies: ``random`` takes any set of patches with equal probability. ``rain`` masks wet patches more
+    often: at each draw without replacement a patch is ``exp(strength * wet share)`` times as likely to be
+    masked as a dry one (20 times at the default strength 3 when all of it is wet); ``strength=0`` is
+    ``random``.
+
+    Schedules of the ratio over the progress of training, 0 to 1: ``constant`` stays at ``ratio``; ``linear``
+    and ``cosine`` go from ``ratio`` to ``ratio_end``; ``interval`` draws a ratio for each step, uniform in
+    [``ratio``, ``ratio_end``]. All ranks use the same ratio, hence do the same work, with masks of their own.
+
+    Raises UserError for a value out of range.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 0.6,
+        ratio_end: float | None = None,
+        schedule: Schedule = "constant",
+        strategy: Strategy = "random",
+        strength: float = 3.0,
+        wet_threshold: float = 0.0,
+        patch: int = 32,
+        seed: int = 0,
+    ) -> None:
+        _check_ratios(ratio, ratio_end, schedule)
+        if strategy not in ("random", "rain"):
+            raise UserError(f"mask strategy must be 'random' or 'rain', got {strategy!r}")
+        if not math.isfinite(strength) or strength < 0:
+            raise UserError(f"mask strength must be a number of at least 0, got {strength}")
+        if seed < 0:
+            raise UserError(f"mask seed must be at least 0, got {seed}")
+        self.ratio = ratio
+        self.ratio_end = ratio if ratio_end is None else ratio_end
+        self.schedule: Schedule = schedule
+        self.strategy: Strategy = strategy
+        self.strength = strength
+        self.wet_threshold = wet_threshold
+        self.patch = patch
+        self.seed = seed
+
+    def __call__(self, frames: Tensor, step: int, progress: float = 0.0, rank: int = 0) -> PatchGrid:
+        """Return the grid of a training ``step`` for ``frames`` ``(B, T, H, W)``, on their device.
+
+        ``progress`` in [0, 1] is the share of training done. The random numbers are drawn on the CPU, so that
+        a run gives the same masks on every device; they travel to it as one small copy and nothing is read
+        back.
+        """
+        generator = _generator(_MASK_STREAM, self.seed, step, rank)
+        return self.draw(frames, self.ratio_at(progress, step), generator)
+
+    def draw(self, frames: Tensor, ratio: float, generator: torch.Generator) -> PatchGrid:
+        """Return a grid for ``frames`` ``(B, T, H, W)`` at a given ``ratio``, from a CPU ``generator``.
+
+        Weighted sampling without replacement by exponential keys (Efraimidis and Spirakis 2006), in the form
+        of Gumbel-top-k: the patches with the highest ``log weight + Gumbel noise`` are masked.
+        """
+        shape = grid_shape(frames.shape[-2:], self.patch)
+        uniform = torch.rand((frames.shape[0], *shape), generator=generator, dtype=torch.float64)
+        masking = -torch.log(-torch.log(uniform.clamp(min=1e-300, max=1 - 1e-16)))
+        masking = masking.to(frames.device, torch.float32, non_blocking=True)
+        if self.strategy == "rain":
+            masking = masking + self.strength * wet_share(frames, shape, self.wet_threshold)
+        return PatchGrid.from_scores(-masking, num_visible(shape[0] * shape[1], ratio))
+
+    def decoded(self, grid: PatchGrid, share: float, step: int, rank: int = 0, masked: bool = True) -> PatchGrid:
+        """Return the patches that a decoder reconstructs at a ``step``, a random ``share`` of all patches of an image.
+
+        They are taken from the ``masked`` ones alone (as many as there are, at most; one visible patch if there are
+        none), or from all. Every image gets the same number. Nothing is read back from the device.
+        """
+        generator = _generator(_DECODE_STREAM, self.seed, step, rank)
+        patches = grid.shape[0] * grid.shape[1]
+        count = num_decoded(patches, grid.num_active // grid.batch_size, share, masked)
+        scores = torch.rand((grid.batch_size, *grid.shape), generator=generator)
+        scores = scores.to(grid.device, non_blocking=True)
+        return PatchGrid.from_scores(scores - 2 * grid.active if masked else scores, count)
+
+    def ratio_at(self, progress: float, step: int = 0) -> float:
+        """Return the mask ratio at a ``progress`` in [0, 1]; ``interval`` depends on ``step`` alone."""
+        if self.schedule == "interval":
+            generator = _generator(_RATIO_STREAM, self.seed, step)
+            share = float(torch.rand((), generator=generator, dtype=torch.float64))
+        else:
+            share = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[
+                self.schedule
+            ]
+        return self.ratio + (self.ratio_end - self.ratio) * min(max(share, 0.0), 1.0)
+
+
+def _generator(*key: int) -> torch.Generator:
+    """Return a CPU generator whose stream depends on the whole key; neighbouring keys are unrelated."""
+    state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(state)
+
+
+def _check_ratios(ratio: float, ratio_end: float | None, schedule: str) -> None:
+    if schedule not in ("constant", "interval", "linear", "cosine"):
+        raise UserError(f"mask schedule must be constant, interval, linear or cosine, got {schedule!r}")
+    for name, value in (("ratio", ratio), ("ratio_end", ratio_end)):
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"mask {name} is the masked share and must be in [0, 1), got {value}")
+    if schedule == "constant" and ratio_end not in (None, ratio):
+        raise UserError("mask ratio_end needs a schedule: set it to linear, cosine or interval")
+    if schedule != "constant" and ratio_end is None:
+        raise UserError(f"mask schedule {schedule!r} needs ratio_end beside ratio")
+    if schedule == "interval" and ratio_end is not None and ratio_end < ratio:
+        raise UserError(f"mask schedule 'interval' needs ratio <= ratio_end, got {ratio} and {ratio_end}")

@@ -1,0 +1,201 @@
+"""Say what the sparse path saves against dense-and-mask: counted in multiply-adds, and measured on the spot.
+
+Dense-and-mask is SparK's published way: the whole image goes through every layer, what lies outside visible
+patches is multiplied by zero before it is read, and norms see visible positions only.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchsparse import PatchGrid, bind, pack
+from spatspark_fast.models.geometry import grid_shape
+from spatspark_fast.models.macs import count_macs
+from spatspark_fast.models.spark import SparK
+from spatspark_fast.pretrain.decoding import leaves_patches_out
+from spatspark_fast.pretrain.masks import num_decoded, num_visible
+
+__all__ = ["DenseAndMask", "Measurement", "counted_savings", "describe_savings", "measure_encoder", "shares"]
+
+GIGA = 1e9
+PARITY = 1e-3  # largest difference of features, as a share of the largest feature, at which times are compared
+
+
+class _OnActive(nn.Module):
+    """Run a norm over visible positions only, as a batch of single pixels."""
+
+    def __init__(self, norm: nn.Module, pixels: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.pixels = pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.pixels(x)
+        rows = self.norm(x.permute(0, 2, 3, 1)[active][:, :, None, None])
+        result = rows.new_zeros(x.shape[0], x.shape[2], x.shape[3], rows.shape[1])
+        result[active] = rows[:, :, 0, 0]
+        return result.permute(0, 3, 1, 2)
+
+
+class DenseAndMask(nn.Module):
+    """Run a copy of an encoder over whole images, masked the way SparK does it.
+
+    Exact for encoders whose layers are convolutions, pools, batch norms and anything that acts on one pixel;
+    others (squeeze and excitation, GRN) differ, which `measure_encoder` notices.
+    """
+
+    def __init__(self, encoder: nn.Module, grid: PatchGrid) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder)
+        self.active = grid.active
+        for parent in list(self.encoder.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(parent, name, _OnActive(child, self._pixels))
+        for module in self.encoder.modules():
+            if _looks_around(module):
+                module.register_forward_pre_hook(self._mask_input)
+
+    def forward(self, frames: Tensor) -> Sequence[Tensor]:
+        """Return the feature maps ``(B, C, H/s, W/s)``, right at visible positions only."""
+        return self.encoder(frames)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        rows, columns = (x.shape[2 + axis] // self.active.shape[1 + axis] for axis in (0, 1))
+        return self.active.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+
+    def _mask_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0] * self._pixels(inputs[0]).unsqueeze(1), *inputs[1:])
+
+
+def _looks_around(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return False
+    size = module.kernel_size
+    return (max(size) if isinstance(size, tuple) else int(size)) > 1
+
+
+@dataclass
+class Measurement:
+    """Hold seconds per encoder step (forward, backward) of both ways, and how far their features differ."""
+
+    sparse: float
+    dense: float
+    difference: float
+    rounds: int
+    batch: int
+
+    @property
+    def ratio(self) -> float:
+        """Return how many times faster the sparse way was."""
+        return self.dense / self.sparse
+
+
+def measure_encoder(
+    model: SparK, frames: Tensor, grid: PatchGrid, rounds: int = 3, precision: torch.dtype = torch.float32
+) -> Measurement:
+    """Time encoder steps of both ways in turn, after comparing their features; medians in seconds.
+
+    The model is copied, not changed. Where the features differ no times are taken: both are NaN.
+    """
+    sparse, dense = copy.deepcopy(model).train(), DenseAndMask(model.encoder, grid).train()
+    packed = pack(frames, grid)
+    with torch.no_grad():
+        pairs = zip(sparse.encode(packed, grid), dense(frames), strict=True)
+        difference = max(_difference(a, pack(b, grid)) for a, b in pairs)
+    if not difference <= PARITY:
+        return Measurement(float("nan"), float("nan"), difference, 0, len(frames))
+
+    def step(way: nn.Module, run: Callable[[], Sequence[Tensor]]) -> float:
+        way.zero_grad(set_to_none=True)
+        _wait(frames.device)
+        started = time.perf_counter()
+        with torch.autocast(frames.device.type, dtype=precision, enabled=precision != torch.float32):
+            loss = torch.stack([feature.float().mean() for feature in run()]).sum()
+        loss.backward()
+        _wait(frames.device)
+        return time.perf_counter() - started
+
+    def run_sparse() -> Sequence[Tensor]:
+        with bind(sparse.encoder, grid):
+            return sparse.encoder(pack(frames, grid))
+
+    times = [(step(sparse, run_sparse), step(dense, lambda: dense(frames))) for _ in range(rounds + 1)][1:]
+    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    return Measurement(ours, theirs, difference, rounds, len(frames))
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe_savings(
+    model: SparK,
+    frames: Tensor,
+    ratio: float,
+    precision: torch.dtype = torch.float32,
+    decode_ratio: float = 1.0,
+) -> str:
+    """Say in two lines what this configuration saves: multiply-adds, and seconds measured here and now."""
+    size = (frames.shape[2], frames.shape[3])
+    shape = grid_shape(size, model.patch)
+    visible = num_visible(shape[0] * shape[1], ratio)
+    counted = _counted(model, size, visible, decode_ratio)
+    generator = torch.Generator().manual_seed(0)
+    grid = PatchGrid.random(len(frames), shape, visible, generator=generator).to(frames.device)
+    on_cpu = frames.device.type == "cpu"
+    found = measure_encoder(model, frames, grid, rounds=3 if on_cpu else 20, precision=precision)
+    if found.rounds == 0:
+        return f"{counted}\nNot measured: dense-and-mask gives other features here (by {found.difference:.1g})."
+    where = f"{torch.get_num_threads()} CPU threads" if on_cpu else torch.cuda.get_device_name(frames.device)
+    return (
+        f"{counted}\nMeasured here and now ({where}, {str(precision).removeprefix('torch.')}, batch "
+        f"{found.batch}, encoder forward + backward, median of {found.rounds}): {found.sparse:.3g} s "
+        f"instead of {found.dense:.3g} s dense-and-mask, {found.ratio:.2f}x as fast; features equal to "
+        f"{found.difference:.0e}."
+    )
+
+
+def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> tuple[float, float]:
+    """Return the shares of patches that are seen, and that are reconstructed."""
+    rows, columns = grid_shape(size, model.patch)
+    patches = rows * columns
+    if not leaves_patches_out(model, visible, patches, decode_ratio):
+        return visible / patches, 1.0
+    return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
+
+
+def counted_savings(model: SparK, size: tuple[int, int], ratio: float, decode_ratio: float = 1.0) -> dict[str, float]:
+    """Return forward multiply-adds of one window in G, dense-and-mask and sparse, as plain values for a record."""
+    rows, columns = grid_shape(size, model.patch)
+    macs = count_macs(model, size, *shares(model, size, num_visible(rows * columns, ratio), decode_ratio))
+    return {
+        "encoder_dense": macs.encoder.dense / GIGA,
+        "encoder_sparse": macs.encoder.visible / GIGA,
+        "model_dense": macs.dense_step / GIGA,
+        "model_sparse": macs.sparse_step / GIGA,
+    }
+
+
+def _counted(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> str:
+    seen, decoded = shares(model, size, visible, decode_ratio)
+    macs, giga = count_macs(model, size, seen, decoded), GIGA
+    encoder = macs.encoder
+    return (
+        f"Counted, one {size[0]}x{size[1]} window, {100 * (1 - seen):.0f} % hidden, forward: the "
+        f"encoder does {encoder.visible / giga:.2f} G multiply-adds on visible patches instead of "
+        f"{encoder.dense / giga:.2f} G dense-and-mask, {encoder.dense / encoder.visible:.2f}x fewer; "
+        f"the whole model {macs.sparse_step / giga:.2f} instead of {macs.dense_step / giga:.2f} G, "
+        f"{macs.saving:.2f}x fewer."
+    )

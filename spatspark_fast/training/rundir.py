@@ -1,0 +1,154 @@
+"""The run directory: what a training writes, under which name, and how it survives being killed.
+
+::
+
+    OUT/config.yaml            every option, resolved; goes back in through --config
+    OUT/versions.json          seed, and for each session: versions, command, time, device
+    OUT/metrics.csv            one row per logged optimiser step
+    OUT/checkpoints/last.ckpt  newest state; also epoch-NNNN.ckpt, where asked for
+    OUT/checkpoints/best.ckpt  of finetuning: the forecaster with the best validation score
+    OUT/forecast.png           of finetuning: observation and forecast of one window
+    OUT/pictures/              reconstructions; OUT/reconstruction.png is the newest
+    OUT/encoder.safetensors    weights of the encoder under timm's names, at the end
+    OUT/tensorboard/           the same metrics for TensorBoard
+"""
+
+import contextlib
+import csv
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.files import atomic_path, package_versions
+
+__all__ = ["RunDirectory", "default_out", "trim_metrics"]
+
+
+def default_out(preset: str) -> Path:
+    """Return a new folder under ``runs/``, named after the preset and the time."""
+    return Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the rows of a ``metrics.csv`` after an optimiser step, and a last row that was cut off."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows or "step" not in rows[0]:
+        path.unlink()
+        return
+    header, column = rows[0], rows[0].index("step")
+    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *(row for row in whole if int(row[column]) <= step)])
+
+
+class RunDirectory:
+    """Own the paths of one run directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.versions = root / "versions.json"
+        self.metrics = root / "metrics.csv"
+        self.checkpoints = root / "checkpoints"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self.pictures = root / "pictures"
+        self.picture = root / "reconstruction.png"
+        self.forecast = root / "forecast.png"
+        self.encoder = root / "encoder.safetensors"
+        self.tensorboard = root / "tensorboard"
+
+    def check(self, resume: bool) -> None:
+        """Check that the folder can be written to and holds no run that nobody asked to go on with.
+
+        Raises `UserError` naming the path and the remedy; writes nothing that stays.
+        """
+        try:
+            used = self.root.exists() and any(self.root.iterdir())
+        except OSError as error:
+            raise UserError(f"--out {self.root} is no readable folder: {error.strerror}") from error
+        if used and not resume:
+            what = "already holds a run" if self.config.exists() else "is not empty"
+            raise UserError(f"--out {self.root} {what}: choose another folder, or go on with that run by --resume")
+        existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise UserError(f"--out {self.root} cannot be made: {existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"--out {self.root} cannot be written: no permission in {existing}")
+
+    def prepare(self) -> None:
+        """Make the folders and clear away what a killed process left half written."""
+        try:
+            for folder in (self.root, self.checkpoints, self.pictures):
+                folder.mkdir(parents=True, exist_ok=True)
+                for stale in folder.glob(".*.tmp"):
+                    stale.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.root} cannot be written: {error.strerror} ({error.filename})") from error
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """Return the options of the run in this folder, or None where there is none."""
+        if not self.config.exists():
+            return None
+        try:
+            content = yaml.safe_load(self.config.read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {self.config}: {error}; repair or remove it") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{self.config} holds no options; repair or remove it")
+        return content
+
+    def save_config(self, plain: dict[str, Any]) -> None:
+        """Write the options; other options of an earlier session stay beside them as ``config.N.yaml``."""
+        if self.stored_config() not in (None, plain):
+            number = len(list(self.root.glob("config.*.yaml"))) + 1
+            shutil.copyfile(self.config, self.root / f"config.{number}.yaml")
+        with atomic_path(self.config) as temporary:
+            temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
+
+    def save_versions(self, seed: int, device: str, resumed_from: str | None) -> None:
+        """Add this session to ``versions.json``."""
+        record: dict[str, Any] = {"sessions": []}
+        if self.versions.exists():
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(self.versions.read_text())
+        record["seed"] = seed
+        session = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "resumed_from": resumed_from,
+            "platform": platform.platform(),
+            "device": device,
+            "versions": package_versions(),
+        }
+        record["sessions"] = [*record.get("sessions", []), session]
+        with atomic_path(self.versions) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    def add_to_session(self, found: dict[str, Any]) -> None:
+        """Add what a session found out, plain values, to its entry in ``versions.json``."""
+        record = json.loads(self.versions.read_text())
+        record["sessions"][-1] |= found
+        with atomic_path(self.versions) as temporary:
+            temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+    def kept(self, epoch: int) -> Path:
+        """Return the path of the checkpoint that is kept after ``epoch`` epochs."""
+        return self.checkpoints / f"epoch-{epoch:04d}.ckpt"
+
+    def write(self, target: Path, writer: Callable[[Path], object]) -> None:
+        """Write a file atomically through ``writer(path)``."""
+        with atomic_path(target) as temporary:
+            writer(temporary)
