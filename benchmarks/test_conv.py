@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchsparse import PatchGrid
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 from patchsparse.pointwise import local_conv2d
 from patchsparse.processor import lacks
 
@@ -121,7 +121,7 @@ def test_pointwise(benchmark, record, scale, size, inputs, outputs):
 
         return run
 
-    ways = {"product": step(lambda a, w: local_conv2d(a, w, None, Window((1, 1)), 1)), "conv2d": step(F.conv2d)}
+    ways = {"product": step(lambda a, w: local_conv2d(a, w, None, Stencil((1, 1)), 1)), "conv2d": step(F.conv2d)}
     for ours, theirs in zip(ways["product"](), ways["conv2d"](), strict=True):
         check_parity("1x1", ours, theirs, 1e-5)
     timing = in_turn(ways, scale.layer_rounds, warmup=1)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchsparse.backends import tables
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 from patchsparse.processor import lacks
 
 from ..subjects.convolutions import SIDES, Problem, count_pairs
@@ -188,11 +188,11 @@ def _packed_macs(name: str, args: Sequence[Any], result: Any) -> float:
     else:
         x, _, slot, coords, kernel, stride, padding, dilation = args[:8]
         size, weights = x.shape[2:], result.numel()
-    window = Window(_two(kernel), _two(stride), _two(padding), _two(dilation))
+    stencil = Stencil(_two(kernel), _two(stride), _two(padding), _two(dilation))
     shape = _two(size)
-    key = ("benchmarks.pairs", shape, window)
-    pairs = tables.remember(slot, key, lambda: count_pairs(slot, coords, shape, window))
-    return pairs * weights / window.taps
+    key = ("benchmarks.pairs", shape, stencil)
+    pairs = tables.remember(slot, key, lambda: count_pairs(slot, coords, shape, stencil))
+    return pairs * weights / stencil.taps
 
 
 def _two(values: Sequence[int]) -> tuple[int, int]:

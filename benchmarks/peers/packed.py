@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, patch_conv2d
 from patchsparse.backends import why_not
-from patchsparse.geometry import Call, Window
+from patchsparse.geometry import Call, Stencil
 
 from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer
@@ -63,9 +63,9 @@ class Packed(Peer):
         if self.name == "auto":
             return None
         s = shape or Shape(1, 64, 64)
-        window = Window((s.k, s.k), (s.stride, s.stride), (s.k // 2, s.k // 2))
+        stencil = Stencil((s.k, s.k), (s.stride, s.stride), (s.k // 2, s.k // 2))
         return why_not(
-            self.name, Call("conv2d", self._device, self.dtypes[0], 1, (s.p, s.p), s.c_in, s.c_out, window, s.groups)
+            self.name, Call("conv2d", self._device, self.dtypes[0], 1, (s.p, s.p), s.c_in, s.c_out, stencil, s.groups)
         )
 
     def build(self, p: Problem) -> Layer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack, unpack
 from patchsparse.backends import tables
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 
 from ..measure.timing import exact_float32
 
@@ -92,8 +92,8 @@ class Problem(NamedTuple):
     def pairs(self) -> int:
         """How many (active output pixel, active input pixel) pairs a kernel meets."""
         s = self.shape
-        window = Window((s.k, s.k), (s.stride, s.stride), (s.k // 2, s.k // 2))
-        return count_pairs(self.grid.slot, self.grid.coords, (s.p, s.p), window)
+        stencil = Stencil((s.k, s.k), (s.stride, s.stride), (s.k // 2, s.k // 2))
+        return count_pairs(self.grid.slot, self.grid.coords, (s.p, s.p), stencil)
 
     @property
     def limit(self) -> float:
@@ -106,9 +106,9 @@ class Problem(NamedTuple):
         return Problem(self.shape, self.grid, *(t.to(dtype) for t in (self.x, self.weight, self.g)))
 
 
-def count_pairs(slot: Tensor, coords: Tensor, size: tuple[int, int], window: Window) -> int:
-    """Count the (active output pixel, active input pixel) pairs of a window on patches of ``size`` pixels."""
-    return int((tables.tap_rows(slot, coords, size, window) >= 0).sum())
+def count_pairs(slot: Tensor, coords: Tensor, size: tuple[int, int], stencil: Stencil) -> int:
+    """Count the (active output pixel, active input pixel) pairs of a stencil on patches of ``size`` pixels."""
+    return int((tables.tap_rows(slot, coords, size, stencil) >= 0).sum())
 
 
 def problem(

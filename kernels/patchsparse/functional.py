@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .backends import ENGINES, OVERRIDE, choose, order, why_not
 from .backends.tables import OUTSIDE, tap_rows
-from .geometry import Call, Window, pair
+from .geometry import Call, Stencil, pair
 from .grid import PatchGrid
 from .ops import conv as ops
 from .packing import check_packed
@@ -60,7 +60,7 @@ def patch_conv2d(
         ``(N, C_out, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if shapes disagree, or the window does not map patches to patches.
+        ValueError: if shapes disagree, or the stencil does not map patches to patches.
         TypeError: if dtypes disagree.
         RuntimeError: if a named backend cannot run, with its reason.
 
@@ -71,14 +71,14 @@ def patch_conv2d(
     """
     check_packed(packed, grid)
     packed, weight, bias = _autocast(packed, weight, bias)
-    window = _window(weight, stride, padding, dilation)
+    stencil = _stencil(weight, stride, padding, dilation)
     _check_weight(packed, weight, bias, packed.shape[1], weight.shape[1] * groups, weight.shape[0], groups)
-    window.check((packed.shape[2], packed.shape[3]), "patch_conv2d")
-    if window.local:
-        return local_conv2d(packed, weight, bias, window, groups)
+    stencil.check((packed.shape[2], packed.shape[3]), "patch_conv2d")
+    if stencil.local:
+        return local_conv2d(packed, weight, bias, stencil, groups)
     grid_maps, options = (
         (grid.slot, grid.coords),
-        (window.stride, window.padding, window.dilation, groups, backend),
+        (stencil.stride, stencil.padding, stencil.dilation, groups, backend),
     )
     return ops.conv2d(packed, weight, bias, *grid_maps, *options)
 
@@ -119,16 +119,16 @@ def patch_conv_transpose2d(
     """
     check_packed(packed, grid)
     packed, weight, bias = _autocast(packed, weight, bias)
-    window, extra = _window(weight, stride, padding, dilation), pair(output_padding, "output_padding")
+    stencil, extra = _stencil(weight, stride, padding, dilation), pair(output_padding, "output_padding")
     _check_weight(packed, weight, bias, packed.shape[1], weight.shape[0], weight.shape[1] * groups, groups)
-    for k, s, p, d, e in zip(window.kernel, window.stride, window.padding, window.dilation, extra, strict=True):
+    for k, s, p, d, e in zip(stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, extra, strict=True):
         if d * (k - 1) + 1 + e - 2 * p != s:
             raise ValueError(
                 f"patch_conv_transpose2d: kernel {k}, stride {s}, padding {p}, output_padding {e}, dilation {d} gives "
                 f"an image that is not {s} times the input; choose dilation * (kernel - 1) + 1 + output_padding - "
                 f"2 * padding = stride"
             )
-    options = (window.stride, window.padding, window.dilation, groups, backend)
+    options = (stencil.stride, stencil.padding, stencil.dilation, groups, backend)
     out = ops.conv2d_dgrad(packed, weight, grid.slot, grid.coords, *options)
     return out if bias is None else out + bias[:, None, None]
 
@@ -155,7 +155,7 @@ def patch_max_pool2d(
         ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if the window does not map patches to patches.
+        ValueError: if the stencil does not map patches to patches.
 
     Equivalent to::
 
@@ -163,18 +163,18 @@ def patch_max_pool2d(
     """
     check_packed(packed, grid)
     kernel = pair(kernel_size, "kernel_size")
-    window = Window(
+    stencil = Stencil(
         kernel,
         pair(kernel if stride is None else stride, "stride"),
         pair(padding, "padding"),
         pair(dilation, "dilation"),
     )
-    window.check((packed.shape[2], packed.shape[3]), "patch_max_pool2d", ceil_mode)
-    if window.taps > 255:
-        raise ValueError(f"patch_max_pool2d: kernel_size {kernel} has {window.taps} taps; at most 255 are supported")
-    if window.local:
-        return F.max_pool2d(packed, kernel, window.stride, 0, window.dilation)
-    options = (window.kernel, window.stride, window.padding, window.dilation, backend)
+    stencil.check((packed.shape[2], packed.shape[3]), "patch_max_pool2d", ceil_mode)
+    if stencil.taps > 255:
+        raise ValueError(f"patch_max_pool2d: kernel_size {kernel} has {stencil.taps} taps; at most 255 are supported")
+    if stencil.local:
+        return F.max_pool2d(packed, kernel, stencil.stride, 0, stencil.dilation)
+    options = (stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, backend)
     return ops.max_pool2d(packed, grid.slot, grid.coords, *options)[0]
 
 
@@ -202,7 +202,7 @@ def patch_avg_pool2d(
         ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if the window does not map patches to patches.
+        ValueError: if the stencil does not map patches to patches.
 
     Equivalent to::
 
@@ -211,20 +211,20 @@ def patch_avg_pool2d(
     """
     check_packed(packed, grid)
     kernel = pair(kernel_size, "kernel_size")
-    window = Window(kernel, pair(kernel if stride is None else stride, "stride"), pair(padding, "padding"))
+    stencil = Stencil(kernel, pair(kernel if stride is None else stride, "stride"), pair(padding, "padding"))
     size = (packed.shape[2], packed.shape[3])
-    window.check(size, "patch_avg_pool2d")
-    divisor = divisor_override or window.taps
-    if window.local:
-        return F.avg_pool2d(packed, kernel, window.stride, 0, divisor_override=divisor)
-    tile = ops.halo(packed, grid.slot, grid.coords, *_clip(window))
-    tile = tile[:, :, : tile.shape[2] + min(0, window.after[0]), : tile.shape[3] + min(0, window.after[1])]
+    stencil.check(size, "patch_avg_pool2d")
+    divisor = divisor_override or stencil.taps
+    if stencil.local:
+        return F.avg_pool2d(packed, kernel, stencil.stride, 0, divisor_override=divisor)
+    tile = ops.halo(packed, grid.slot, grid.coords, *_clip(stencil))
+    tile = tile[:, :, : tile.shape[2] + min(0, stencil.after[0]), : tile.shape[3] + min(0, stencil.after[1])]
     if count_include_pad or divisor_override is not None:
-        return F.avg_pool2d(tile, kernel, window.stride, 0, divisor_override=divisor)
-    inside = (tap_rows(grid.slot, grid.coords, size, window) != OUTSIDE).sum(1)
-    out_height, out_width = window.output_size(size)
+        return F.avg_pool2d(tile, kernel, stencil.stride, 0, divisor_override=divisor)
+    inside = (tap_rows(grid.slot, grid.coords, size, stencil) != OUTSIDE).sum(1)
+    out_height, out_width = stencil.output_size(size)
     pixels = inside.view(-1, 1, out_height, out_width).to(packed.dtype)
-    return F.avg_pool2d(tile, kernel, window.stride, 0, divisor_override=1) / pixels
+    return F.avg_pool2d(tile, kernel, stencil.stride, 0, divisor_override=1) / pixels
 
 
 def available_backends() -> tuple[str, ...]:
@@ -239,8 +239,8 @@ def why_unavailable(backend: str, dtype: torch.dtype = torch.float32) -> str | N
         ValueError: for an unknown name.
     """
     devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
-    window = Window((3, 3), padding=(1, 1))
-    reasons = [why_not(backend, Call("conv2d", device, dtype, 1, (8, 8), 64, 64, window)) for device in devices]
+    stencil = Stencil((3, 3), padding=(1, 1))
+    reasons = [why_not(backend, Call("conv2d", device, dtype, 1, (8, 8), 64, 64, stencil)) for device in devices]
     return None if None in reasons else reasons[0]
 
 
@@ -261,9 +261,9 @@ def explain(
     from .backends import cpp, gather
 
     check_packed(packed, grid)
-    window = _window(weight, stride, padding, dilation)
+    stencil = _stencil(weight, stride, padding, dilation)
     size = (packed.shape[2], packed.shape[3])
-    window.check(size, "patch_conv2d")
+    stencil.check(size, "patch_conv2d")
     call = Call(
         "conv2d",
         packed.device.type,
@@ -272,28 +272,28 @@ def explain(
         size,
         packed.shape[1],
         weight.shape[0],
-        window,
+        stencil,
         groups,
     )
     what = (
-        f"conv2d {window.kernel[0]}x{window.kernel[1]} stride {window.stride} on {tuple(packed.shape)} {packed.dtype} "
-        f"{call.device}, {grid.num_active} of {grid.active.numel()} patches active"
+        f"conv2d {stencil.kernel[0]}x{stencil.kernel[1]} stride {stencil.stride} on {tuple(packed.shape)} "
+        f"{packed.dtype} {call.device}, {grid.num_active} of {grid.active.numel()} patches active"
     )
-    if window.local:
-        if not is_product(call.device, window, groups):
+    if stencil.local:
+        if not is_product(call.device, stencil, groups):
             how = "no engine: PyTorch's conv2d"
         else:
             how = f"one product of matrices by {'the cpp engine' if multiplies_by_engine(packed) else 'PyTorch'}"
-        return f"{what}\n  the window never leaves its patch, so {how} serves on the packed tensor"
+        return f"{what}\n  the stencil never leaves its patch, so {how} serves on the packed tensor"
     taken = choose(call, backend)
     lines = [what]
     for name in ENGINES:
         reason = why_not(name, call)
         if name == taken and name == "gather":
-            chosen_method = gather.method(packed, call.in_channels, call.out_channels, window, groups)
+            chosen_method = gather.method(packed, call.in_channels, call.out_channels, stencil, groups)
             lines.append(f"  gather: taken, method {chosen_method}")
         elif name == taken == "cpp" and cpp.winograd(
-            call.dtype, size, (call.in_channels, call.out_channels), window, groups
+            call.dtype, size, (call.in_channels, call.out_channels), stencil, groups
         ):
             lines.append("  cpp: taken, Winograd's F(2x2, 3x3)")
         elif name == taken:
@@ -306,14 +306,14 @@ def explain(
     return "\n".join(lines)
 
 
-def _window(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Window:
+def _stencil(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Stencil:
     kernel = (int(weight.shape[2]), int(weight.shape[3]))
-    return Window(kernel, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
+    return Stencil(kernel, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
 
 
-def _clip(window: Window) -> tuple[tuple[int, int], tuple[int, int]]:
+def _clip(stencil: Stencil) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the halo widths with negative ones as 0."""
-    return window.before, (max(0, window.after[0]), max(0, window.after[1]))
+    return stencil.before, (max(0, stencil.after[0]), max(0, stencil.after[1]))
 
 
 def _autocast(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Geometry of a window operation on packed patches: what it reads beyond a patch, and whether it is aligned."""
+"""Geometry of a stencil operation on packed patches: what it reads beyond a patch, and whether it is aligned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Call", "Window", "pair"]
+__all__ = ["Call", "Stencil", "pair"]
 
 
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
@@ -19,7 +19,7 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Window:
+class Stencil:
     """Kernel, stride, padding and dilation of a convolution or pooling, each (vertical, horizontal) in pixels."""
 
     kernel: tuple[int, int]
@@ -118,5 +118,5 @@ class Call:
     size: tuple[int, int]
     in_channels: int
     out_channels: int
-    window: Window
+    stencil: Stencil
     groups: int = 1

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from .backends import cpp
 from .functional import patch_conv2d, patch_conv_transpose2d
-from .geometry import Call, Window
+from .geometry import Call, Stencil
 from .grid import PatchGrid, whole_grid
 from .pointwise import local_conv2d
 
 __all__ = ["image_conv2d", "image_conv_transpose2d", "image_engine", "image_grid"]
 
-ONE = Window((1, 1))
-THREE = Window((3, 3), (1, 1), (1, 1))
-DOUBLE = Window((4, 4), (2, 2), (1, 1))
+ONE = Stencil((1, 1))
+THREE = Stencil((3, 3), (1, 1), (1, 1))
+DOUBLE = Stencil((4, 4), (2, 2), (1, 1))
 
 
 def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> bool:
@@ -86,10 +86,10 @@ def image_conv_transpose2d(image: Tensor, weight: Tensor, bias: Tensor | None = 
     return F.conv_transpose2d(image, weight, bias, stride=2, padding=1)
 
 
-def _by_engine(image: Tensor, op: str, out_channels: int, window: Window, backend: str) -> bool:
+def _by_engine(image: Tensor, op: str, out_channels: int, stencil: Stencil, backend: str) -> bool:
     """Return whether whole images are a case for the ``cpp`` engine: eager, float32 or float64, on a CPU."""
     if not cpp.may_replace_pytorch(image, backend):
         return False
     size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
-    call = Call(op, image.device.type, image.dtype, image.shape[0], size, *channels, window)
+    call = Call(op, image.device.type, image.dtype, image.shape[0], size, *channels, stencil)
     return image.dtype in (torch.float32, torch.float64) and cpp.why_not(call) is None

@@ -28,7 +28,7 @@ from benchmarks.test_minkowski import Encoders
 from patchsparse import PatchGrid, pack
 from patchsparse.backends import tables
 from patchsparse.backends.minkowski import loading as minkowski_loading
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 
 from . import imitations
 
@@ -140,7 +140,7 @@ def test_labels_name_the_type() -> None:
 @pytest.mark.parametrize("k", [3, 7])
 def test_table_of_neighbours_equals_the_slot_map(p: int, k: int) -> None:
     grid = PatchGrid.from_active(UNEQUAL)
-    expected = tables.tap_rows(grid.slot, grid.coords, (p, p), Window((k, k), (1, 1), (k // 2, k // 2)))
+    expected = tables.tap_rows(grid.slot, grid.coords, (p, p), Stencil((k, k), (1, 1), (k // 2, k // 2)))
     assert torch.equal(neighbours(grid, p, k), expected.clamp_min(-1).to(torch.int32))
 
 

@@ -11,12 +11,12 @@ from patchsparse import PatchGrid
 
 @dataclass(frozen=True)
 class Case:
-    """A random problem; ``window`` holds stride, padding, dilation as keyword arguments of the functional API."""
+    """A random problem; ``stencil`` holds stride, padding, dilation as keyword arguments of the functional API."""
 
     grid: PatchGrid
     image: Tensor
     kernel: tuple[int, int]
-    window: dict
+    stencil: dict
     seed: int
 
     @property
@@ -66,8 +66,8 @@ def cases(
         dtype=dtype,
     )
     names = ("stride", "padding", "dilation")
-    window = {n: (vertical[i + 1], horizontal[i + 1]) for i, n in enumerate(names)}
-    return Case(grid, image, (vertical[0], horizontal[0]), window, seed)
+    stencil = {n: (vertical[i + 1], horizontal[i + 1]) for i, n in enumerate(names)}
+    return Case(grid, image, (vertical[0], horizontal[0]), stencil, seed)
 
 
 def upsampled(active: Tensor, height: int, width: int) -> Tensor:

@@ -22,7 +22,7 @@ from patchsparse.backends.triton import configs, conv, norm
 from patchsparse.backends.triton import depthwise_pool as pool
 from patchsparse.backends.triton import norm_unpack as image
 from patchsparse.backends.triton.launch import Launch, rows_like
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may take
@@ -82,8 +82,8 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 GRID = (_meta(128, 9, 9, dtype=torch.int32), _meta(4096, 3, dtype=torch.int32))  # slot, coords: 9x9, 32 visible
-SAME3, SAME7 = (Window((k, k), (1, 1), (k // 2, k // 2), (1, 1)) for k in (3, 7))
-STRIDED = Window((3, 3), (2, 2), (1, 1), (1, 1))
+SAME3, SAME7 = (Stencil((k, k), (1, 1), (k // 2, k // 2), (1, 1)) for k in (3, 7))
+STRIDED = Stencil((3, 3), (2, 2), (1, 1), (1, 1))
 
 
 def forward(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 2) -> Launch:

@@ -22,7 +22,7 @@ from patchsparse import (
 from patchsparse.backends import gather, triton
 from patchsparse.backends.triton import conv, tuning
 from patchsparse.backends.triton.configs import CONV, WGRAD, Tile
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 from patchsparse.ops.norm import ACTIVATIONS, patch_batch_norm_act
 
 from .cases import Case, cases
@@ -77,11 +77,11 @@ def operands(case: Case, out: int, groups: int, dtype: torch.dtype) -> tuple[Ten
 )
 @FEW
 def test_convolution(case, out, dtype):
-    window = Window(case.kernel, **case.window)
-    if window.local:
+    stencil = Stencil(case.kernel, **case.stencil)
+    if stencil.local:
         return
     inputs = operands(case, out, 1, dtype)
-    check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, case.grid, backend=b, **case.window), case.seed)
+    check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, case.grid, backend=b, **case.stencil), case.seed)
 
 
 @pytest.mark.parametrize(("p", "k", "stride"), [(1, 7, 1), (2, 7, 1), (4, 7, 2)])
@@ -97,13 +97,13 @@ def test_large_kernels(p, k, stride):
 )
 @settings(FEW, max_examples=5)
 def test_depthwise_and_grouped_convolution(case, dtype):
-    window = Window(case.kernel, **case.window)
-    if window.local:
+    stencil = Stencil(case.kernel, **case.stencil)
+    if stencil.local:
         return
     channels = case.image.shape[1]
     for out in (channels, 2 * channels):  # one output channel per group, and two
         inputs = operands(case, out, channels, dtype)
-        options = {"groups": channels, **case.window}
+        options = {"groups": channels, **case.stencil}
         check(inputs, lambda b, x, w, c, o=options: patch_conv2d(x, w, c, case.grid, backend=b, **o), case.seed)
 
 
@@ -142,17 +142,17 @@ def test_no_patch_one_patch_all_patches(case):
 @FEW
 def test_max_pooling_and_its_ties(case, ceil, low):
     size = tuple(s // g for s, g in zip(case.image.shape[2:], case.grid.shape, strict=True))
-    window = Window(case.kernel, **case.window)
+    stencil = Stencil(case.kernel, **case.stencil)
     try:
-        window.check(size, "test", ceil)
+        stencil.check(size, "test", ceil)
     except ValueError:
         return
-    if window.local:
+    if stencil.local:
         return
     x = pack(case.image, case.grid).round()  # whole numbers: many ties
     x = (x - 5 if low else x).requires_grad_()
     got, expected = (
-        patch_max_pool2d(x, case.grid, case.kernel, ceil_mode=ceil, backend=b, **case.window)
+        patch_max_pool2d(x, case.grid, case.kernel, ceil_mode=ceil, backend=b, **case.stencil)
         for b in ("triton", "gather")
     )
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -180,13 +180,13 @@ def problem(p: int, c: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
 def test_every_forward_tile(number):
     tile, ordered = CONV[number], number % 2 == 0
     grid, x, w, _ = problem(2, 32)
-    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    stencil = Stencil((3, 3), (1, 1), (1, 1), (1, 1))
     y = torch.empty_like(x).contiguous(memory_format=torch.channels_last)
     strides = {"w_first": 0, "w_out": 9 * 32, "w_tap": 32, "w_in": 1}
     tile = Tile(tile.m, tile.n, tile.k, tile.warps, tile.stages, ordered)
-    maps = (grid.slot, grid.coords, window, 1, (32, 32), strides, False, tile)
+    maps = (grid.slot, grid.coords, stencil, 1, (32, 32), strides, False, tile)
     conv.forward_launch(conv.as_rows(x), conv.as_rows(w), None, y, *maps).run()
-    expected = gather.conv2d(x.float(), w.float(), None, grid.slot, grid.coords, window, 1)
+    expected = gather.conv2d(x.float(), w.float(), None, grid.slot, grid.coords, stencil, 1)
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().amax().item())
 
 
@@ -194,20 +194,20 @@ def test_every_forward_tile(number):
 def test_every_weight_gradient_tile(number):
     tile, listed = WGRAD[number], number % 2 == 0
     grid, x, w, g = problem(2, 16)
-    window = Window((3, 3), (1, 1), (1, 1), (1, 1))
+    stencil = Stencil((3, 3), (1, 1), (1, 1), (1, 1))
     out = torch.empty_like(w).contiguous(memory_format=torch.channels_last)
     tile = Tile(tile.m, tile.n, tile.k, tile.warps, tile.stages, listed, waves=20)
     rows = (conv.as_rows(x), conv.as_rows(g))
-    for launch in conv.wgrad_launches(*rows, out, grid.slot, grid.coords, window, 1, tile):
+    for launch in conv.wgrad_launches(*rows, out, grid.slot, grid.coords, stencil, 1, tile):
         launch.run()
-    expected = gather.conv2d_wgrad(x.float(), g.float(), grid.slot, grid.coords, window, 1)
+    expected = gather.conv2d_wgrad(x.float(), g.float(), grid.slot, grid.coords, stencil, 1)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().amax().item())
 
 
 def test_weight_gradient_is_deterministic_and_rows_permute():
     grid, x, w, g = problem(2, 16, torch.float32)
     first, second = (
-        triton.conv2d_wgrad(x, g, grid.slot, grid.coords, Window((3, 3), padding=(1, 1)), 1) for _ in range(2)
+        triton.conv2d_wgrad(x, g, grid.slot, grid.coords, Stencil((3, 3), padding=(1, 1)), 1) for _ in range(2)
     )
     assert torch.equal(first, second)
     order = torch.randperm(grid.num_active, generator=torch.Generator().manual_seed(0))

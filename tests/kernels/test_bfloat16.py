@@ -9,7 +9,7 @@ from torch import Tensor
 from patchsparse import PatchGrid, pack
 from patchsparse.backends import cpp
 from patchsparse.backends.cpp import native
-from patchsparse.geometry import Call, Window
+from patchsparse.geometry import Call, Stencil
 from patchsparse.ops import conv as ops
 
 from .cases import cases
@@ -25,15 +25,15 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def results(
-    grid: PatchGrid, operands: tuple[Tensor, ...], window: dict, exact: torch.dtype | None = None
+    grid: PatchGrid, operands: tuple[Tensor, ...], stencil: dict, exact: torch.dtype | None = None
 ) -> list[Tensor]:
     """Return output and gradients of a convolution of packed patches, by the engine or by PyTorch in ``exact``."""
     leaves = tuple(t.to(exact or t.dtype).detach().requires_grad_() for t in operands)
     if exact is None:
-        options = (*(list(window[name]) for name in ("stride", "padding", "dilation")), 1, "cpp")
+        options = (*(list(stencil[name]) for name in ("stride", "padding", "dilation")), 1, "cpp")
         output = ops.conv2d(pack(leaves[0], grid), *leaves[1:], grid.slot, grid.coords, *options)
     else:
-        output = masked_conv(leaves[0], grid.active, *leaves[1:], **window)
+        output = masked_conv(leaves[0], grid.active, *leaves[1:], **stencil)
     return [output, *gradients(output, leaves, 9)]
 
 
@@ -62,9 +62,9 @@ def test_it_is_as_exact_as_pytorch(isa, size, channels, kernel, stride, monkeypa
         normal(channels[1], channels[0], kernel, kernel, seed=1).contiguous(memory_format=torch.channels_last),
         normal(channels[1], seed=2),
     )
-    window = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "dilation": (1, 1)}
-    exact, theirs = (results(grid, operands, window, dtype) for dtype in (torch.float64, torch.bfloat16))
-    for name, e, p, o in zip("yxwb", exact, theirs, results(grid, operands, window), strict=True):
+    stencil = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "dilation": (1, 1)}
+    exact, theirs = (results(grid, operands, stencil, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for name, e, p, o in zip("yxwb", exact, theirs, results(grid, operands, stencil), strict=True):
         assert o.dtype == torch.bfloat16
         assert relative_error(o, e) <= 2 * relative_error(p, e), name
 
@@ -83,10 +83,10 @@ def test_small_integers_are_multiplied_exactly(isa, case, out):
         (t * 2).round().clamp(-2, 2).bfloat16()
         for t in (case.image, case.normal(out, case.image.shape[1], *case.kernel), case.normal(out))
     )
-    exact = results(case.grid, operands, case.window, torch.float64)[0]
+    exact = results(case.grid, operands, case.stencil, torch.float64)[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(native.ISA, isa)
-        output = results(case.grid, operands, case.window)[0]
+        output = results(case.grid, operands, case.stencil)[0]
     assert torch.equal(output, exact.bfloat16())
 
 
@@ -109,16 +109,16 @@ def test_results_are_those_of_widened_operands_rounded_once(isa, size, stride, c
     """Bit for bit, by Winograd's way and directly; the last has several chunks and runs, for each of its taps."""
     monkeypatch.setenv(native.ISA, isa)
     grid = PatchGrid.random(8, (8, 8), keep=64 if size == 1 else 9, generator=torch.Generator().manual_seed(1))
-    maps, window = (grid.slot, grid.coords), Window((3, 3), (stride, stride), (1, 1))
+    maps, stencil = (grid.slot, grid.coords), Stencil((3, 3), (stride, stride), (1, 1))
     x, grad = (normal(grid.num_active, c, s, s) for c, s in zip(channels, (size, size // stride), strict=True))
     bias = normal(channels[1])
     for weight in layouts(normal(channels[1], channels[0], 3, 3, seed=2)):
         for run in (
-            lambda t, w=weight: cpp.conv2d(t(x), t(w), t(bias), *maps, window, 1),
-            lambda t, w=weight: cpp.conv2d_dgrad(t(grad), t(w), *maps, (size, size), window, 1),
+            lambda t, w=weight: cpp.conv2d(t(x), t(w), t(bias), *maps, stencil, 1),
+            lambda t, w=weight: cpp.conv2d_dgrad(t(grad), t(w), *maps, (size, size), stencil, 1),
         ):
             assert torch.equal(run(torch.clone), run(Tensor.float).bfloat16())
-    half, full = (cpp.conv2d_wgrad(t(x), t(grad), *maps, window, 1) for t in (torch.clone, Tensor.float))
+    half, full = (cpp.conv2d_wgrad(t(x), t(grad), *maps, stencil, 1) for t in (torch.clone, Tensor.float))
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, full.bfloat16())
 
@@ -132,7 +132,7 @@ def test_wider_images_read_bfloat16_weights_as_they_are(isa, dtype, size, monkey
     x = normal(18, 35, size, size).to(dtype)
     for weight in layouts(normal(41, 35, 3, 3, seed=2)):
         narrow, wide = (
-            cpp.conv2d(x, w, None, grid.slot, grid.coords, Window((3, 3), (1, 1), (1, 1)), 1)
+            cpp.conv2d(x, w, None, grid.slot, grid.coords, Stencil((3, 3), (1, 1), (1, 1)), 1)
             for w in (weight, weight.to(dtype))
         )
         assert torch.equal(narrow, wide)
@@ -147,7 +147,7 @@ def test_a_nan_stays_with_the_pixels_that_read_it(isa, size, channels, monkeypat
     x, grad = normal(18, channels, size, size), normal(18, channels, size, size, seed=1)
     x[3, 0, 0, 0] = grad[4, 0, -1, -1] = torch.nan
     weight, maps = normal(channels, channels, 3, 3, seed=2), (grid.slot, grid.coords)
-    three = Window((3, 3), (1, 1), (1, 1))
+    three = Stencil((3, 3), (1, 1), (1, 1))
     for run in (
         lambda t: cpp.conv2d(t(x), t(weight), None, *maps, three, 1),
         lambda t: cpp.conv2d_dgrad(t(grad), t(weight), *maps, (size, size), three, 1),
@@ -160,12 +160,12 @@ def test_a_nan_stays_with_the_pixels_that_read_it(isa, size, channels, monkeypat
 def test_the_way_follows_the_instruction_set(isa, monkeypatch):
     monkeypatch.setenv(native.ISA, isa)
     direct = native.ISAS.index(isa) >= native.BF16
-    three = Window((3, 3), (1, 1), (1, 1))
+    three = Stencil((3, 3), (1, 1), (1, 1))
     assert cpp.winograd(torch.bfloat16, (4, 4), (64, 64), three) is not direct
     assert cpp.winograd(torch.float32, (4, 4), (64, 64), three)
 
     def pays(channels: int, operation: str = "conv2d") -> bool:
-        strided = Window((3, 3), (2, 2), (1, 1))
+        strided = Stencil((3, 3), (2, 2), (1, 1))
         return cpp.pays(Call(operation, "cpu", torch.bfloat16, 8, (8, 8), channels, channels, strided))
 
     assert pays(64) is pays(64, "conv2d_wgrad") is direct

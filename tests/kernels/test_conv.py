@@ -16,10 +16,10 @@ ENGINES = [name for name in available_backends() if name not in ("triton", "mink
 METHODS = ("halo", "rows")
 
 
-def masked_conv(image: Tensor, active: Tensor, weight: Tensor, bias: Tensor | None, **window) -> Tensor:
+def masked_conv(image: Tensor, active: Tensor, weight: Tensor, bias: Tensor | None, **stencil) -> Tensor:
     """Convolve the zero-filled image; return the active patches."""
     seen = upsampled(active, *image.shape[2:])
-    dense = F.conv2d(torch.where(seen, image, 0), weight, bias, **window)
+    dense = F.conv2d(torch.where(seen, image, 0), weight, bias, **stencil)
     return packed_of(dense, active)
 
 
@@ -43,9 +43,9 @@ def test_conv_equals_dense_and_mask(backend, case, out, groups):
     groups = {"one": 1, "two": two, "depthwise": channels}[groups]
     out = 1 if backend == "cpp" and groups > 1 else out
     image, weight, bias = operands(case, out * groups, groups)
-    expected = masked_conv(image, case.grid.active, weight, bias, groups=groups, **case.window)
+    expected = masked_conv(image, case.grid.active, weight, bias, groups=groups, **case.stencil)
     actual = patch_conv2d(
-        pack(image, case.grid), weight, bias, case.grid, groups=groups, backend=backend, **case.window
+        pack(image, case.grid), weight, bias, case.grid, groups=groups, backend=backend, **case.stencil
     )
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     inputs = (image, weight, bias)
@@ -57,10 +57,10 @@ def test_conv_equals_dense_and_mask(backend, case, out, groups):
 @given(case=cases(channels=(1, 3, 8)), out=st.sampled_from([1, 8]))
 def test_both_gather_methods_equal_dense_and_mask(method, case, out):
     image, weight, bias = operands(case, out, 1)
-    expected = masked_conv(image, case.grid.active, weight, bias, **case.window)
+    expected = masked_conv(image, case.grid.active, weight, bias, **case.stencil)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather, "method", lambda *_: method)
-        actual = patch_conv2d(pack(image, case.grid), weight, bias, case.grid, backend="gather", **case.window)
+        actual = patch_conv2d(pack(image, case.grid), weight, bias, case.grid, backend="gather", **case.stencil)
         got = gradients(actual, (image, weight, bias), case.seed)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     for a, e in zip(got, gradients(expected, (image, weight, bias), case.seed), strict=True):

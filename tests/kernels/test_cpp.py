@@ -10,7 +10,7 @@ from torch import Tensor
 from patchsparse import PatchGrid, pack, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d, unpack
 from patchsparse.backends import cpp, tables
 from patchsparse.backends.cpp import native
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 from patchsparse.ops import conv as ops
 
 from .cases import cases, packed_of, upsampled
@@ -53,10 +53,10 @@ def test_error_is_at_most_twice_that_of_pytorch(isa, dtype, case, out, depthwise
     operands = tuple(t.to(dtype) for t in (case.image, weight, case.normal(weight.shape[0])))
 
     def pytorch(x, w, b):
-        return masked_conv(x, case.grid.active, w, b, groups=groups, **case.window)
+        return masked_conv(x, case.grid.active, w, b, groups=groups, **case.stencil)
 
     def ours(x, w, b):
-        options = (*(list(case.window[name]) for name in ("stride", "padding", "dilation")), groups, "cpp")
+        options = (*(list(case.stencil[name]) for name in ("stride", "padding", "dilation")), groups, "cpp")
         return ops.conv2d(pack(x, case.grid), w, b, case.grid.slot, case.grid.coords, *options)  # also 1x1
 
     def run(conv, leaves, power=torch.clone):
@@ -97,21 +97,21 @@ def test_the_tuned_shapes_equal_dense_and_mask(isa, size, channels, monkeypatch)
 
 @pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize(
-    "window", [Window((3, 3), (1, 1), (1, 1)), Window((3, 5), (2, 1), (1, 2)), Window((2, 1), (2, 1))]
+    "stencil", [Stencil((3, 3), (1, 1), (1, 1)), Stencil((3, 5), (2, 1), (1, 2)), Stencil((2, 1), (2, 1))]
 )
-def test_gradcheck(depthwise, window):
+def test_gradcheck(depthwise, stencil):
     grid = PatchGrid.from_active(torch.tensor([[[True, False], [True, True]]]))
     packed = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 1 if depthwise else 3, *window.kernel, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 1 if depthwise else 3, *stencil.kernel, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    if window.local:  # the front door would hand it to PyTorch
-        out = cpp.conv2d(packed, weight, bias, grid.slot, grid.coords, window, 3 if depthwise else 1)
-        expected = F.conv2d(packed, weight, bias, window.stride, 0, 1, 3 if depthwise else 1)
+    if stencil.local:  # the front door would hand it to PyTorch
+        out = cpp.conv2d(packed, weight, bias, grid.slot, grid.coords, stencil, 3 if depthwise else 1)
+        expected = F.conv2d(packed, weight, bias, stencil.stride, 0, 1, 3 if depthwise else 1)
         torch.testing.assert_close(out, expected)
         return
 
     def conv(x, w, b):
-        options = (window.stride, window.padding, 1, 3 if depthwise else 1)
+        options = (stencil.stride, stencil.padding, 1, 3 if depthwise else 1)
         return patch_conv2d(x, w, b, grid, *options, backend="cpp")
 
     assert torch.autograd.gradcheck(conv, (packed, weight, bias))
@@ -237,17 +237,17 @@ def test_permuting_packed_rows_permutes_the_result_of_every_operation(size):
 @given(case=cases(), adjoint=st.booleans())
 def test_the_row_lists_hold_each_active_pair_once(case, adjoint):
     """Inactive neighbours cost nothing: the pairs that are multiplied are those of the row table, no more."""
-    window = Window(case.kernel, **case.window)
+    stencil = Stencil(case.kernel, **case.stencil)
     size = (case.image.shape[2] // case.grid.shape[0], case.image.shape[3] // case.grid.shape[1])
     if case.grid.num_active == 0:
         return
-    source = window.output_size(size) if adjoint else size
-    plan = cpp.plan(case.grid.slot, case.grid.coords, source, window, adjoint, cpp.GROUPS)
+    source = stencil.output_size(size) if adjoint else size
+    plan = cpp.plan(case.grid.slot, case.grid.coords, source, stencil, adjoint, cpp.GROUPS)
     numbers = plan.statistics()
-    active = (tables.tap_rows(case.grid.slot, case.grid.coords, size, window) >= 0).sum()
+    active = (tables.tap_rows(case.grid.slot, case.grid.coords, size, stencil) >= 0).sum()
     assert numbers["pairs"] == int(active)
     assert numbers["sources" if adjoint else "targets"] == case.grid.num_active * source[0] * source[1] // (
-        1 if adjoint else window.stride[0] * window.stride[1]
+        1 if adjoint else stencil.stride[0] * stencil.stride[1]
     )
 
 

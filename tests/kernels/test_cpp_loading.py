@@ -10,10 +10,10 @@ import torch
 from patchsparse import PatchGrid, available_backends, explain, patch_conv2d
 from patchsparse.backends import cpp
 from patchsparse.backends.cpp import native
-from patchsparse.geometry import Call, Window
+from patchsparse.geometry import Call, Stencil
 
 built = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
-CALL = Call("conv2d", "cpu", torch.float32, 8, (4, 4), 16, 16, Window((3, 3), (1, 1), (1, 1)))
+CALL = Call("conv2d", "cpu", torch.float32, 8, (4, 4), 16, 16, Stencil((3, 3), (1, 1), (1, 1)))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from torch import Tensor
 from patchsparse import PatchGrid, pack, patch_conv2d
 from patchsparse.backends import cpp
 from patchsparse.backends.cpp import native
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 
 from .test_conv import gradients, masked_conv
 
@@ -80,12 +80,12 @@ def test_the_weight_gradient_does_not_depend_on_threads(size, channels):
     """Threads own channels, and cut them anywhere: also within the slices that a thread takes at once."""
     grid = PatchGrid.random(9, (5, 6), keep=0.6, generator=torch.Generator().manual_seed(0))
     x, grad = (torch.randn(grid.num_active, channels, size, size) for _ in range(2))
-    window = Window((7, 7), (1, 1), (3, 3))
+    stencil = Stencil((7, 7), (1, 1), (3, 3))
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5, 8):
             torch.set_num_threads(threads)
-            found.append(cpp.conv2d_wgrad(x, grad, grid.slot, grid.coords, window, channels))
+            found.append(cpp.conv2d_wgrad(x, grad, grid.slot, grid.coords, stencil, channels))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])

@@ -56,9 +56,9 @@ def test_layers_of_networks_equal_dense_and_mask(kernel, stride, padding, depthw
     image = torch.randn(3, 6, 3 * size, 4 * size, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(6 if depthwise else 9, 6 // groups, kernel, kernel, generator=generator, dtype=torch.float64)
     bias = torch.randn(weight.shape[0], generator=generator, dtype=torch.float64).requires_grad_()
-    window = {"stride": stride, "padding": padding, "groups": groups}
-    expected = masked_conv(image, active, weight.requires_grad_(), bias, **window)
-    actual = patch_conv2d(pack(image, grid), weight, bias, grid, backend="minkowski", **window)
+    stencil = {"stride": stride, "padding": padding, "groups": groups}
+    expected = masked_conv(image, active, weight.requires_grad_(), bias, **stencil)
+    actual = patch_conv2d(pack(image, grid), weight, bias, grid, backend="minkowski", **stencil)
     same(actual, expected)
     inputs = (image, weight, bias)
     for got, wanted in zip(gradients(actual, inputs, 1), gradients(expected, inputs, 1), strict=True):
@@ -72,8 +72,8 @@ def test_any_window_equals_dense_and_mask(case, out, depthwise):
     groups = case.image.shape[1] if depthwise else 1
     out = groups if depthwise else out
     image, weight, bias = operands(case, out, groups)
-    expected = masked_conv(image, case.grid.active, weight, bias, groups=groups, **case.window)
-    options = case.window | {"groups": groups, "backend": "minkowski"}
+    expected = masked_conv(image, case.grid.active, weight, bias, groups=groups, **case.stencil)
+    options = case.stencil | {"groups": groups, "backend": "minkowski"}
     actual = patch_conv2d(pack(image, case.grid), weight, bias, case.grid, **options)
     same(actual, expected)
     inputs = (image, weight, bias)
@@ -109,10 +109,10 @@ def test_transposed_conv_equals_dense_and_mask(size, shape):
 def test_max_pool_equals_pooling_the_zero_filled_image(rectified, case):
     image, zero_filled = masked(case)
     zero_filled = zero_filled.relu() if rectified else zero_filled
-    window = (case.kernel, *(case.window[name] for name in ("stride", "padding", "dilation")))
-    expected = packed_of(F.max_pool2d(zero_filled, *window), case.grid.active)
+    stencil = (case.kernel, *(case.stencil[name] for name in ("stride", "padding", "dilation")))
+    expected = packed_of(F.max_pool2d(zero_filled, *stencil), case.grid.active)
     packed = packed_of(zero_filled, case.grid.active)
-    actual = patch_max_pool2d(packed, case.grid, *window, backend="minkowski")
+    actual = patch_max_pool2d(packed, case.grid, *stencil, backend="minkowski")
     assert torch.equal(actual, expected)
     torch.testing.assert_close(gradients(actual, (image,), 0), gradients(expected, (image,), 0))
 
@@ -245,9 +245,9 @@ def test_rows_that_the_library_reorders_are_read_by_their_coordinates(monkeypatc
     for groups, stride in ((1, 1), (1, 2), (4, 1), (4, 2)):
         grid = PatchGrid.from_active(active)
         weight = torch.randn(4, 4 // groups, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-        window = {"stride": stride, "padding": 1, "groups": groups}
-        expected = masked_conv(image, active, weight, None, **window)
-        actual = patch_conv2d(pack(image, grid), weight, None, grid, backend="minkowski", **window)
+        stencil = {"stride": stride, "padding": 1, "groups": groups}
+        expected = masked_conv(image, active, weight, None, **stencil)
+        actual = patch_conv2d(pack(image, grid), weight, None, grid, backend="minkowski", **stencil)
         same(actual, expected)
         for leaves in ((image, weight), (image,), (weight,)):
             wanted = gradients(expected, leaves, 1)

@@ -15,10 +15,10 @@ POOLS = {"kernels": (1, 2, 3, 5), "channels": (1, 3, 17)}
 
 
 def masked(case):
-    """Return the image leaf and the zero-filled image; skip images that a window can miss altogether."""
-    extents = [d * (k - 1) for k, d in zip(case.kernel, case.window["dilation"], strict=True)]
+    """Return the image leaf and the zero-filled image; skip images that a stencil can miss altogether."""
+    extents = [d * (k - 1) for k, d in zip(case.kernel, case.stencil["dilation"], strict=True)]
     assume(all(size > extent for size, extent in zip(case.image.shape[2:], extents, strict=True)))
-    assume(all(2 * p <= k for k, p in zip(case.kernel, case.window["padding"], strict=True)))
+    assume(all(2 * p <= k for k, p in zip(case.kernel, case.stencil["padding"], strict=True)))
     image = case.image.clone().requires_grad_()
     return image, torch.where(upsampled(case.grid.active, *image.shape[2:]), image, 0)
 
@@ -32,7 +32,7 @@ def test_max_pool_equals_pooling_the_zero_filled_image(backend, rectified, case)
     if rectified:
         zero_filled = zero_filled.relu()
     packed = packed_of(zero_filled, case.grid.active)
-    stride, padding, dilation = case.window["stride"], case.window["padding"], case.window["dilation"]
+    stride, padding, dilation = case.stencil["stride"], case.stencil["padding"], case.stencil["dilation"]
     dense = F.max_pool2d(zero_filled, case.kernel, stride, padding, dilation)
     expected = packed_of(dense, case.grid.active)
     actual = patch_max_pool2d(packed, case.grid, case.kernel, stride, padding, dilation, backend=backend)
@@ -56,7 +56,7 @@ def test_ties_send_the_gradient_to_the_first_tap(backend):
 @given(case=cases(dilations=(1,), **POOLS), count_include_pad=st.booleans(), divisor=st.sampled_from([None, 5]))
 def test_avg_pool_equals_pooling_the_zero_filled_image(case, count_include_pad, divisor):
     image, zero_filled = masked(case)
-    stride, padding = case.window["stride"], case.window["padding"]
+    stride, padding = case.stencil["stride"], case.stencil["padding"]
     options = {"count_include_pad": count_include_pad, "divisor_override": divisor}
     dense = F.avg_pool2d(zero_filled, case.kernel, stride, padding, False, **options)
     expected = packed_of(dense, case.grid.active)

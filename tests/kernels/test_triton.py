@@ -13,11 +13,11 @@ import torch
 from patchsparse import PatchGrid, patch_conv2d
 from patchsparse.backends import why_not
 from patchsparse.backends.triton.configs import CONV, FULL, WGRAD, conv_tiles, is_large, wgrad_tiles
-from patchsparse.geometry import Call, Window
+from patchsparse.geometry import Call, Stencil
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-SAME = Window((3, 3), padding=(1, 1))
+SAME = Stencil((3, 3), padding=(1, 1))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -90,13 +90,13 @@ def test_cpu_tensors_are_refused_with_the_reason():
     ("changes", "reason"),
     [
         ({"dtype": torch.float64}, "float64 is not supported"),
-        ({"window": Window((9, 9), padding=(4, 4))}, "81 taps is too large; at most 62"),
+        ({"stencil": Stencil((9, 9), padding=(4, 4))}, "81 taps is too large; at most 62"),
         ({"num_active": 2**31}, "more than 2\\^31 rows"),
     ],
 )
 def test_what_the_engine_cannot_do_is_said(changes, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    fields = {"dtype": torch.float32, "num_active": 8, "size": (1, 1), "window": SAME} | changes
+    fields = {"dtype": torch.float32, "num_active": 8, "size": (1, 1), "stencil": SAME} | changes
     call = Call("conv2d", "cuda", in_channels=4, out_channels=4, **fields)
     found = why_not("triton", call)
     assert found is not None

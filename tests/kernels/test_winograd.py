@@ -11,13 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from patchsparse import PatchGrid, explain, image_conv2d, image_conv_transpose2d, image_engine, pack, patch_conv2d
 from patchsparse.backends import cpp
 from patchsparse.backends.cpp import native
-from patchsparse.geometry import Window
+from patchsparse.geometry import Stencil
 
 from .test_conv import gradients, masked_conv, relative_error
 
 ISAS = native.library().isas
 pytestmark = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
-THREE = Window((3, 3), (1, 1), (1, 1))
+THREE = Stencil((3, 3), (1, 1), (1, 1))
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -121,8 +121,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_it_takes_what_it_says_and_nothing_else():
-    def takes(dtype=torch.float32, size=(8, 8), channels=(64, 64), window=THREE, groups=1) -> bool:
-        return cpp.winograd(dtype, size, channels, window, groups)
+    def takes(dtype=torch.float32, size=(8, 8), channels=(64, 64), stencil=THREE, groups=1) -> bool:
+        return cpp.winograd(dtype, size, channels, stencil, groups)
 
     assert takes()
     assert takes(torch.float64, (2, 10), (32, 100))
@@ -132,12 +132,12 @@ def test_it_takes_what_it_says_and_nothing_else():
     assert not takes(size=(8, 9))
     assert not takes(channels=(64, 31))
     assert not takes(groups=64)
-    for window in (
-        Window((3, 3), (2, 2), (1, 1)),
-        Window((3, 3), (1, 1), (2, 2), (2, 2)),
-        Window((5, 5), (1, 1), (2, 2)),
+    for stencil in (
+        Stencil((3, 3), (2, 2), (1, 1)),
+        Stencil((3, 3), (1, 1), (2, 2), (2, 2)),
+        Stencil((5, 5), (1, 1), (2, 2)),
     ):
-        assert not takes(window=window)
+        assert not takes(stencil=stencil)
     grid = PatchGrid.random(1, (3, 3), keep=4)
     assert "Winograd" in explain(torch.randn(4, 32, 4, 4), torch.randn(32, 32, 3, 3), grid, padding=1, backend="cpp")
     assert "Winograd" not in explain(

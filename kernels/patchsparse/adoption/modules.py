@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..functional import patch_avg_pool2d, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d
-from ..geometry import Window, pair
+from ..geometry import Stencil, pair
 from ..grid import PatchGrid
 from ..pointwise import local_conv2d, local_linear
 from .binding import Binding
@@ -34,11 +34,11 @@ __all__ = [
     "PatchMaxPool2d",
     "PatchModule",
     "PatchPointwiseConv2d",
-    "window_of",
+    "stencil_of",
 ]
 
 
-def window_of(module: Any) -> Window:
+def stencil_of(module: Any) -> Stencil:
     """Return kernel, stride, padding and dilation of a convolution or pooling module; ``"same"`` is resolved.
 
     Raises:
@@ -55,7 +55,7 @@ def window_of(module: Any) -> Window:
         if total[0] % 2 or total[1] % 2:
             raise ValueError(f"padding='same' of an even kernel {kernel} is not symmetric; use an odd kernel")
         padding = (total[0] // 2, total[1] // 2)
-    return Window(kernel, stride, pair(padding, "padding"), dilation)
+    return Stencil(kernel, stride, pair(padding, "padding"), dilation)
 
 
 class PatchModule(nn.Module):
@@ -100,14 +100,14 @@ class PatchImageModule(PatchModule):
     """Base of the modules that act on each image by reducing over all its active pixels."""
 
 
-class _Windowed(PatchModule):
-    patch_window: Window
+class _Stencilled(PatchModule):
+    patch_stencil: Stencil
 
     def _adopted(self) -> None:
-        self.patch_window = window_of(self)
+        self.patch_stencil = stencil_of(self)
 
 
-class PatchConv2d(_Windowed, nn.Conv2d):
+class PatchConv2d(_Stencilled, nn.Conv2d):
     """Convolve packed patches ``(N, C, p, p)``, reading neighbours through the grid that is bound."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class PatchConv2d(_Windowed, nn.Conv2d):
         return self._packed_conv(input, self.weight, grid)
 
     def _packed_conv(self, x: Tensor, weight: Tensor, grid: PatchGrid) -> Tensor:
-        w = self.patch_window
+        w = self.patch_stencil
         return patch_conv2d(
             x, weight, self.bias, grid, w.stride, w.padding, w.dilation, self.groups, self.patch_binding.backend
         )
@@ -129,7 +129,7 @@ class PatchPointwiseConv2d(PatchModule, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.patch_binding.current() is None or input.dim() != 4:
             return super().forward(input)
-        return local_conv2d(input, self.weight, self.bias, Window((1, 1)), self.groups)
+        return local_conv2d(input, self.weight, self.bias, Stencil((1, 1)), self.groups)
 
 
 class PatchLinear(PatchModule, nn.Linear):
@@ -141,7 +141,7 @@ class PatchLinear(PatchModule, nn.Linear):
         return local_linear(input, self.weight, self.bias)
 
 
-class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):
+class PatchConvTranspose2d(_Stencilled, nn.ConvTranspose2d):
     """Convolve packed patches transposed; the parts that fall into neighbouring patches are exchanged."""
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -151,7 +151,7 @@ class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):
             return super().forward(input, output_size)
         if output_size is not None:
             raise ValueError(f"{self.patch_path}: output_size cannot be given for packed patches; use output_padding")
-        w = self.patch_window
+        w = self.patch_stencil
         return patch_conv_transpose2d(
             input,
             self.weight,
@@ -166,27 +166,27 @@ class PatchConvTranspose2d(_Windowed, nn.ConvTranspose2d):
         )
 
 
-class PatchMaxPool2d(_Windowed, nn.MaxPool2d):
+class PatchMaxPool2d(_Stencilled, nn.MaxPool2d):
     """Pool packed patches by maximum: an inactive neighbour counts as 0, the image border as -inf."""
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
-        w = self.patch_window
+        w = self.patch_stencil
         return patch_max_pool2d(
             input, grid, w.kernel, w.stride, w.padding, w.dilation, self.ceil_mode, self.patch_binding.backend
         )
 
 
-class PatchAvgPool2d(_Windowed, nn.AvgPool2d):
+class PatchAvgPool2d(_Stencilled, nn.AvgPool2d):
     """Pool packed patches by average: an inactive neighbour is a 0, the border as ``count_include_pad``."""
 
     def forward(self, input: Tensor) -> Tensor:
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
-        w = self.patch_window
+        w = self.patch_stencil
         return patch_avg_pool2d(
             input,
             grid,

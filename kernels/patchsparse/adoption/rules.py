@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from ..geometry import Window, pair
+from ..geometry import Stencil, pair
 from . import modules as patch_nn
-from .modules import PatchModule, window_of
+from .modules import PatchModule, stencil_of
 
 __all__ = ["POINTWISE", "Rule", "find_rule", "qualified_name"]
 
@@ -53,9 +53,9 @@ def _pair_of(value: Any) -> tuple[int, int]:
     return pair(tuple(value) if isinstance(value, (tuple, list)) else value, "output_padding")
 
 
-def _misaligned(window: Window, ceil_mode: bool = False) -> str | None:
+def _misaligned(stencil: Stencil, ceil_mode: bool = False) -> str | None:
     try:
-        window.check(window.stride, "its window", ceil_mode)
+        stencil.check(stencil.stride, "its stencil", ceil_mode)
     except ValueError as error:
         return str(error)
     return None
@@ -63,16 +63,16 @@ def _misaligned(window: Window, ceil_mode: bool = False) -> str | None:
 
 def _conv(module: nn.Conv2d) -> str | None:
     try:
-        window = window_of(module)
+        stencil = stencil_of(module)
     except ValueError as error:
         return str(error)
-    if module.padding_mode != "zeros" and max(window.padding) > 0:
+    if module.padding_mode != "zeros" and max(stencil.padding) > 0:
         return f"padding_mode={module.padding_mode!r} reads pixels that may be masked; use padding_mode='zeros'"
-    return _misaligned(window)
+    return _misaligned(stencil)
 
 
 def _conv_transpose(module: nn.ConvTranspose2d) -> str | None:
-    w = window_of(module)
+    w = stencil_of(module)
     extra = _pair_of(module.output_padding)
     for k, s, p, d, e in zip(w.kernel, w.stride, w.padding, w.dilation, extra, strict=True):
         if d * (k - 1) + 1 + e - 2 * p != s:
@@ -87,11 +87,11 @@ def _conv_transpose(module: nn.ConvTranspose2d) -> str | None:
 def _max_pool(module: nn.MaxPool2d) -> str | None:
     if module.return_indices:
         return "return_indices=True gives positions in the whole image; set it to False"
-    return _misaligned(window_of(module), module.ceil_mode)
+    return _misaligned(stencil_of(module), module.ceil_mode)
 
 
 def _avg_pool(module: nn.AvgPool2d) -> str | None:
-    return _misaligned(window_of(module), module.ceil_mode)
+    return _misaligned(stencil_of(module), module.ceil_mode)
 
 
 def _adaptive(module: Any) -> str | None:
@@ -136,7 +136,7 @@ def _blur(module: Any) -> str | None:
     if module.pad_mode not in ("constant", "zeros"):
         return f"pad_mode={module.pad_mode!r} reads pixels that may be masked; use aa_layer='blurpc'"
     size, stride, padding = module.filt_size, module.stride, module.padding[0]
-    return _misaligned(Window((size, size), (stride, stride), (padding, padding)))
+    return _misaligned(Stencil((size, size), (stride, stride), (padding, padding)))
 
 
 def _because(reason: str) -> Rule:

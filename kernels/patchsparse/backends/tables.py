@@ -1,7 +1,7 @@
 """Row tables: which packed row each halo pixel or kernel tap reads, derived from the slot map.
 
 A packed tensor ``(N, C, ph, pw)`` in channels_last memory is a matrix of ``N * ph * pw`` rows of C values; every
-neighbourhood operation is then a gather of rows. Tables depend on the grid, the patch size and the window alone, so
+neighbourhood operation is then a gather of rows. Tables depend on the grid, the patch size and the stencil alone, so
 the layers of a stage share them: they are remembered for as long as the slot map lives.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..geometry import Window
+from ..geometry import Stencil
 
 __all__ = ["OUTSIDE", "TapPairs", "adjoint_bags", "halo_rows", "remember", "tap_pairs", "tap_rows"]
 
@@ -73,17 +73,17 @@ def halo_rows(
     return remember(slot, ("halo", size, before, after), build)
 
 
-def tap_rows(slot: Tensor, coords: Tensor, size: tuple[int, int], window: Window) -> Tensor:
+def tap_rows(slot: Tensor, coords: Tensor, size: tuple[int, int], stencil: Stencil) -> Tensor:
     """Return ``(M, taps)``: the input row that each output row reads at each tap, M = output pixels of all patches."""
     axes = []
     for axis in range(2):
-        out = torch.arange(size[axis] // window.stride[axis], device=slot.device) * window.stride[axis]
-        tap = torch.arange(window.kernel[axis], device=slot.device) * window.dilation[axis] - window.padding[axis]
+        out = torch.arange(size[axis] // stencil.stride[axis], device=slot.device) * stencil.stride[axis]
+        tap = torch.arange(stencil.kernel[axis], device=slot.device) * stencil.dilation[axis] - stencil.padding[axis]
         axes.append((out[:, None] + tap).flatten())
     rows = _rows_at(slot, coords, size, *axes)
-    out_height, out_width = window.output_size(size)
-    rows = rows.view(-1, out_height, window.kernel[0], out_width, window.kernel[1])
-    return rows.permute(0, 1, 3, 2, 4).reshape(-1, window.taps)
+    out_height, out_width = stencil.output_size(size)
+    rows = rows.view(-1, out_height, stencil.kernel[0], out_width, stencil.kernel[1])
+    return rows.permute(0, 1, 3, 2, 4).reshape(-1, stencil.taps)
 
 
 class TapPairs(NamedTuple):
@@ -115,19 +115,19 @@ def bags(rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return members[offsets[0] :], offsets[:-1] - offsets[0]
 
 
-def tap_pairs(slot: Tensor, coords: Tensor, size: tuple[int, int], window: Window) -> TapPairs:
+def tap_pairs(slot: Tensor, coords: Tensor, size: tuple[int, int], stencil: Stencil) -> TapPairs:
     """Return the active pairs of a convolution; on a GPU this synchronises with the host once per grid and stage."""
 
     def build() -> TapPairs:
-        rows = tap_rows(slot, coords, size, window).t()  # (taps, M)
+        rows = tap_rows(slot, coords, size, stencil).t()  # (taps, M)
         tap, outputs = (rows >= 0).nonzero(as_tuple=True)
         inputs = rows[tap, outputs]
-        counts = torch.bincount(tap, minlength=window.taps).tolist()
+        counts = torch.bincount(tap, minlength=stencil.taps).tolist()
         by_output = bags(outputs, rows.shape[1])
         by_input = bags(inputs, coords.shape[0] * size[0] * size[1])
         return TapPairs(counts, inputs, outputs, by_output, by_input)
 
-    return remember(slot, ("pairs", size, window), build)
+    return remember(slot, ("pairs", size, stencil), build)
 
 
 def adjoint_bags(

@@ -15,7 +15,7 @@ from torch.library import custom_op
 from ..backends import BOTH_GRADIENTS_AT_ONCE, choose, engine, requested
 from ..backends.gather import halo as gather_halo
 from ..backends.gather import halo_adjoint as gather_halo_adjoint
-from ..geometry import Call, Window
+from ..geometry import Call, Stencil
 from ..layout import gather_patches, packed_empty, packed_like, scatter_patches
 
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "halo", "halo_adjoint", "max_pool2d", "pack", "unpack"]
@@ -23,20 +23,20 @@ __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "halo", "halo_adjoint", "ma
 Ints = Sequence[int]
 
 
-def _window(kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Window:
-    return Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))  # pyright: ignore[reportArgumentType]
+def _stencil(kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Stencil:
+    return Stencil(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))  # pyright: ignore[reportArgumentType]
 
 
-def _call(name: str, x: Tensor, size: Ints, window: Window, channels: tuple[int, int], groups: int = 1) -> Call:
-    return Call(name, x.device.type, x.dtype, x.shape[0], (size[0], size[1]), *channels, window, groups)
+def _call(name: str, x: Tensor, size: Ints, stencil: Stencil, channels: tuple[int, int], groups: int = 1) -> Call:
+    return Call(name, x.device.type, x.dtype, x.shape[0], (size[0], size[1]), *channels, stencil, groups)
 
 
 def convolution_call(
     name: str, x: Tensor, weight: Tensor, stride: Ints, padding: Ints, dilation: Ints, groups: int
 ) -> Call:
     """Return the call of a convolution of packed ``x`` with ``weight``."""
-    window = _window(weight.shape[2:], stride, padding, dilation)
-    return _call(name, x, x.shape[2:], window, (x.shape[1], weight.shape[0]), groups)
+    stencil = _stencil(weight.shape[2:], stride, padding, dilation)
+    return _call(name, x, x.shape[2:], stencil, (x.shape[1], weight.shape[0]), groups)
 
 
 # --- convolution -----------------------------------------------------------------------------------------------------
@@ -58,9 +58,9 @@ def conv2d(
     """Convolve packed ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     call = convolution_call("conv2d", x, weight, stride, padding, dilation, groups)
     if x.shape[0] == 0:
-        return packed_empty(x, 0, weight.shape[0], *call.window.output_size(call.size))
+        return packed_empty(x, 0, weight.shape[0], *call.stencil.output_size(call.size))
     chosen = engine(choose(call, backend))
-    return packed_like(chosen.conv2d(x, weight, bias, slot, coords, call.window, groups))
+    return packed_like(chosen.conv2d(x, weight, bias, slot, coords, call.stencil, groups))
 
 
 @conv2d.register_fake
@@ -81,14 +81,14 @@ def conv2d_dgrad(
     backend: str,
 ) -> Tensor:
     """Return the input gradient of :func:`conv2d`, which is also the transposed convolution of ``grad``."""
-    window = _window(weight.shape[2:], stride, padding, dilation)
+    stencil = _stencil(weight.shape[2:], stride, padding, dilation)
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     in_channels = weight.shape[1] * groups
     if grad.shape[0] == 0:
         return packed_empty(grad, 0, in_channels, *size)
-    call = _call("conv2d_dgrad", grad, size, window, (in_channels, weight.shape[0]), groups)
+    call = _call("conv2d_dgrad", grad, size, stencil, (in_channels, weight.shape[0]), groups)
     chosen = engine(choose(call, backend))
-    return packed_like(chosen.conv2d_dgrad(grad, weight, slot, coords, size, window, groups))
+    return packed_like(chosen.conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups))
 
 
 @conv2d_dgrad.register_fake
@@ -111,12 +111,12 @@ def conv2d_wgrad(
     backend: str,
 ) -> Tensor:
     """Return the weight gradient of :func:`conv2d` in channels_last memory."""
-    window = _window(kernel, stride, padding, dilation)
+    stencil = _stencil(kernel, stride, padding, dilation)
     if x.shape[0] == 0:
-        return torch.zeros_like(packed_empty(x, grad.shape[1], x.shape[1] // groups, *window.kernel))
-    call = _call("conv2d_wgrad", x, x.shape[2:], window, (x.shape[1], grad.shape[1]), groups)
+        return torch.zeros_like(packed_empty(x, grad.shape[1], x.shape[1] // groups, *stencil.kernel))
+    call = _call("conv2d_wgrad", x, x.shape[2:], stencil, (x.shape[1], grad.shape[1]), groups)
     chosen = engine(choose(call, backend))
-    return packed_like(chosen.conv2d_wgrad(x, grad, slot, coords, window, groups))
+    return packed_like(chosen.conv2d_wgrad(x, grad, slot, coords, stencil, groups))
 
 
 @conv2d_wgrad.register_fake
@@ -189,13 +189,13 @@ def max_pool2d(
     dilation: Ints,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return the maximum over each window of packed ``x`` and the winning tap (uint8)."""
-    window = _window(kernel, stride, padding, dilation)
+    """Return the maximum over each stencil of packed ``x`` and the winning tap (uint8)."""
+    stencil = _stencil(kernel, stride, padding, dilation)
     if x.shape[0] == 0:
-        pooled = packed_empty(x, 0, x.shape[1], *window.output_size((x.shape[2], x.shape[3])))
+        pooled = packed_empty(x, 0, x.shape[1], *stencil.output_size((x.shape[2], x.shape[3])))
         return pooled, torch.empty_like(pooled, dtype=torch.uint8)
-    call = _call("max_pool2d", x, x.shape[2:], window, (x.shape[1], x.shape[1]), x.shape[1])
-    pooled, tap = engine(choose(call, backend)).max_pool2d(x, slot, coords, window)
+    call = _call("max_pool2d", x, x.shape[2:], stencil, (x.shape[1], x.shape[1]), x.shape[1])
+    pooled, tap = engine(choose(call, backend)).max_pool2d(x, slot, coords, stencil)
     return packed_like(pooled), packed_like(tap)
 
 
@@ -218,13 +218,13 @@ def max_pool2d_grad(
     backend: str,
 ) -> Tensor:
     """Return the input gradient of :func:`max_pool2d`."""
-    window = _window(kernel, stride, padding, dilation)
+    stencil = _stencil(kernel, stride, padding, dilation)
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     if grad.shape[0] == 0:
         return packed_empty(grad, 0, grad.shape[1], *size)
-    call = _call("max_pool2d_grad", grad, size, window, (grad.shape[1], grad.shape[1]), grad.shape[1])
+    call = _call("max_pool2d_grad", grad, size, stencil, (grad.shape[1], grad.shape[1]), grad.shape[1])
     chosen = engine(choose(call, backend))
-    return packed_like(chosen.max_pool2d_grad(grad, tap, slot, coords, size, window))
+    return packed_like(chosen.max_pool2d_grad(grad, tap, slot, coords, size, stencil))
 
 
 @max_pool2d_grad.register_fake

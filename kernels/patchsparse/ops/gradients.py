@@ -36,7 +36,7 @@ def conv2d_gradients(
         grad_x = conv2d_dgrad(grad, weight, slot, coords, *options)
         return grad_x, conv2d_wgrad(x, grad, slot, coords, weight.shape[2:], *options)
     chosen = engine(choose(call, backend))
-    grad_x, grad_weight = chosen.conv2d_gradients(grad, x, weight, slot, coords, call.window, groups)
+    grad_x, grad_weight = chosen.conv2d_gradients(grad, x, weight, slot, coords, call.stencil, groups)
     return packed_like(grad_x), packed_like(grad_weight)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..backends import engine
-from ..geometry import Call, Window
+from ..geometry import Call, Stencil
 from ..layout import packed_empty, packed_like
 
 __all__ = ["ACTIVATIONS", "patch_batch_norm_act"]
@@ -97,7 +97,7 @@ def uses_triton(operation: str, x: Tensor, patches: int, backend: str) -> bool:
     if x.numel() == 0 or (backend == "auto" and x.device.type != "cuda") or backend not in ("auto", "triton"):
         return False
     size = (x.shape[2], x.shape[3])
-    call = Call(operation, x.device.type, x.dtype, patches, size, x.shape[1], x.shape[1], Window((1, 1)))
+    call = Call(operation, x.device.type, x.dtype, patches, size, x.shape[1], x.shape[1], Stencil((1, 1)))
     reason = engine("triton").why_not(call)
     if reason is not None and backend == "triton":
         raise RuntimeError(f"backend 'triton' cannot run {operation}: {reason}")

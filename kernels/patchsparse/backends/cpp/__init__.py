@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...geometry import Call, Window
+from ...geometry import Call, Stencil
 from ...layout import packed_empty, packed_like
 from .. import requested
 from ..tables import remember
@@ -49,7 +49,7 @@ def why_not(call: Call) -> str | None:
         return f"it takes float32, bfloat16 and float64, not {call.dtype}"
     if call.groups != 1 and not call.groups == call.in_channels == call.out_channels:
         return f"it takes groups=1 or depthwise, not groups={call.groups} with {call.in_channels} channels"
-    if call.num_active * call.size[0] * call.size[1] * max(call.window.stride) ** 2 > MOST_ROWS:
+    if call.num_active * call.size[0] * call.size[1] * max(call.stencil.stride) ** 2 > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} pixels in all patches"
     return native.library().problem
 
@@ -87,8 +87,8 @@ def pays(call: Call) -> bool:
     if _multiplies_bfloat16():
         few = 64 if native.library().isa() == native.AMX else 32
         return call.in_channels >= (few if weight_gradient else 16)
-    tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.window)
-    return tiled or min(call.window.output_size(call.size)) <= 2
+    tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.stencil)
+    return tiled or min(call.stencil.output_size(call.size)) <= 2
 
 
 def may_replace_pytorch(x: Tensor, backend: str = "auto") -> bool:
@@ -98,7 +98,7 @@ def may_replace_pytorch(x: Tensor, backend: str = "auto") -> bool:
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
-def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, groups: int = 1) -> bool:
+def winograd(dtype: torch.dtype, size: Size, channels: Size, stencil: Stencil, groups: int = 1) -> bool:
     """Return whether Winograd's F(2x2, 3x3) computes a convolution of ``channels`` (input, output) and its gradients.
 
     Its error is that of the direct sum: the factors are 1 and 1/2. Measured against the direct way (two cores of Zen 5,
@@ -107,7 +107,7 @@ def winograd(dtype: torch.dtype, size: Size, channels: Size, window: Window, gro
     """
     if dtype == torch.bfloat16 and _multiplies_bfloat16():
         return False  # two products or more for one of float32, and no sums around them: 1.1x (p=8) to 1.6x (p=2)
-    three = window == Window((3, 3), (1, 1), (1, 1))
+    three = stencil == Stencil((3, 3), (1, 1), (1, 1))
     even = size[0] % 2 == 0 and size[1] % 2 == 0
     return three and even and groups == 1 and min(channels) >= 32 and dtype in DTYPES
 
@@ -148,15 +148,15 @@ def _engine() -> Any:
     return loaded.handle
 
 
-def plan(slot: Tensor, coords: Tensor, source: Size, window: Window, adjoint: bool, lists: int = NO_LISTS) -> _Plan:
-    """Return the plan of a window operation on patches of ``source`` pixels, built once per mask and geometry."""
+def plan(slot: Tensor, coords: Tensor, source: Size, stencil: Stencil, adjoint: bool, lists: int = NO_LISTS) -> _Plan:
+    """Return the plan of a stencil operation on patches of ``source`` pixels, built once per mask and geometry."""
 
     def build() -> _Plan:
-        pairs = (source, window.kernel, window.stride, window.padding, window.dilation)
+        pairs = (source, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation)
         numbers = (coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), lists)
         return _Plan(slot, coords, native.Geometry(*numbers, *pairs))
 
-    return remember(slot, ("cpp", source, window, adjoint, lists), build)
+    return remember(slot, ("cpp", source, stencil, adjoint, lists), build)
 
 
 def _lists(groups: int, fast: bool) -> int:
@@ -164,16 +164,16 @@ def _lists(groups: int, fast: bool) -> int:
     return SQUARES if groups != 1 else NO_LISTS if fast else GROUPS
 
 
-def _adjoint_plan(slot: Tensor, coords: Tensor, source: Size, window: Window, lists: int) -> tuple[_Plan, bool]:
+def _adjoint_plan(slot: Tensor, coords: Tensor, source: Size, stencil: Stencil, lists: int) -> tuple[_Plan, bool]:
     """Return the plan of an input gradient, and whether it reads the taps in reverse.
 
     With stride 1 the gradient is the same operation with the kernel turned round, so that the plan of the forward
     pass serves again wherever the padding is symmetrical.
     """
-    if window.stride != (1, 1):
-        return plan(slot, coords, source, window, True, lists), False
-    turned = tuple(d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True))
-    around = Window(window.kernel, window.stride, (turned[0], turned[1]), window.dilation)
+    if stencil.stride != (1, 1):
+        return plan(slot, coords, source, stencil, True, lists), False
+    turned = tuple(d * (k - 1) - p for k, p, d in zip(stencil.kernel, stencil.padding, stencil.dilation, strict=True))
+    around = Stencil(stencil.kernel, stencil.stride, (turned[0], turned[1]), stencil.dilation)
     return plan(slot, coords, source, around, False, lists), True
 
 
@@ -211,15 +211,15 @@ def _size(x: Tensor) -> Size:
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     dtype = x.dtype
-    fast = winograd(dtype, _size(x), (x.shape[1], weight.shape[0]), window, groups)
+    fast = winograd(dtype, _size(x), (x.shape[1], weight.shape[0]), stencil, groups)
     x = packed_like(x) if fast else _compute(x, groups)
     weight, bias = _parameters(x, weight, bias, groups)
-    the_plan = plan(slot, coords, _size(x), window, False, _lists(groups, fast))
-    out = packed_empty(x, x.shape[0], weight.shape[0], *window.output_size(_size(x)))
+    the_plan = plan(slot, coords, _size(x), stencil, False, _lists(groups, fast))
+    out = packed_empty(x, x.shape[0], weight.shape[0], *stencil.output_size(_size(x)))
     if groups == 1:
         _multiply(the_plan, x, weight, weight.stride(), bias, out, fast)
     else:
@@ -228,14 +228,14 @@ def conv2d(
 
 
 def conv2d_dgrad(
-    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
+    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, groups: int
 ) -> Tensor:
     """Return the input gradient ``(N, C_in, ph, pw)``."""
     dtype = grad.dtype
-    fast = winograd(dtype, size, (weight.shape[1], weight.shape[0]), window, groups)
+    fast = winograd(dtype, size, (weight.shape[1], weight.shape[0]), stencil, groups)
     grad = packed_like(grad) if fast else _compute(grad, groups)
     weight, _ = _parameters(grad, weight, None, groups)
-    the_plan, flip = _adjoint_plan(slot, coords, _size(grad), window, _lists(groups, fast))
+    the_plan, flip = _adjoint_plan(slot, coords, _size(grad), stencil, _lists(groups, fast))
     out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
     if groups == 1:
         n, k, y, x = weight.stride()
@@ -282,13 +282,13 @@ def _depthwise(the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | N
     _run("ps_depthwise", args)
 
 
-def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
-    dtype, (kh, kw) = x.dtype, window.kernel
+    dtype, (kh, kw) = x.dtype, stencil.kernel
     c_in, c_out = x.shape[1], grad.shape[1]
-    fast = winograd(dtype, _size(x), (c_in, c_out), window, groups)
+    fast = winograd(dtype, _size(x), (c_in, c_out), stencil, groups)
     x, grad = (packed_like(t) if fast else _compute(t, groups) for t in (x, grad))
-    the_plan = plan(slot, coords, _size(x), window, False, _lists(groups, fast))
+    the_plan = plan(slot, coords, _size(x), stencil, False, _lists(groups, fast))
     if groups != 1:
         matrix = x.new_empty(kh * kw, c_in)
         args = native.Depthwise(
@@ -308,23 +308,23 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: 
     return weight
 
 
-def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Return the maximum over each window and the winning tap (uint8, row-major in the kernel)."""
+def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
+    """Return the maximum over each stencil and the winning tap (uint8, row-major in the kernel)."""
     dtype = x.dtype
     x = _widened(x)
-    out = packed_empty(x, x.shape[0], x.shape[1], *window.output_size(_size(x)))
+    out = packed_empty(x, x.shape[0], x.shape[1], *stencil.output_size(_size(x)))
     tap = torch.empty_like(out, dtype=torch.uint8)
-    the_plan = plan(slot, coords, _size(x), window, False)
+    the_plan = plan(slot, coords, _size(x), stencil, False)
     _pool("ps_max_pool", the_plan, x, tap, out)
     return out.to(dtype), tap
 
 
-def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
+def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Tensor:
     """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
     dtype = grad.dtype
     grad, tap = _widened(grad), packed_like(tap)
     out = packed_empty(grad, grad.shape[0], grad.shape[1], *size)
-    the_plan = plan(slot, coords, _size(grad), window, True)
+    the_plan = plan(slot, coords, _size(grad), stencil, True)
     _pool("ps_max_pool_grad", the_plan, grad, tap, out)
     return out.to(dtype)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Call, Window
+from ...geometry import Call, Stencil
 from .. import gather
 from ..tables import remember
 from . import loading as minkowski_loading
@@ -137,23 +137,25 @@ class _Axis(NamedTuple):
 
 
 class _Problem:
-    """A window operation on the patches of a grid: from the sites ``source`` to the sites ``target``."""
+    """A stencil operation on the patches of a grid: from the sites ``source`` to the sites ``target``."""
 
-    def __init__(self, slot: Tensor, coords: Tensor, size: Size, window: Window):
-        self.window = window
+    def __init__(self, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil):
+        self.stencil = stencil
         stages = _stages(slot, coords, size)
         self.manager = stages.manager
         self.source = stages.at(slot, coords, size)
-        self.target = stages.at(slot, coords, window.output_size(size))
-        self.axes = [_Axis.of(*numbers) for numbers in zip(window.kernel, window.padding, window.dilation, strict=True)]
-        self.whole = all(axis.taps == kernel for axis, kernel in zip(self.axes, window.kernel, strict=True))
+        self.target = stages.at(slot, coords, stencil.output_size(size))
+        self.axes = [
+            _Axis.of(*numbers) for numbers in zip(stencil.kernel, stencil.padding, stencil.dilation, strict=True)
+        ]
+        self.whole = all(axis.taps == kernel for axis, kernel in zip(self.axes, stencil.kernel, strict=True))
 
     @cached_property
     def geometry(self) -> tuple[Any, ...]:
         """Kernel, stride, dilation, region and offsets, as MinkowskiEngine's functions take them."""
         taps, dilation = [axis.taps for axis in self.axes], [axis.dilation for axis in self.axes]
         region = minkowski_loading.module().RegionType.HYPER_CUBE
-        return taps, list(self.window.stride), dilation, region, torch.empty(0, dtype=torch.int32)
+        return taps, list(self.stencil.stride), dilation, region, torch.empty(0, dtype=torch.int32)
 
     def kernel(self, weight: Tensor) -> Tensor:
         """Return ``(O, I, kh, kw)`` as ``(taps, I, O)``, the vertical tap fastest."""
@@ -168,7 +170,7 @@ class _Problem:
         return self._ours(kernel.unflatten(0, (self.axes[1].taps, self.axes[0].taps))).permute(3, 2, 1, 0)
 
     def _ours(self, square: Tensor) -> Tensor:
-        kh, kw = self.window.kernel
+        kh, kw = self.stencil.kernel
         return square[self.axes[1].ours(kw), self.axes[0].ours(kh)]
 
     def call(self, name: str, features: tuple[Tensor, ...], kernel: Tensor, *, backward: bool = False) -> Any:
@@ -193,19 +195,19 @@ class _Problem:
                 **{"stride": stride, "kernel_size": taps, "dilation": dilation},
                 **{"region_type": region, "region_offset": offset},
             )
-            numbers = torch.arange(self.window.taps).view(1, 1, *self.window.kernel) + 1
+            numbers = torch.arange(self.stencil.taps).view(1, 1, *self.stencil.kernel) + 1
             number_of = (self.kernel(numbers).flatten() - 1).tolist()  # -1 for a tap that is not ours
             ours = ((number_of[tap], rows.long()) for tap, rows in sorted(found.items()))
             return [(number, rows[0], rows[1]) for number, rows in ours if number >= 0]
 
-        return remember(slot, ("minkowski pairs", self.source.size, self.window), build)
+        return remember(slot, ("minkowski pairs", self.source.size, self.stencil), build)
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
-    problem = _Problem(slot, coords, (x.shape[2], x.shape[3]), window)
+    problem = _Problem(slot, coords, (x.shape[2], x.shape[3]), stencil)
     rows = problem.source.rows(x).contiguous()
     if groups == 1:
         out = problem.call("ConvolutionForward", (rows,), problem.kernel(weight))
@@ -220,10 +222,10 @@ def conv2d(
 
 
 def conv2d_dgrad(
-    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
+    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, groups: int
 ) -> Tensor:
     """Return the input gradient ``(N, C_in, ph, pw)``: MinkowskiEngine's transposed convolution."""
-    problem = _Problem(slot, coords, size, window)
+    problem = _Problem(slot, coords, size, stencil)
     rows = problem.target.rows(grad).contiguous()
     if groups == 1:
         kernel = problem.kernel(weight.transpose(0, 1))
@@ -235,45 +237,45 @@ def conv2d_dgrad(
     return problem.source.packed(out)
 
 
-def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs.
 
     MinkowskiEngine has no function for it alone: :func:`conv2d_gradients` costs the same.
     """
     if groups == 1:
-        weight = x.new_zeros(grad.shape[1], x.shape[1], *window.kernel)
-        return conv2d_gradients(grad, x, weight, slot, coords, window, groups)[1]
-    problem = _Problem(slot, coords, (x.shape[2], x.shape[3]), window)
+        weight = x.new_zeros(grad.shape[1], x.shape[1], *stencil.kernel)
+        return conv2d_gradients(grad, x, weight, slot, coords, stencil, groups)[1]
+    problem = _Problem(slot, coords, (x.shape[2], x.shape[3]), stencil)
     inputs_rows, outputs_rows = problem.source.rows(x), problem.target.rows(grad)
-    sums = x.new_zeros(window.taps, x.shape[1])
+    sums = x.new_zeros(stencil.taps, x.shape[1])
     for tap, inputs, outputs in problem.pairs(slot):
         sums[tap] = (inputs_rows[inputs] * outputs_rows[outputs]).sum(0)
-    return sums.t().unflatten(1, (1, *window.kernel))
+    return sums.t().unflatten(1, (1, *stencil.kernel))
 
 
 def conv2d_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int
+    grad: Tensor, x: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients at ``x`` and ``weight``, which MinkowskiEngine computes in one pass."""
     if groups != 1:
         size = (x.shape[2], x.shape[3])
-        grad_x = conv2d_dgrad(grad, weight, slot, coords, size, window, groups)
-        return grad_x, conv2d_wgrad(x, grad, slot, coords, window, groups)
-    problem = _Problem(slot, coords, (x.shape[2], x.shape[3]), window)
+        grad_x = conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups)
+        return grad_x, conv2d_wgrad(x, grad, slot, coords, stencil, groups)
+    problem = _Problem(slot, coords, (x.shape[2], x.shape[3]), stencil)
     features = (problem.source.rows(x).contiguous(), problem.target.rows(grad).contiguous())
     grad_x, grad_kernel = problem.call("ConvolutionBackward", features, problem.kernel(weight), backward=True)
     return problem.source.packed(grad_x), problem.weight(grad_kernel)
 
 
-def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Return the maximum over each window and the winning tap (uint8, row-major in the kernel), by ``gather``.
+def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
+    """Return the maximum over each stencil and the winning tap (uint8, row-major in the kernel), by ``gather``.
 
     MinkowskiEngine's own pooling leaves inactive pixels out, where dense-and-mask reads 0: the two differ wherever all
-    active pixels of a window are negative, and in which of several equal zeros gets the gradient.
+    active pixels of a stencil are negative, and in which of several equal zeros gets the gradient.
     """
-    return gather.max_pool2d(x, slot, coords, window)
+    return gather.max_pool2d(x, slot, coords, stencil)
 
 
-def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
+def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Tensor:
     """Return the gradient at the input of :func:`max_pool2d`, by ``gather``."""
-    return gather.max_pool2d_grad(grad, tap, slot, coords, size, window)
+    return gather.max_pool2d_grad(grad, tap, slot, coords, size, stencil)

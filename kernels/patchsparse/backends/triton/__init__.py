@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...geometry import Call, Window
+from ...geometry import Call, Stencil
 
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "why_not"]
 
@@ -33,55 +33,55 @@ def why_not(call: Call) -> str | None:
     if call.num_active * call.size[0] * call.size[1] >= 2**31:
         return f"{call.num_active} patches of {call.size[0]}x{call.size[1]} pixels are more than 2^31 rows"
     depthwise = call.groups == call.in_channels == call.out_channels
-    if not depthwise and call.window.taps > conv.MOST_TAPS:
-        return f"a kernel of {call.window.taps} taps is too large; at most {conv.MOST_TAPS}, unless depthwise"
+    if not depthwise and call.stencil.taps > conv.MOST_TAPS:
+        return f"a kernel of {call.stencil.taps} taps is too large; at most {conv.MOST_TAPS}, unless depthwise"
     return None
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     from . import conv
     from . import depthwise_pool as pool
 
     if groups == x.shape[1] == weight.shape[0]:
-        target = window.output_size((x.shape[2], x.shape[3]))
-        return pool.depthwise(x, weight, bias, slot, coords, target, window, False)
-    return conv.conv2d(x, weight, bias, slot, coords, window, groups)
+        target = stencil.output_size((x.shape[2], x.shape[3]))
+        return pool.depthwise(x, weight, bias, slot, coords, target, stencil, False)
+    return conv.conv2d(x, weight, bias, slot, coords, stencil, groups)
 
 
 def conv2d_dgrad(
-    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
+    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, groups: int
 ) -> Tensor:
     """Return the gradient at the input ``(N, C_in, ph, pw)``, itself a (transposed) convolution of ``grad``."""
     from . import conv
     from . import depthwise_pool as pool
 
     if groups == grad.shape[1] == weight.shape[1] * groups:
-        return pool.depthwise(grad, weight, None, slot, coords, size, window, True)
-    return conv.conv2d_dgrad(grad, weight, slot, coords, size, window, groups)
+        return pool.depthwise(grad, weight, None, slot, coords, size, stencil, True)
+    return conv.conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups)
 
 
-def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
     from . import conv
     from . import depthwise_pool as pool
 
     if groups == x.shape[1] == grad.shape[1]:
-        return pool.depthwise_wgrad(x, grad, slot, coords, window)
-    return conv.conv2d_wgrad(x, grad, slot, coords, window, groups)
+        return pool.depthwise_wgrad(x, grad, slot, coords, stencil)
+    return conv.conv2d_wgrad(x, grad, slot, coords, stencil, groups)
 
 
-def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-    """Return the maximum over each window and the winning tap (uint8, row-major in the kernel)."""
+def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
+    """Return the maximum over each stencil and the winning tap (uint8, row-major in the kernel)."""
     from . import depthwise_pool as pool
 
-    return pool.max_pool2d(x, slot, coords, window)
+    return pool.max_pool2d(x, slot, coords, stencil)
 
 
-def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window) -> Tensor:
+def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Tensor:
     """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
     from . import depthwise_pool as pool
 
-    return pool.max_pool2d_grad(grad, tap, slot, coords, size, window)
+    return pool.max_pool2d_grad(grad, tap, slot, coords, size, stencil)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["CONV", "FULL", "WGRAD", "Tile", "conv_tiles", "is_large", "wgrad_tiles", "window_tile"]
+__all__ = ["CONV", "FULL", "WGRAD", "Tile", "conv_tiles", "is_large", "stencil_tile", "wgrad_tiles"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def wgrad_tiles(
     return tiles + listed[:2] if share < 0.9 else tiles
 
 
-def window_tile(channels: int) -> Tile:
+def stencil_tile(channels: int) -> Tile:
     """Return the tile of the memory-bound kernels: 64 to 128 bytes of neighbouring channels per row."""
     n = min(_power(channels), 64)
     return Tile(2048 // n, n, 1, 4, 1)

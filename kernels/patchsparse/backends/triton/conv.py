@@ -7,7 +7,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ...geometry import Window
+from ...geometry import Stencil
 from . import tuning
 from .configs import Tile, conv_tiles, wgrad_tiles
 from .conv_kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
@@ -20,9 +20,9 @@ Size = tuple[int, int]
 MOST_TAPS = 62  # the taps of a tile are bits of an int64
 
 
-def axes(source: Size, target: Size, window: Window) -> dict[str, tuple[int, ...]]:
+def axes(source: Size, target: Size, stencil: Stencil) -> dict[str, tuple[int, ...]]:
     """Return the constants V and H of a kernel that reads patches of ``source`` and writes ``target`` pixels."""
-    parts = zip(source, target, window.kernel, window.stride, window.padding, window.dilation, strict=True)
+    parts = zip(source, target, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, strict=True)
     return dict(zip("VH", parts, strict=True))
 
 
@@ -41,26 +41,26 @@ def _density(slot: Tensor, coords: Tensor) -> float:
     return coords.shape[0] / max(1, slot.numel())
 
 
-def _key(name: str, x: Tensor, size: Size, window: Window, channels: Size, groups: int, density: float):
+def _key(name: str, x: Tensor, size: Size, stencil: Stencil, channels: Size, groups: int, density: float):
     """Return what tuned configurations are remembered by; density and rows in coarse steps."""
     rows = (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
     where = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu"
     bucket = round(density * 8)
-    return name, where, x.dtype, precision_of(x), size, window, channels, groups, rows, bucket
+    return name, where, x.dtype, precision_of(x), size, stencil, channels, groups, rows, bucket
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, window: Window, groups: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     taps = as_rows(weight)
     c_out, c_in = taps.shape[0] // groups, taps.shape[3]
-    strides = {"w_out": window.taps * c_in, "w_tap": c_in, "w_in": 1, "w_first": 0}
-    return _run_forward("conv2d", x, taps, bias, slot, coords, window, groups, (c_in, c_out), strides)
+    strides = {"w_out": stencil.taps * c_in, "w_tap": c_in, "w_in": 1, "w_first": 0}
+    return _run_forward("conv2d", x, taps, bias, slot, coords, stencil, groups, (c_in, c_out), strides)
 
 
 def conv2d_dgrad(
-    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, window: Window, groups: int
+    grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, groups: int
 ) -> Tensor:
     """Return the gradient at the input ``(N, C_in, ph, pw)``.
 
@@ -69,13 +69,13 @@ def conv2d_dgrad(
     """
     taps = as_rows(weight)
     c_out, c_in = taps.shape[0] // groups, taps.shape[3]
-    strides = {"w_out": 1, "w_tap": c_in, "w_in": window.taps * c_in, "w_first": 0}
-    reach = [d * (k - 1) - p for k, p, d in zip(window.kernel, window.padding, window.dilation, strict=True)]
-    if window.stride != (1, 1) or min(reach) < 0:
-        options = (slot, coords, window, groups, (c_out, c_in), strides, size)
+    strides = {"w_out": 1, "w_tap": c_in, "w_in": stencil.taps * c_in, "w_first": 0}
+    reach = [d * (k - 1) - p for k, p, d in zip(stencil.kernel, stencil.padding, stencil.dilation, strict=True)]
+    if stencil.stride != (1, 1) or min(reach) < 0:
+        options = (slot, coords, stencil, groups, (c_out, c_in), strides, size)
         return _run_forward("conv2d_dgrad", grad, taps, None, *options)
-    strides |= {"w_tap": -c_in, "w_first": (window.taps - 1) * c_in}
-    turned = Window(window.kernel, (1, 1), (reach[0], reach[1]), window.dilation)
+    strides |= {"w_tap": -c_in, "w_first": (stencil.taps - 1) * c_in}
+    turned = Stencil(stencil.kernel, (1, 1), (reach[0], reach[1]), stencil.dilation)
     return _run_forward("conv2d_dgrad", grad, taps, None, slot, coords, turned, groups, (c_out, c_in), strides)
 
 
@@ -86,7 +86,7 @@ def _run_forward(
     bias: Tensor | None,
     slot: Tensor,
     coords: Tensor,
-    window: Window,
+    stencil: Stencil,
     groups: int,
     channels: Size,
     strides: dict[str, int],
@@ -95,8 +95,8 @@ def _run_forward(
     """Choose a configuration and run; ``target`` is given if the convolution is transposed."""
     source = (x.shape[2], x.shape[3])
     density = _density(slot, coords)
-    share = active_share(source, window, density) if target is None else 1.0
-    size = target or window.output_size(source)
+    share = active_share(source, stencil, density) if target is None else 1.0
+    size = target or stencil.output_size(source)
     tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
     count, large = x.shape[0] * size[0] * size[1], takes_large_tiles(x.device)
     tiles = conv_tiles(count, *channels, x.element_size(), tensor_cores, share, target is None, large)
@@ -105,11 +105,11 @@ def _run_forward(
 
     def run(tile: Tile) -> Tensor:
         y = rows_like(x, x.shape[0], size, groups * channels[1])
-        maps = (slot, coords, window, groups, channels, strides, target is not None)
+        maps = (slot, coords, stencil, groups, channels, strides, target is not None)
         forward_launch(rows, taps, bias, y, *maps, tile).run()
         return y
 
-    return tuning.best(_key(name, x, size, window, channels, groups, density), tiles, run)
+    return tuning.best(_key(name, x, size, stencil, channels, groups, density), tiles, run)
 
 
 def forward_launch(
@@ -119,7 +119,7 @@ def forward_launch(
     y: Tensor,
     slot: Tensor,
     coords: Tensor,
-    window: Window,
+    stencil: Stencil,
     groups: int,
     channels: Size,
     strides: dict[str, int],
@@ -128,16 +128,16 @@ def forward_launch(
 ) -> Launch:
     """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` ``(N, ph, pw, C)`` and weights ``taps``."""
     source, size = (rows.shape[1], rows.shape[2]), (y.shape[2], y.shape[3])
-    kinds = window.stride if transposed else (1, 1)
+    kinds = stencil.stride if transposed else (1, 1)
     count = y.shape[0] * size[0] * size[1] // (kinds[0] * kinds[1])
-    order = order_of(slot, coords, source, window) if tile.sorted else (None, None)
+    order = order_of(slot, coords, source, stencil) if tile.sorted else (None, None)
     programs = ceil(count / tile.m) * ceil(channels[1] / tile.n)
     scalars = (count, slot.shape[1], slot.shape[2], *channels, groups, taps.numel() // groups)
     return Launch(
         patch_conv2d_fwd_kernel,
         (programs, groups, kinds[0] * kinds[1]),
         (rows, taps, bias, y, *row_major(slot, coords), *order, *scalars, *(strides[s] for s in _STRIDES)),
-        axes(source, size, window)
+        axes(source, size, stencil)
         | {"TRANSPOSED": transposed, "KINDS_V": kinds[0], "KINDS_H": kinds[1], "ORDERED": tile.sorted}
         | {"PRECISION": precision_of(rows), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
         tile.warps,
@@ -148,36 +148,36 @@ def forward_launch(
 _STRIDES = ("w_first", "w_out", "w_tap", "w_in")
 
 
-def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int) -> Tensor:
+def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed in an order that never changes."""
     size, density = (x.shape[2], x.shape[3]), _density(slot, coords)
     channels = (x.shape[1] // groups, grad.shape[1] // groups)
     tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
-    share, large = active_share(size, window, density), takes_large_tiles(x.device)
+    share, large = active_share(size, stencil, density), takes_large_tiles(x.device)
     tiles = wgrad_tiles(*channels, x.element_size(), tensor_cores, share, large)
     operands = (as_rows(x), as_rows(grad))
 
     def run(tile: Tile) -> Tensor:
-        weight = rows_like(x, grad.shape[1], window.kernel, channels[0])
-        for launch in wgrad_launches(*operands, weight, slot, coords, window, groups, tile):
+        weight = rows_like(x, grad.shape[1], stencil.kernel, channels[0])
+        for launch in wgrad_launches(*operands, weight, slot, coords, stencil, groups, tile):
             launch.run()
         return weight
 
-    return tuning.best(_key("conv2d_wgrad", x, size, window, channels, groups, density), tiles, run)
+    return tuning.best(_key("conv2d_wgrad", x, size, stencil, channels, groups, density), tiles, run)
 
 
 def wgrad_launches(
-    x: Tensor, grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, window: Window, groups: int, tile: Tile
+    x: Tensor, grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int, tile: Tile
 ) -> list[Launch]:
     """Return the launches that fill ``weight`` from ``x`` and ``grad``, both ``(N, ph, pw, C)``."""
     source, size = (x.shape[1], x.shape[2]), (grad.shape[1], grad.shape[2])
     c_in, c_out = x.shape[3] // groups, grad.shape[3] // groups
     count = grad.shape[0] * size[0] * size[1]
-    tiles = window.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
+    tiles = stencil.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
     wanted = ceil(processors(x.device) * tile.waves / (tiles * groups))
     splits = max(1, min(wanted, ceil(count / (4 * tile.k))))
     parts = x.new_empty(splits, weight.numel(), dtype=torch.float32)
-    pairs = pairs_of(slot, coords, source, window) if tile.sorted else (None, None, None)
+    pairs = pairs_of(slot, coords, source, stencil) if tile.sorted else (None, None, None)
     partial = Launch(
         patch_conv2d_wgrad_kernel,
         (tiles * splits, groups, 1),
@@ -195,7 +195,7 @@ def wgrad_launches(
             groups,
             splits,
         ),
-        axes(source, size, window)
+        axes(source, size, stencil)
         | {"LISTED": tile.sorted, "PRECISION": precision_of(x)}
         | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
         tile.warps,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...geometry import Window
+from ...geometry import Stencil
 from ..tables import remember, tap_rows
 
 __all__ = ["Order", "Pairs", "active_share", "order_of", "pairs_of"]
@@ -47,10 +47,10 @@ class Pairs(NamedTuple):
     counts: Tensor
 
 
-def active_share(size: Size, window: Window, density: float) -> float:
+def active_share(size: Size, stencil: Stencil, density: float) -> float:
     """Return the expected share of (output pixel, tap) pairs that are active if patches are drawn independently."""
     inside = 1.0
-    for p, k, s, pad, d in zip(size, window.kernel, window.stride, window.padding, window.dilation, strict=True):
+    for p, k, s, pad, d in zip(size, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, strict=True):
         at = [o + t * d - pad for o in range(0, p, s) for t in range(k)]
         inside *= sum(0 <= a < p for a in at) / len(at)
     return inside + (1 - inside) * density
@@ -63,15 +63,15 @@ def _gray_rank(bits: Tensor) -> Tensor:
     return bits
 
 
-def order_of(slot: Tensor, coords: Tensor, size: Size, window: Window) -> Order:
+def order_of(slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Order:
     """Return the output rows of a convolution sorted by their active taps, groups with most taps first.
 
     The longest tiles start first, so that the last ones to run are short. At most 62 taps.
     """
 
     def build() -> Order:
-        active = tap_rows(slot, coords, size, window) >= 0
-        powers = torch.ones((), dtype=torch.int64, device=slot.device) << torch.arange(window.taps, device=slot.device)
+        active = tap_rows(slot, coords, size, stencil) >= 0
+        powers = torch.ones((), dtype=torch.int64, device=slot.device) << torch.arange(stencil.taps, device=slot.device)
         bits = (active * powers).sum(1)
         order = torch.sort(_gray_rank(bits), stable=True).indices
         whole = order.numel() // GROUP * GROUP
@@ -81,18 +81,18 @@ def order_of(slot: Tensor, coords: Tensor, size: Size, window: Window) -> Order:
         order = torch.cat((groups.flatten(), order[whole:]))
         return Order(order.to(torch.int32), bits[order])
 
-    return remember(slot, ("triton order", size, window), build)
+    return remember(slot, ("triton order", size, stencil), build)
 
 
-def pairs_of(slot: Tensor, coords: Tensor, size: Size, window: Window) -> Pairs:
+def pairs_of(slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Pairs:
     """Return the active pairs of each tap of a convolution."""
 
     def build() -> Pairs:
-        rows = tap_rows(slot, coords, size, window).t().contiguous()
+        rows = tap_rows(slot, coords, size, stencil).t().contiguous()
         active = rows >= 0
         outputs = torch.sort(~active, dim=1, stable=True).indices
         inputs = torch.where(active, rows, -1).gather(1, outputs)
         counts = active.sum(1, dtype=torch.int32)
         return Pairs(inputs.int().contiguous(), outputs.int().contiguous(), counts)
 
-    return remember(slot, ("triton pairs", size, window), build)
+    return remember(slot, ("triton pairs", size, stencil), build)
