@@ -28,7 +28,7 @@ def test_norm(benchmark, record, scale, shape):
     generator = torch.Generator().manual_seed(0)
     grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED_SHARE, generator=generator)
     grid, channels = grid.to(scale.device), shape.c_in
-    pixels = grid.active.repeat_interleave(shape.p, 1).repeat_interleave(shape.p, 2)
+    pixels = grid.pixels([patches * shape.p for patches in grid.shape])
 
     def normal() -> Tensor:
         whole = torch.randn(scale.layer_batch, channels, *(s * shape.p for s in grid.shape), generator=generator)

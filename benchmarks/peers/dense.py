@@ -27,7 +27,7 @@ class _DenseLayer(Layer):
         self.active = self.p.grid.active
         if self.masks:
             side = self.p.shape.out_p
-            pixels = self.active.repeat_interleave(side, 1).repeat_interleave(side, 2)
+            pixels = self.p.grid.pixels([patches * side for patches in self.p.grid.shape])
             self.active = pixels[:, None].to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

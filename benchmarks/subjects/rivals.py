@@ -48,7 +48,7 @@ class Published(nn.Module):
 
     def encode(self, frames: Tensor, grid: PatchGrid) -> Sequence[Tensor]:
         """Return the feature maps ``(B, C, H/s, W/s)``."""
-        self.encoder.active = grid.active
+        self.encoder.grid = grid
         return self.encoder(frames)
 
     def decode(self, features: Sequence[Tensor], frames: Tensor, grid: PatchGrid) -> Tensor:
@@ -63,8 +63,7 @@ class Published(nn.Module):
         return reconstruction_loss(self.decoder.head(x), frames, grid, self.loss_on)
 
     def _dense(self, level: DensifyLevel, features: Tensor, grid: PatchGrid) -> Tensor:
-        rows, columns = (features.shape[2 + axis] // grid.shape[axis] for axis in (0, 1))
-        active = grid.active.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+        active = grid.pixels(features.shape[2:])
         visible = level.norm(features.permute(0, 2, 3, 1)[active][:, :, None, None])
         whole = level.mask_token.expand(*active.shape, -1).clone()
         whole[active] = visible[:, :, 0, 0].to(whole.dtype)
@@ -120,15 +119,14 @@ class DenseStep(OurStep):
     def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
         """Return the loss of ``frames``; all patches are decoded."""
         model = self.model
-        visible = (frames * model.pixels_of(grid.active)).contiguous(memory_format=torch.channels_last)
+        visible = (frames * grid.pixels(frames.shape[2:]).unsqueeze(1)).contiguous(memory_format=torch.channels_last)
         features = marks("encoder", model.encode_dense(visible))
         levels = cast(Sequence[DensifyLevel], model.densify.levels)
         dense = [self._densified(level, f, grid) for level, f in zip(levels, features[-len(levels) :], strict=True)]
         return reconstruction_loss(model.decoder(dense, backend=model.backend), frames, grid, model.loss_on)
 
     def _densified(self, level: DensifyLevel, features: Tensor, grid: PatchGrid) -> Tensor:
-        rows, columns = (features.shape[2 + axis] // grid.shape[axis] for axis in (0, 1))
-        active = grid.active.repeat_interleave(rows, 1).repeat_interleave(columns, 2).unsqueeze(1)
+        active = grid.pixels(features.shape[2:]).unsqueeze(1)
         normed = level.norm(features)
         image = torch.where(active, normed, level.mask_token.to(normed.dtype)[:, None, None])
         if isinstance(level.proj, nn.Identity):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -126,6 +127,37 @@ class PatchGrid:
     def counts(self) -> Tensor:
         """Return ``(B,)`` int64, the number of active patches of each image."""
         return self.active.flatten(1).sum(1)
+
+    def patch_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Return height and width of a patch in pixels, in an image or feature map of ``size`` (H, W).
+
+        Raises:
+            ValueError: if the grid does not divide ``size``.
+        """
+        (rows, columns), (height, width) = self.shape, size
+        if height % rows or width % columns:
+            raise ValueError(
+                f"a grid of {rows}x{columns} patches does not divide an image of {height}x{width} pixels; "
+                f"crop or pad it to multiples of {rows} and {columns}"
+            )
+        return height // rows, width // columns
+
+    def pixels(self, size: Sequence[int]) -> Tensor:
+        """Return ``(B, H, W)`` bool, True at the pixels of active patches, for an image or feature map of ``size``.
+
+        Args:
+            size: height and width in pixels, ``(H, W)``.
+
+        Raises:
+            ValueError: if the grid does not divide ``size``.
+
+        Equivalent to::
+
+            active.repeat_interleave(H // Gh, 1).repeat_interleave(W // Gw, 2)
+        """
+        height, width = self.patch_size(size)
+        spread = self.active[:, :, None, :, None].expand(-1, -1, height, -1, width)
+        return spread.flatten(3).flatten(1, 2)
 
     def complement(self) -> PatchGrid:
         """Return the grid of the patches that are inactive here."""

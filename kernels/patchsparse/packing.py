@@ -31,12 +31,7 @@ def pack(x: Tensor, grid: PatchGrid) -> Tensor:
     """
     if x.dim() != 4 or x.shape[0] != grid.batch_size:
         raise ValueError(f"x must be (B, C, H, W) with B={grid.batch_size} as the grid, got {tuple(x.shape)}")
-    rows, columns = grid.shape
-    if x.shape[2] % rows or x.shape[3] % columns:
-        raise ValueError(
-            f"a grid of {rows}x{columns} patches does not divide an image of {x.shape[2]}x{x.shape[3]} pixels; "
-            f"crop or pad it to multiples of {rows} and {columns}"
-        )
+    grid.patch_size(x.shape[2:])  # raises where it does not divide
     _check_device(x, grid)
     return ops.pack(x, grid.slot, grid.coords)
 

@@ -125,11 +125,9 @@ class SparK(nn.Module):
         """
         prediction = self(frames, grid).prediction.to(frames.dtype)
         pictures = denormalise_patches(prediction, patch_statistics(frames, grid.shape))
-        return torch.where(self.pixels_of(grid.active), frames, pictures) if keep_visible else pictures
-
-    def pixels_of(self, active: Tensor) -> Tensor:
-        """Return ``active`` ``(B, Gh, Gw)`` bool as pixels, ``(B, 1, H, W)`` bool."""
-        return active.repeat_interleave(self.patch, 1).repeat_interleave(self.patch, 2).unsqueeze(1)
+        if not keep_visible:
+            return pictures
+        return torch.where(grid.pixels(frames.shape[2:]).unsqueeze(1), frames, pictures)
 
     def _check(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None) -> None:
         if frames.ndim != 4 or frames.shape[1] != self.in_chans:

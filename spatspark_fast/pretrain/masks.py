@@ -17,6 +17,7 @@ from torch import Tensor
 from patchsparse import PatchGrid
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.geometry import grid_shape
+from spatspark_fast.models.patch_loss import patchify
 
 __all__ = ["MaskSampler", "Schedule", "Strategy", "num_decoded", "num_visible", "wet_share"]
 
@@ -45,7 +46,7 @@ def num_decoded(num_patches: int, num_visible: int, share: float, masked: bool =
 def wet_share(frames: Tensor, shape: tuple[int, int], threshold: float = 0.0) -> Tensor:
     """Return the share of each patch above ``threshold`` (data units), ``(B, Gh, Gw)`` float32 in [0, 1]."""
     wet = (frames > threshold).float().mean(dim=1)
-    return wet.unflatten(2, (shape[1], -1)).unflatten(1, (shape[0], -1)).mean(dim=(2, 4))
+    return patchify(wet.unsqueeze(1), shape).mean(dim=(3, 4, 5))
 
 
 class MaskSampler:

@@ -53,7 +53,7 @@ class DenseAndMask(nn.Module):
     def __init__(self, encoder: nn.Module, grid: PatchGrid) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
-        self.active = grid.active
+        self.grid = grid
         for parent in list(self.encoder.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.BatchNorm2d):
@@ -67,8 +67,7 @@ class DenseAndMask(nn.Module):
         return self.encoder(frames)
 
     def _pixels(self, x: Tensor) -> Tensor:
-        rows, columns = (x.shape[2 + axis] // self.active.shape[1 + axis] for axis in (0, 1))
-        return self.active.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+        return self.grid.pixels(x.shape[2:])
 
     def _mask_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0] * self._pixels(inputs[0]).unsqueeze(1), *inputs[1:])

@@ -156,7 +156,7 @@ def test_coordinates_are_those_of_the_packed_rows() -> None:
     assert torch.equal(rows_at(grid, 2, where), torch.arange(len(where), dtype=torch.int32))
     assert image_offsets(grid, 2).tolist() == [0, 16, 20]
     table = pixel_rows(grid, 2)
-    assert torch.equal(table >= 0, grid.active.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert torch.equal(table >= 0, grid.pixels((4, 6)))
     assert rows_at(grid, 2, torch.tensor([[1, 0, 0]])).tolist() == [-1]
 
 

@@ -29,9 +29,9 @@ def small(shape: Shape, masked: float) -> Problem:
 def test_active_pairs_are_counted_in_all_passes(shape: Shape) -> None:
     """Pairs found by looking at each tap of each pixel of a mask of ones and zeros."""
     p = small(shape, 0.5)
-    mask = p.grid.active.repeat_interleave(shape.p, 1).repeat_interleave(shape.p, 2)[:, None].float()
+    mask = p.grid.pixels((3 * shape.p, 3 * shape.p))[:, None].float()
     taps = F.conv2d(mask, torch.ones(1, 1, shape.k, shape.k), None, shape.stride, shape.k // 2)
-    active = p.grid.active.repeat_interleave(shape.out_p, 1).repeat_interleave(shape.out_p, 2)[:, None]
+    active = p.grid.pixels((3 * shape.out_p, 3 * shape.out_p))[:, None]
     pairs = int((taps * active).sum())
     macs = pairs * shape.c_out * shape.c_in // shape.groups
     assert p.pairs == pairs

@@ -1,5 +1,7 @@
 """PatchGrid: counts, coordinates, slots, determinism, errors."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -54,6 +56,24 @@ def test_from_scores_keeps_the_highest():
     scores = torch.tensor([[[0.1, 0.9], [0.5, 0.3]], [[4.0, 1.0], [2.0, 3.0]]])
     grid = PatchGrid.from_scores(scores, keep=2)
     assert grid.active.tolist() == [[[False, True], [True, False]], [[True, False], [False, True]]]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (4, 1)])
+def test_pixels_are_those_of_active_patches(height, width):
+    grid = PatchGrid.random(3, (2, 3), keep=2, generator=torch.Generator().manual_seed(0))
+    pixels = grid.pixels((2 * height, 3 * width))
+    assert pixels.dtype == torch.bool
+    assert pixels.shape == (3, 2 * height, 3 * width)
+    for image, row, column in itertools.product(range(3), range(2 * height), range(3 * width)):
+        assert pixels[image, row, column] == grid.active[image, row // height, column // width]
+
+
+def test_sizes_that_the_grid_does_not_divide_are_named():
+    grid = PatchGrid.random(1, (2, 3), keep=2)
+    assert grid.patch_size((4, 9)) == (2, 3)
+    for size in ((5, 9), (4, 8)):
+        with pytest.raises(ValueError, match=f"2x3 patches .* {size[0]}x{size[1]} pixels; .* multiples of 2 and 3"):
+            grid.pixels(size)
 
 
 def test_permute_reorders_rows_only():

@@ -107,8 +107,7 @@ def reference_sparse_decode(model, densified: list[Tensor], decoded: PatchGrid) 
             continue
 
         def visible(y: Tensor) -> Tensor:
-            scale = y.shape[2] // decoded.shape[0], y.shape[3] // decoded.shape[1]
-            return y * decoded.active.repeat_interleave(scale[0], 1).repeat_interleave(scale[1], 2)[:, None]
+            return y * decoded.pixels(y.shape[2:])[:, None]
 
         def norm(layer: nn.BatchNorm2d, y: Tensor) -> Tensor:
             rows = pack(y, decoded)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from patchsparse import PatchGrid
 from spatspark_fast.models import build_spark
 from spatspark_fast.models.macs import count_macs
 
@@ -65,10 +66,7 @@ def count_by_convolution(encoder: torch.nn.Module, active: torch.Tensor) -> floa
 
     def hook(layer: torch.nn.Conv2d, arguments: tuple[torch.Tensor], output: torch.Tensor) -> None:
         nonlocal total
-        source, result = (
-            active.double().repeat_interleave(x.shape[2] // 2, 1).repeat_interleave(x.shape[3] // 2, 2)
-            for x in (arguments[0], output)
-        )
+        source, result = (PatchGrid.from_active(active).pixels(x.shape[2:]).double() for x in (arguments[0], output))
         ones = torch.ones(1, 1, *layer.kernel_size, dtype=torch.float64)
         reach = torch.nn.functional.conv2d(source[:, None], ones, None, layer.stride, layer.padding)
         total += (reach[:, 0] * result).sum().item() * layer.in_channels * layer.out_channels

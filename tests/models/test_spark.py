@@ -54,7 +54,7 @@ def test_what_is_masked_is_not_seen() -> None:
     model = build_spark(in_chans=3, decoder_width=64).eval()
     frames = make_frames(2, 64, 96, torch.float32)
     grid = PatchGrid.random(2, (2, 3), keep=2)
-    hidden = torch.where(model.pixels_of(grid.active), frames, torch.nan)
+    hidden = torch.where(grid.pixels(frames.shape[2:]).unsqueeze(1), frames, torch.nan)
     with torch.no_grad():
         seen = model(frames, grid).prediction
         assert torch.equal(model(hidden, grid).prediction, seen)
@@ -83,7 +83,7 @@ def test_reconstruction_is_in_data_units() -> None:
     frames = 40 + 5 * make_frames(2, 64, 96, torch.float32)
     grid = PatchGrid.random(2, (2, 3), keep=2)
     picture = model.reconstruct(frames, grid)
-    visible = model.pixels_of(grid.active).expand_as(frames)
+    visible = grid.pixels(frames.shape[2:]).unsqueeze(1).expand_as(frames)
     assert torch.equal(picture[visible], frames[visible])
     everything = model.reconstruct(frames, grid, keep_visible=False)
     assert torch.equal(picture[~visible], everything[~visible])

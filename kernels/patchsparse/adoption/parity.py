@@ -106,7 +106,7 @@ def _compare(source: nn.Module, x: Tensor, tolerance: float) -> None:
     opaque = _opaque(candidate)
     kinds = {path: type(m) for path, m in candidate.named_modules() if isinstance(m, PatchModule)}
     reference = copy.deepcopy(source)
-    mask = _Mask(grid.active)
+    mask = _Mask(grid)
     for path, module in reference.named_modules():
         if path not in opaque:
             mask.install(module, kinds.get(path))
@@ -238,14 +238,12 @@ class _Mask:
     value per image, say) is left alone.
     """
 
-    def __init__(self, active: Tensor):
-        self.active = active
+    def __init__(self, grid: PatchGrid):
+        self.grid = grid
 
     def of(self, x: Tensor) -> Tensor:
         """Return the active map at the resolution of ``x``, ``(B, 1, H, W)`` bool."""
-        rows, columns = self.active.shape[1:]
-        tall = self.active.repeat_interleave(x.shape[2] // rows, 1)
-        return tall.repeat_interleave(x.shape[3] // columns, 2).unsqueeze(1)
+        return self.grid.pixels(x.shape[2:]).unsqueeze(1)
 
     def install(self, module: nn.Module, kind: type[PatchModule] | None) -> None:
         """Replace the forward of one module, where it looks beyond a pixel."""
@@ -259,7 +257,7 @@ class _Mask:
             target.forward = partial(self._pixels, forward)
 
     def _fits(self, x: Tensor) -> bool:
-        batch, rows, columns = self.active.shape
+        batch, rows, columns = self.grid.active.shape
         return x.dim() == 4 and x.shape[0] == batch and not (x.shape[2] % rows or x.shape[3] % columns)
 
     def _spatial(self, forward: Forward, x: Tensor) -> Tensor:
