@@ -29,11 +29,11 @@ from patchsparse import PatchGrid
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.evaluate.scoring import evaluate_forecaster
 from spatspark_fast.finetune import __main__ as finetune
+from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import reconstruction_loss
 from spatspark_fast.pretrain import __main__ as pretrain
 from spatspark_fast.pretrain.build import build_model
 from spatspark_fast.pretrain.config import from_plain
-from spatspark_fast.pretrain.masks import MaskSampler
 from spatspark_fast.training.checkpoints import read_checkpoint
 
 WAYS = {

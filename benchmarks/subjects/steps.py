@@ -14,9 +14,8 @@ from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.data.resident.places import Place, place_windows
 from spatspark_fast.data.resident.store import in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.models.masks import MaskSampler, patches_to_decode
 from spatspark_fast.models.spark import SparK, build_spark
-from spatspark_fast.pretrain.decoding import patches_to_decode
-from spatspark_fast.pretrain.masks import MaskSampler
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import parameter_groups, set_rates
 

@@ -6,11 +6,11 @@ from typing import Protocol
 import torch
 
 from spatspark_fast.info.memory import estimate_memory
+from spatspark_fast.models.choices import DecoderKind
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.macs import SparKMacs, count_macs
-from spatspark_fast.models.spark import DecoderKind, SparK, build_spark
-from spatspark_fast.pretrain.masks import num_visible
-from spatspark_fast.pretrain.savings import shares
+from spatspark_fast.models.masks import num_visible, shares
+from spatspark_fast.models.spark import SparK, build_spark
 
 __all__ = ["CostOptions", "model_costs"]
 

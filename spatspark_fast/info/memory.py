@@ -18,9 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from spatspark_fast.models.masks import MaskSampler, patches_to_decode
 from spatspark_fast.models.spark import SparK
-from spatspark_fast.pretrain.decoding import patches_to_decode
-from spatspark_fast.pretrain.masks import MaskSampler
 
 __all__ = ["StepMemory", "estimate_memory"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from patchsparse import UnsupportedModuleError, sparsify
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.models.choices import InputScaling
 from spatspark_fast.models.geometry import strides_of
-from spatspark_fast.models.inputs import InputScaling
 
 __all__ = [
     "KeyLayout",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 from torch import Tensor
 
-from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.units import mm_per_hour
+from spatspark_fast.models.choices import InputScaling
 
-__all__ = ["GAIN", "InputScaling", "check_input_scaling", "scale_input"]
-
-InputScaling = Literal["none", "log"]
+__all__ = ["GAIN", "scale_input"]
 
 GAIN = mm_per_hour(1.0)
 """Data value 1 in mm/h at the usual scale of 47.83 mm per 5 min. With another scale it is a gain like any other."""
@@ -25,9 +21,3 @@ def scale_input(frames: Tensor, scaling: InputScaling) -> Tensor:
     thunderstorm; negative values, which no radar gives, count as dry.
     """
     return frames if scaling == "none" else (frames.clamp(min=0) * GAIN).log1p()
-
-
-def check_input_scaling(scaling: str) -> None:
-    """Raise UserError unless ``scaling`` exists."""
-    if scaling not in get_args(InputScaling):
-        raise UserError(f"input_scaling must be one of {', '.join(get_args(InputScaling))}, got {scaling!r}")

@@ -7,15 +7,15 @@ how hard it rains.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from patchsparse import PatchGrid
+from spatspark_fast.models.choices import LossOn
 
 __all__ = [
-    "LossOn",
     "PatchStatistics",
     "decoded_loss",
     "denormalise_patches",
@@ -26,8 +26,6 @@ __all__ = [
     "reconstruction_loss",
     "unpatchify",
 ]
-
-LossOn = Literal["masked", "all"]
 
 # Keeps the target of a patch without any contrast (a dry one) finite: its normalised pixels are exactly 0.
 VARIANCE_FLOOR = 1e-6

@@ -18,22 +18,21 @@ from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.options import check_choice
 from spatspark_fast.models.backbones import build_encoder, encoder_channels
+from spatspark_fast.models.choices import DecoderKind, InputScaling, LossOn
 from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.geometry import check_patch, grid_shape
-from spatspark_fast.models.inputs import InputScaling, check_input_scaling, scale_input
+from spatspark_fast.models.inputs import scale_input
 from spatspark_fast.models.patch_loss import (
-    LossOn,
     decoded_loss,
     denormalise_patches,
     patch_statistics,
     reconstruction_loss,
 )
 
-__all__ = ["DecoderKind", "SparK", "SparKOutput", "build_spark"]
-
-DecoderKind = Literal["unet", "light"]
+__all__ = ["SparK", "SparKOutput", "build_spark"]
 
 
 class SparKOutput(NamedTuple):
@@ -175,11 +174,9 @@ def build_spark(
     engines read them and leave their gradients. Raises UserError for values that do not fit.
     """
     check_patch(patch, levels)
-    check_input_scaling(input_scaling)
-    if loss_on not in ("masked", "all"):
-        raise UserError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
-    if decoder not in ("unet", "light"):
-        raise UserError(f"decoder must be 'unet' or 'light', got {decoder!r}")
+    check_choice("input_scaling", input_scaling, InputScaling)
+    check_choice("loss_on", loss_on, LossOn)
+    check_choice("decoder", decoder, DecoderKind)
     body = build_encoder(encoder, in_chans, backend, levels)
     if densify_norm == "auto":
         densify_norm = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in body.modules()) else "layer"

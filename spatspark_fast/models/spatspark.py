@@ -12,25 +12,23 @@ The path of the data, one line each in `SpatSpark.forward`; nothing is masked an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.options import check_choice
 from spatspark_fast.models.backbones import build_dense_encoder, encoder_channels
+from spatspark_fast.models.choices import DecoderKind, Freeze, InputScaling, OutputNorm, TranslationKind
 from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.forecaster import Forecaster, check_lengths
 from spatspark_fast.models.geometry import check_patch, grid_shape
-from spatspark_fast.models.inputs import InputScaling, check_input_scaling, scale_input
+from spatspark_fast.models.inputs import scale_input
 from spatspark_fast.models.patch_loss import denormalise_patches, patch_statistics
-from spatspark_fast.models.translation import Translation, TranslationKind, build_translation
+from spatspark_fast.models.translation import Translation, build_translation
 
-__all__ = ["Freeze", "OutputNorm", "SpatSpark", "build_spatspark"]
-
-OutputNorm = Literal["none", "persistence", "input_patch", "input_smooth"]
-Freeze = Literal["none", "encoder", "decoder", "both"]
+__all__ = ["SpatSpark", "build_spatspark"]
 
 HEAD = "decoder.head."
 
@@ -64,8 +62,7 @@ class SpatSpark(Forecaster):
         input_scaling: InputScaling = "none",
     ) -> None:
         super().__init__(in_length, out_length, multiple=patch)
-        if output_norm not in get_args(OutputNorm):
-            raise UserError(f"output_norm must be one of {', '.join(get_args(OutputNorm))}, got {output_norm!r}")
+        check_choice("output_norm", output_norm, OutputNorm)
         self.encoder = encoder
         self.translation = translation
         self.densify = densify
@@ -127,8 +124,7 @@ class SpatSpark(Forecaster):
         last layer move, which has to be where it was not pretrained. Raises UserError if nothing is left to
         train.
         """
-        if parts not in get_args(Freeze):
-            raise UserError(f"freeze must be one of {', '.join(get_args(Freeze))}, got {parts!r}")
+        check_choice("freeze", parts, Freeze)
         frozen: list[nn.Module] = [self.encoder] if parts in ("encoder", "both") else []
         frozen += [self.densify, self.decoder] if parts in ("decoder", "both") else []
         for module in frozen:
@@ -174,7 +170,7 @@ def build_spatspark(
     out_length: int = 12,
     patch: int = 32,
     levels: int = 4,
-    decoder: Literal["unet", "light"] = "unet",
+    decoder: DecoderKind = "unet",
     decoder_width: int = 768,
     translation: TranslationKind = "conv_tanh",
     output_norm: OutputNorm = "none",
@@ -189,13 +185,11 @@ def build_spatspark(
     """
     check_lengths(in_length, out_length)
     check_patch(patch, levels)
-    check_input_scaling(input_scaling)
-    decoders = {"unet": UNetDecoder, "light": LightDecoder}
-    if decoder not in decoders:
-        raise UserError(f"decoder must be 'unet' or 'light', got {decoder!r}")
+    check_choice("input_scaling", input_scaling, InputScaling)
+    check_choice("decoder", decoder, DecoderKind)
     body = build_dense_encoder(encoder, in_length, levels)
     norm: NormKind = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in body.modules()) else "layer"
-    head = decoders[decoder](out_length, decoder_width, levels)
+    head = {"unet": UNetDecoder, "light": LightDecoder}[decoder](out_length, decoder_width, levels)
     channels = encoder_channels(body)
     densify = Densify(channels, head.in_widths, norm)
     between = build_translation(translation, channels[-len(head.in_widths) :], out_length)

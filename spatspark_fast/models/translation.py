@@ -8,13 +8,13 @@ their input and begin by adding nothing: a pretrained model starts as what it wa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.options import check_choice
+from spatspark_fast.models.choices import TranslationKind
 
 __all__ = [
     "AxialAttention",
@@ -22,11 +22,8 @@ __all__ = [
     "Recurrent",
     "ResidualConv",
     "Translation",
-    "TranslationKind",
     "build_translation",
 ]
-
-TranslationKind = Literal["conv_tanh", "identity", "residual_conv", "attention", "recurrent"]
 
 
 class ConvTanh(nn.Sequential):
@@ -159,15 +156,14 @@ def build_translation(kind: TranslationKind, channels: Sequence[int], out_length
     def conv_tanh(level: int, width: int) -> nn.Module:
         return ConvTanh(width, layers=1 if len(channels) - level <= 2 else 2)
 
-    builders: dict[str, Callable[[int, int], nn.Module]] = {
+    builders: dict[TranslationKind, Callable[[int, int], nn.Module]] = {
         "conv_tanh": conv_tanh,
         "identity": lambda level, width: nn.Identity(),
         "residual_conv": lambda level, width: ResidualConv(width),
         "attention": lambda level, width: AxialAttention(width),
         "recurrent": lambda level, width: Recurrent(width, out_length, hidden=min(width, max(16, width // 8))),
     }
-    if kind not in builders:
-        raise UserError(f"translation must be one of {', '.join(get_args(TranslationKind))}, got {kind!r}")
+    check_choice("translation", kind, TranslationKind)
     return Translation([builders[kind](level, width) for level, width in enumerate(channels)])
 
 

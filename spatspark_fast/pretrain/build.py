@@ -10,9 +10,9 @@ from patchsparse.backends import ENGINES, requested
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.spark import SparK, build_spark
 from spatspark_fast.pretrain.config import DataConfig, PretrainConfig
-from spatspark_fast.pretrain.masks import MaskSampler
 
 __all__ = ["Remembered", "Windows", "build_masks", "build_model", "open_windows"]
 

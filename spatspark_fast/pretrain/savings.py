@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from patchsparse import PatchGrid, bind, pack
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.macs import count_macs
+from spatspark_fast.models.masks import num_visible, shares
 from spatspark_fast.models.spark import SparK
-from spatspark_fast.pretrain.decoding import leaves_patches_out
-from spatspark_fast.pretrain.masks import num_decoded, num_visible
 
-__all__ = ["DenseAndMask", "Measurement", "counted_savings", "describe_savings", "measure_encoder", "shares"]
+__all__ = ["DenseAndMask", "Measurement", "counted_savings", "describe_savings", "measure_encoder"]
 
 GIGA = 1e9
 PARITY = 1e-3  # largest difference of features, as a share of the largest feature, at which times are compared
@@ -164,15 +163,6 @@ def describe_savings(
         f"instead of {found.dense:.3g} s dense-and-mask, {found.ratio:.2f}x as fast; features equal to "
         f"{found.difference:.0e}."
     )
-
-
-def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> tuple[float, float]:
-    """Return the shares of patches that are seen, and that are reconstructed."""
-    rows, columns = grid_shape(size, model.patch)
-    patches = rows * columns
-    if not leaves_patches_out(model, visible, patches, decode_ratio):
-        return visible / patches, 1.0
-    return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
 
 
 def counted_savings(model: SparK, size: tuple[int, int], ratio: float, decode_ratio: float = 1.0) -> dict[str, float]:

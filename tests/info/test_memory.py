@@ -5,9 +5,8 @@ import torch
 
 from benchmarks.measure.timing import peak_bytes
 from spatspark_fast.info.memory import StepMemory, estimate_memory
+from spatspark_fast.models.masks import MaskSampler, patches_to_decode
 from spatspark_fast.models.spark import SparK, build_spark
-from spatspark_fast.pretrain.decoding import patches_to_decode
-from spatspark_fast.pretrain.masks import MaskSampler
 
 BATCH = 8
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid
-from spatspark_fast.models.patch_loss import LossOn
-from spatspark_fast.models.spark import DecoderKind, SparK, build_spark
+from spatspark_fast.models.choices import DecoderKind, LossOn
+from spatspark_fast.models.spark import SparK, build_spark
 
 from .reference_spark import ReferenceSparK
 

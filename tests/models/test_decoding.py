@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from patchsparse import PatchGrid, available_backends, image_engine, pack
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.models import build_spark
 from spatspark_fast.models import decoder as decoder_module
 from spatspark_fast.models.decoder import UNetBlock
+from spatspark_fast.models.masks import MaskSampler, patches_to_decode
 from spatspark_fast.models.patch_loss import decoded_loss, reconstruction_loss
+from spatspark_fast.models.spark import build_spark
 from spatspark_fast.models.upsample import pays, upsample_conv
-from spatspark_fast.pretrain.decoding import patches_to_decode
-from spatspark_fast.pretrain.masks import MaskSampler
 
 from .parity import make_frames, scramble
 

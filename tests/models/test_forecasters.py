@@ -12,8 +12,8 @@ from torch import nn
 
 from patchsparse import PatchGrid, bind, pack, unpack
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.models import build_encoder, build_spark
-from spatspark_fast.models.backbones import build_dense_encoder
+from spatspark_fast.models.backbones import build_dense_encoder, build_encoder
+from spatspark_fast.models.choices import DecoderKind, Freeze, TranslationKind
 from spatspark_fast.models.forecaster import (
     Forecaster,
     Persistence,
@@ -23,9 +23,8 @@ from spatspark_fast.models.forecaster import (
     pad_to_multiple,
 )
 from spatspark_fast.models.smaat import CBAM, SmaAtUNet
-from spatspark_fast.models.spark import DecoderKind
-from spatspark_fast.models.spatspark import Freeze, SpatSpark, build_spatspark
-from spatspark_fast.models.translation import TranslationKind
+from spatspark_fast.models.spark import build_spark
+from spatspark_fast.models.spatspark import SpatSpark, build_spatspark
 
 from .parity import make_frames, relative_error, scramble
 
@@ -251,7 +250,7 @@ def test_persistence_repeats_the_last_frame() -> None:
     [
         (lambda: _build(translation="transformer"), "translation must be one of conv_tanh"),
         (lambda: _build(output_norm="batch"), "output_norm"),
-        (lambda: _build(decoder="deep"), "'unet' or 'light'"),
+        (lambda: _build(decoder="deep"), "decoder must be one of unet, light"),
         (lambda: _build(patch=20), "patch=20"),
         (lambda: _build("resnet19"), "unknown encoder"),
         (lambda: _build(out_length=0), "out_length counts frames"),

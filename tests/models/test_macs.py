@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from patchsparse import PatchGrid
-from spatspark_fast.models import build_spark
 from spatspark_fast.models.macs import count_macs
+from spatspark_fast.models.spark import build_spark
 
 
 def test_published_model() -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from patchsparse import PatchGrid
+from spatspark_fast.models.choices import LossOn
 from spatspark_fast.models.patch_loss import (
-    LossOn,
     denormalise_patches,
     normalise_patches,
     patch_errors,

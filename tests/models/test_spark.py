@@ -9,10 +9,10 @@ import torch
 
 from patchsparse import PatchGrid, pack, unpack
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.models import build_spark
+from spatspark_fast.models.choices import DecoderKind
+from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import patchify
-from spatspark_fast.models.spark import DecoderKind
-from spatspark_fast.pretrain.masks import MaskSampler
+from spatspark_fast.models.spark import build_spark
 
 from .parity import make_frames, scramble
 

@@ -18,11 +18,11 @@ from patchsparse import PatchGrid
 from spatspark_fast.common.plots import RAIN_COLOURS
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.models.masks import num_visible
 from spatspark_fast.models.spark import build_spark
 from spatspark_fast.prepare import __main__ as prepare
 from spatspark_fast.pretrain.build import build_masks, build_model
 from spatspark_fast.pretrain.config import from_plain, to_plain
-from spatspark_fast.pretrain.masks import num_visible
 from spatspark_fast.pretrain.savings import measure_encoder
 from spatspark_fast.training import schedules
 from spatspark_fast.training.module import step_seed

@@ -1,4 +1,4 @@
-"""Choose which patches of a window the encoder may see.
+"""Choose which patches of a window the encoder sees in a step of pretraining, and which are reconstructed.
 
 Words: ``ratio`` is the *masked* share, ``keep`` the *visible* one, ``active`` is True where a patch is
 visible. The masks of a step follow from (seed, rank, step) alone, so a resumed run repeats them without any
@@ -8,7 +8,6 @@ generator state in a checkpoint.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,13 +15,21 @@ from torch import Tensor
 
 from patchsparse import PatchGrid
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.options import check_choice
+from spatspark_fast.models.choices import MaskSchedule, MaskStrategy
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.patch_loss import patchify
+from spatspark_fast.models.spark import SparK
 
-__all__ = ["MaskSampler", "Schedule", "Strategy", "num_decoded", "num_visible", "wet_share"]
-
-Strategy = Literal["random", "rain"]
-Schedule = Literal["constant", "interval", "linear", "cosine"]
+__all__ = [
+    "MaskSampler",
+    "leaves_patches_out",
+    "num_decoded",
+    "num_visible",
+    "patches_to_decode",
+    "shares",
+    "wet_share",
+]
 
 # Streams of random numbers that must not repeat each other.
 # The data order has 2 and the global generators of a step 3.
@@ -68,24 +75,23 @@ class MaskSampler:
         self,
         ratio: float = 0.6,
         ratio_end: float | None = None,
-        schedule: Schedule = "constant",
-        strategy: Strategy = "random",
+        schedule: MaskSchedule = "constant",
+        strategy: MaskStrategy = "random",
         strength: float = 3.0,
         wet_threshold: float = 0.0,
         patch: int = 32,
         seed: int = 0,
     ) -> None:
         _check_ratios(ratio, ratio_end, schedule)
-        if strategy not in ("random", "rain"):
-            raise UserError(f"mask strategy must be 'random' or 'rain', got {strategy!r}")
+        check_choice("mask strategy", strategy, MaskStrategy)
         if not math.isfinite(strength) or strength < 0:
             raise UserError(f"mask strength must be a number of at least 0, got {strength}")
         if seed < 0:
             raise UserError(f"mask seed must be at least 0, got {seed}")
         self.ratio = ratio
         self.ratio_end = ratio if ratio_end is None else ratio_end
-        self.schedule: Schedule = schedule
-        self.strategy: Strategy = strategy
+        self.schedule: MaskSchedule = schedule
+        self.strategy: MaskStrategy = strategy
         self.strength = strength
         self.wet_threshold = wet_threshold
         self.patch = patch
@@ -140,6 +146,36 @@ class MaskSampler:
         return self.ratio + (self.ratio_end - self.ratio) * min(max(share, 0.0), 1.0)
 
 
+def leaves_patches_out(model: SparK, visible: int, patches: int, share: float) -> bool:
+    """Return whether a step reconstructs less than whole images, of which ``visible`` of ``patches`` are seen.
+
+    It does below a ``share`` of 1, and where that changes nothing (`SparK.decodes_apart`), if any patch is masked.
+    """
+    return share < 1 or (model.decodes_apart and visible < patches)
+
+
+def patches_to_decode(
+    model: SparK, masks: MaskSampler, grid: PatchGrid, share: float, step: int, rank: int = 0
+) -> PatchGrid | None:
+    """Return the patches that ``model`` reconstructs at a ``step``, a ``share`` of all, or None for whole images.
+
+    Sparse decoding draws them at random. Where the loss does not read some patches and leaving them out changes
+    nothing (`SparK.decodes_apart`), they are left out also at a share of 1.
+    """
+    if not leaves_patches_out(model, grid.num_active, grid.active.numel(), share):
+        return None
+    return masks.decoded(grid, share, step, rank, masked=model.loss_on == "masked")
+
+
+def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> tuple[float, float]:
+    """Return the shares of patches of an image of ``size`` (H, W) pixels that are seen, and that are reconstructed."""
+    rows, columns = grid_shape(size, model.patch)
+    patches = rows * columns
+    if not leaves_patches_out(model, visible, patches, decode_ratio):
+        return visible / patches, 1.0
+    return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
+
+
 def _generator(*key: int) -> torch.Generator:
     """Return a CPU generator whose stream depends on the whole key; neighbouring keys are unrelated."""
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
@@ -147,8 +183,7 @@ def _generator(*key: int) -> torch.Generator:
 
 
 def _check_ratios(ratio: float, ratio_end: float | None, schedule: str) -> None:
-    if schedule not in ("constant", "interval", "linear", "cosine"):
-        raise UserError(f"mask schedule must be constant, interval, linear or cosine, got {schedule!r}")
+    check_choice("mask schedule", schedule, MaskSchedule)
     for name, value in (("ratio", ratio), ("ratio_end", ratio_end)):
         if value is not None and not 0 <= value < 1:
             raise UserError(f"mask {name} is the masked share and must be in [0, 1), got {value}")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.pretrain.masks import MaskSampler, Schedule, num_visible, wet_share
+from spatspark_fast.models.choices import MaskSchedule
+from spatspark_fast.models.masks import MaskSampler, num_visible, wet_share
 
 FRAMES = torch.zeros(4, 12, 288, 288)
 
@@ -92,7 +93,7 @@ def test_wet_share() -> None:
     ("schedule", "expected"),
     [("constant", (0.6, 0.6, 0.6)), ("linear", (0.6, 0.45, 0.3)), ("cosine", (0.6, 0.556066, 0.3))],
 )
-def test_schedules(schedule: Schedule, expected: tuple[float, float, float]) -> None:
+def test_schedules(schedule: MaskSchedule, expected: tuple[float, float, float]) -> None:
     sampler = MaskSampler(0.6, None if schedule == "constant" else 0.3, schedule)
     progress = (0.0, 0.5 if schedule == "linear" else 0.25, 1.0)
     for at, ratio in zip(progress, expected, strict=True):
