@@ -1,0 +1,41 @@
+# Short names for what is done often. `make` alone lists them.
+PYTHON ?= python
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-rest lint types bench headline sanitize docs wheel
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## install the package, editable, with all that the tests need
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e ".[test]"
+
+test: ## the tests that run by default (all kernels, commands and engines, pairs of options)
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-rest: ## the rest of the exhaustive tests
+	$(PYTHON) -m pytest -m rest $(PYTEST_ARGS)
+
+lint: ## ruff: rules and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+types: ## pyright
+	$(PYTHON) -m pyright
+
+bench: ## all suites of benchmarks/, minutes
+	$(PYTHON) -m pytest benchmarks/
+
+headline: ## the ratios of the README alone; JSON=FILE keeps them
+	$(PYTHON) -m benchmarks headline $(if $(JSON),--json $(JSON))
+
+sanitize: ## the tests of the C++ engine under address and undefined-behaviour sanitizers
+	scripts/sanitize.sh
+
+docs: ## write again what is generated: tables and figures of the measurements, the figure of the layout
+	$(PYTHON) -m benchmarks report
+	$(PYTHON) docs/figures/packed_layout.py
+
+wheel: ## build dist/*.whl
+	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
