@@ -1,19 +1,27 @@
 """Pretrain, finetune and run convolutional radar-nowcasting models."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spatspark_fast.common.version import __version__
+
 if TYPE_CHECKING:
+    from spatspark_fast.evaluate.scoring import evaluate_forecaster
     from spatspark_fast.forecast.nowcasting import nowcast, pysteps_method
+    from spatspark_fast.models.forecaster import load_forecaster
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "evaluate_forecaster", "load_forecaster", "nowcast", "pysteps_method"]
 
-__all__ = ["__version__", "nowcast", "pysteps_method"]
+_HOMES = {
+    "evaluate_forecaster": "spatspark_fast.evaluate.scoring",
+    "load_forecaster": "spatspark_fast.models.forecaster",
+    "nowcast": "spatspark_fast.forecast.nowcasting",
+    "pysteps_method": "spatspark_fast.forecast.nowcasting",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the functions of this page when they are first used: torch takes seconds."""
-    if name in ("nowcast", "pysteps_method"):
-        from spatspark_fast.forecast import nowcasting
-
-        return getattr(nowcasting, name)
+    """Import a public function when it is first used: torch takes seconds."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,7 @@ __all__ = [
     "parse_pretrain",
     "preset_names",
     "preset_path",
+    "program",
     "read_yaml",
     "run_command",
 ]
@@ -56,6 +57,16 @@ def run_command(function: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 128 + signal.SIGINT
+
+
+def program(command: str) -> str:
+    """Return how a command was started, for the usage line of its ``--help``."""
+    started = Path(sys.argv[0])
+    if started.stem == "spatspark":
+        return f"spatspark {command}"
+    if started.name == "__main__.py" and started.parent.name == "spatspark_fast":
+        return f"python -m spatspark_fast {command}"
+    return f"python -m spatspark_fast.{command}"
 
 
 def _complain(text: str) -> None:

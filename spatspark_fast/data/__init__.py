@@ -1,0 +1,1 @@
+"""Windows of radar rain: from a file, made up, changed at random."""

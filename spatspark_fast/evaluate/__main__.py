@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from spatspark_fast import __version__
-from spatspark_fast.common.cli import run_command
+from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_folder, make_folder
 from spatspark_fast.common.progress import track
+from spatspark_fast.common.version import SOFTWARE
 from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m spatspark_fast.evaluate",
+        prog=program("evaluate"),
         description="Score the forecasts of models and baselines on the windows of a file, side by side: errors, "
         "scores at thresholds in mm/h, fractions skill, power spectra; for every lead time and over all. Writes "
         "scores.json, scores.csv, scores.md and pictures.",
@@ -153,7 +153,7 @@ def _load(
         options.max_windows,
         device,
     )
-    from spatspark_fast.scores import NowcastScores
+    from spatspark_fast.scores.nowcast import NowcastScores
 
     try:
         NowcastScores(1, windows.image_size, settings.thresholds, settings.fss_scales, False)
@@ -211,7 +211,7 @@ def _write(
     from spatspark_fast.evaluate.report import overall_table, write_reports
 
     about = {
-        "software": f"spatspark-fast {__version__}",
+        "software": SOFTWARE,
         "versions": package_versions(),
         "data": Path(options.data.path).name,
         "split": options.data.split,

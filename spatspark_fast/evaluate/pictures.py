@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from spatspark_fast.common.plots import add_rain_scale, draw_rain
 from spatspark_fast.common.units import FRAME_MINUTES
 from spatspark_fast.evaluate.scoring import Kept
-from spatspark_fast.scores import SMALL_SCALE
+from spatspark_fast.scores.spectrum import SMALL_SCALE
 
 __all__ = ["lead_time_figure", "panel_figure", "spectra_figure"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spatspark_fast.common.files import atomic_path
-from spatspark_fast.scores import CATEGORICAL_SCORES
+from spatspark_fast.scores.formulas import CATEGORICAL_SCORES
 
 __all__ = ["UNITS", "lead_time_table", "markdown", "overall_table", "split_name", "threshold_table", "write_reports"]
 

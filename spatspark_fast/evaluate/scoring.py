@@ -17,7 +17,8 @@ from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.forecast.predictors import ModelPredictor, Predictor
 from spatspark_fast.models.forecaster import Forecaster, LoadedForecaster, load_forecaster
-from spatspark_fast.scores import FSS_SCALES, THRESHOLDS, NowcastScores
+from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
+from spatspark_fast.scores.nowcast import NowcastScores
 
 __all__ = ["Evaluation", "Kept", "ScoringOptions", "Windows", "evaluate_forecaster", "evaluate_predictors"]
 

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
-from spatspark_fast.common.cli import run_command
+from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.files import atomic_path, package_versions
 from spatspark_fast.experiments.tables import Results, markdown
@@ -101,7 +101,7 @@ def arms_of(options: Namespace) -> tuple[list[Arm], list[tuple[str, str]]]:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m spatspark_fast.experiments",
+        prog=program("experiments"),
         description="Train and score the paper's ablations on one file: pretrained or from scratch, translation "
         "networks, mask ratios, several seeds each. Can be stopped and started again.",
         exit_on_error=False,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spatspark_fast.common.cli import run_command
+from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.finetune.cli import FinetuneRequest, asked_init, parse_finetune
 from spatspark_fast.finetune.config import to_plain
@@ -17,8 +17,6 @@ from spatspark_fast.training.resume import check_same, checkpoint_of, is_first_p
 from spatspark_fast.training.rundir import RunDirectory
 
 __all__ = ["main"]
-
-PROG = "python -m spatspark_fast.finetune"
 
 # A checkpoint goes on only with the same weights and the same steps; all else may change.
 FIXED = (
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def finetune(argv: Sequence[str]) -> None:
     """Read the command line, then train; raise `UserError` for whatever is wrong with the input."""
-    request = parse_finetune([word for word in argv if not word.startswith("--print_config")], prog=PROG)
+    request = parse_finetune([word for word in argv if not word.startswith("--print_config")], prog=program("finetune"))
     run = RunDirectory(out_of(request, prefix="finetune-"))
     checkpoint = checkpoint_of(request, run)
     if is_first_process():
@@ -46,9 +44,9 @@ def finetune(argv: Sequence[str]) -> None:
         from spatspark_fast.finetune.initial import read_initial
 
         initial = read_initial(init)
-        request = parse_finetune(argv, demands=initial.demands, prog=PROG)
+        request = parse_finetune(argv, demands=initial.demands, prog=program("finetune"))
     else:
-        request = parse_finetune(argv, prog=PROG)
+        request = parse_finetune(argv, prog=program("finetune"))
     from spatspark_fast.finetune.run import train
 
     train(request.config, run, initial, checkpoint)
@@ -63,7 +61,7 @@ def _resumed(argv: Sequence[str], checkpoint: Path) -> FinetuneRequest:
     if DESCRIPTION not in state:
         raise UserError(f"{checkpoint} is a checkpoint of pretrain: start from it by --init, not by --resume")
     theirs = state["config"]
-    request = parse_finetune(argv, base=theirs, prog=PROG)
+    request = parse_finetune(argv, base=theirs, prog=program("finetune"))
     ours = to_plain(request.config)
     if ours["init"] != theirs["init"]:
         raise UserError(f"{checkpoint} was begun with --init {theirs['init']}: leave --init out, the weights are in it")

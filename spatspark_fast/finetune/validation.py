@@ -16,7 +16,7 @@ from spatspark_fast.common.units import mm_per_hour
 from spatspark_fast.finetune.module import ForecastTraining
 from spatspark_fast.finetune.windows import ForecastWindows
 from spatspark_fast.models.forecaster import Forecaster, Persistence
-from spatspark_fast.scores import NowcastScores
+from spatspark_fast.scores.nowcast import NowcastScores
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
 
 __all__ = ["THRESHOLDS", "Validation", "score_model"]

@@ -1,1 +1,1 @@
-"""Forecasts in mm/h: predictors, sources of the newest frames, and what is written of a forecast."""
+"""Forecast rain in mm/h: find the newest frames, run a predictor, write what it says."""

@@ -1,0 +1,1 @@
+"""Say what this installation can do, and what a model costs."""

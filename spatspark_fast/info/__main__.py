@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 from jsonargparse import ArgumentParser
 
-from spatspark_fast.common.cli import run_command
+from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import package_versions
 
@@ -55,7 +55,7 @@ def info(argv: Sequence[str]) -> None:
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m spatspark_fast.info",
+        prog=program("info"),
         description="Report versions, devices and engines; with --model also what pretraining costs.",
         exit_on_error=False,
     )

@@ -155,7 +155,9 @@ class _Parser(ArgumentParser):
 
 
 def _run(argv: list[str]) -> None:
-    parser = _Parser(prog="python -m spatspark_fast.prepare", exit_on_error=False)
+    from spatspark_fast.common.cli import program
+
+    parser = _Parser(prog=program("prepare"), exit_on_error=False)
     parser.add_class_arguments(PrepareOptions, as_positional=False, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     words = [re.sub(r"^--[a-z-]+", lambda option: "--" + option.group(0)[2:].replace("-", "_"), word) for word in argv]

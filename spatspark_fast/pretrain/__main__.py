@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spatspark_fast.common.cli import parse_pretrain, run_command
+from spatspark_fast.common.cli import parse_pretrain, program, run_command
 from spatspark_fast.pretrain.config import to_plain
 from spatspark_fast.training.resume import check_same, checkpoint_of, is_first_process, out_of
 from spatspark_fast.training.rundir import RunDirectory
 
 __all__ = ["main"]
-
-PROG = "python -m spatspark_fast.pretrain"
 
 # A checkpoint goes on only with the same weights and the same steps; the engine and all else may change.
 FIXED = ("model.", "data.input_length", "trainer.accumulate")
@@ -30,14 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(argv: Sequence[str]) -> None:
     """Read the command line, then train; raise `UserError` for whatever is wrong with the input."""
-    request = parse_pretrain(argv, prog=PROG)
+    request = parse_pretrain(argv, prog=program("pretrain"))
     run = RunDirectory(out_of(request))
     checkpoint = checkpoint_of(request, run)
     if is_first_process():
         run.check(resume=request.resume is not None)
     if checkpoint is not None:
         theirs = _options_of(checkpoint)
-        request = parse_pretrain(argv, base=theirs, prog=PROG)
+        request = parse_pretrain(argv, base=theirs, prog=program("pretrain"))
         check_same(to_plain(request.config), theirs, checkpoint, FIXED, FREE)
     from spatspark_fast.pretrain.run import train
 

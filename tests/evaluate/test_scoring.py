@@ -12,11 +12,10 @@ from torch import Tensor
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.evaluate import ScoringOptions, evaluate_forecaster, evaluate_predictors
-from spatspark_fast.evaluate.scoring import spread
+from spatspark_fast.evaluate.scoring import ScoringOptions, evaluate_forecaster, evaluate_predictors, spread
 from spatspark_fast.forecast.predictors import ModelPredictor, PersistencePredictor
 from spatspark_fast.models.forecaster import Persistence
-from spatspark_fast.scores import NowcastScores
+from spatspark_fast.scores.nowcast import NowcastScores
 from tests.forecast.forecasts import Shift, loaded, moving_rain, save_checkpoint, write_windows
 
 FEW: dict[str, Any] = {"thresholds": (0.5, 2.0), "fss_scales": (5,), "spectrum": True}

@@ -8,16 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spatspark_fast.scores import (
-    FractionsSkill,
-    NowcastScores,
-    RainErrors,
-    SpectralPower,
-    fractions_skill,
-    radial_power,
-    rain_errors,
-)
-from spatspark_fast.scores.fractions import RunningSums
+from spatspark_fast.scores.fractions import FractionsSkill, RunningSums, fractions_skill
+from spatspark_fast.scores.nowcast import NowcastScores
+from spatspark_fast.scores.spectrum import SpectralPower, radial_power
+from spatspark_fast.scores.states import RainErrors, rain_errors
 from tests.scores.pysteps_oracle import pysteps_module
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from spatspark_fast.scores import CATEGORICAL_SCORES, ContingencyTable, Counts, categorical_scores
+from spatspark_fast.scores.formulas import CATEGORICAL_SCORES, Counts, categorical_scores
+from spatspark_fast.scores.states import ContingencyTable
 from tests.scores.pysteps_oracle import pysteps_module
 
 

@@ -1,0 +1,76 @@
+"""The seven commands from outside: one program lists them, runs them, and says so in their usage lines."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import spatspark_fast
+from spatspark_fast.__main__ import COMMANDS, main
+from spatspark_fast.common.version import __version__
+from tests.refusals import refusal
+
+PACKAGE = Path(spatspark_fast.__file__).parent
+
+
+def test_every_folder_that_can_be_run_is_a_command() -> None:
+    assert set(COMMANDS) == {path.parent.name for path in PACKAGE.glob("*/__main__.py")}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_all_commands_are_listed_with_a_line_each(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, about in COMMANDS.items():
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, about]]
+
+
+def test_neither_the_list_nor_help_waits_for_heavy_imports() -> None:
+    code = (
+        "import contextlib, sys; from spatspark_fast.__main__ import COMMANDS, main\n"
+        "assert main([]) == 0\n"
+        "heavy = {'torch', 'numpy', 'jsonargparse', 'matplotlib'} & set(sys.modules); assert not heavy, heavy\n"
+        "for name in COMMANDS:\n"
+        "    with contextlib.suppress(SystemExit): main([name, '--help'])\n"
+        "    heavy = {'torch', 'matplotlib'} & set(sys.modules); assert not heavy, (name, heavy)\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+def test_an_unknown_command_is_refused_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, main, ["pretain"])
+    assert "'pretain'" in said
+    assert ", ".join(COMMANDS) in said
+
+
+def test_a_command_gets_its_words_and_its_exit_code_comes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "data.path" in refusal(capsys, main, ["evaluate", "--out", "nowhere"])
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"spatspark-fast {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("started", "shown"),
+    [
+        ("/usr/bin/spatspark", "spatspark {}"),
+        (str(PACKAGE / "__main__.py"), "python -m spatspark_fast {}"),
+        (str(PACKAGE / "info" / "__main__.py"), "python -m spatspark_fast.{}"),
+    ],
+)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_usage_shows_what_was_typed(
+    name: str, started: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started])
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert re.match(rf"usage: {re.escape(shown.format(name))}\s", capsys.readouterr().out)
+
+
+def test_what_the_package_offers_is_there() -> None:
+    assert all(getattr(spatspark_fast, name) is not None for name in spatspark_fast.__all__)
+    with pytest.raises(AttributeError, match="forcast"):
+        _ = spatspark_fast.forcast  # pyright: ignore[reportAttributeAccessIssue]
