@@ -73,7 +73,7 @@ def words(case: str) -> str:
     """Return the name of a case for readers: a shape as `convolutions.Shape` prints it, in words."""
     found = re.match(r"(\d+x\d+) s(\d+) p(\d+) C(\d+)-(\d+) g(\d+)(.*)", case)
     if not found:
-        return case.replace(" batch", ", batch")
+        return re.sub(",? batch", ", batch", case)
     kernel, stride, p, inputs, outputs, groups, rest = found.groups()
     kind = kernel if groups == "1" else f"{kernel} depthwise"
     channels = inputs if inputs == outputs else f"{inputs} to {outputs}"

@@ -1,7 +1,7 @@
 """Render ``results/<device>/*.csv`` as tables and pictures: ``python -m benchmarks report``.
 
-What lies between the markers in README.md and docs/benchmarks.md is replaced; the rest of both pages stays. A second
-run changes nothing.
+docs/benchmarks.md gets all tables of all devices, README.md one table of headline ratios. What lies between the markers
+of both pages is replaced; the rest stays. A second run changes nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +11,25 @@ from pathlib import Path
 
 from ..measure.machine import RESULTS
 from ..measure.rows import Row, read
-from . import tables
 from .plots import PLOTS
+from .summary import device_summary
+from .tables import device_page
 
-__all__ = ["BEGIN", "END", "blocks", "devices", "fill", "newest", "read_folder", "report", "summaries"]
+__all__ = [
+    "HEADLINE",
+    "MEASURED",
+    "blocks",
+    "devices",
+    "fill",
+    "markers",
+    "newest",
+    "read_folder",
+    "report",
+    "summaries",
+]
 
 ROOT = Path(__file__).parents[2]
-BEGIN = "<!-- measured: written by `python -m benchmarks report`, do not edit -->"
-END = "<!-- end of measured -->"
+MEASURED, HEADLINE = "measured", "headline"  # names of the regions of docs/benchmarks.md and of README.md
 LARGEST = 150_000  # bytes of a picture
 TITLES = {
     "speed": "Speed over plain dense against the masked share, with the limits of direct convolution",
@@ -56,12 +67,22 @@ def newest(found: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return {name: rows for name, rows in found.items() if name in chosen.values()}
 
 
-def fill(page: str, block: str) -> str:
-    """Return a page with ``block`` between its markers; raise ValueError if it has not both, in order, once."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"the page must hold the lines {BEGIN!r} and {END!r} once each, in this order")
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{block.strip()}\n\n{END}{rest.split(END)[1]}"
+def markers(region: str) -> tuple[str, str]:
+    """Return the lines before and after a region of a page."""
+    return f"<!-- {region}: written by `python -m benchmarks report`, do not edit -->", f"<!-- end of {region} -->"
+
+
+def fill(page: str, region: str, block: str) -> str:
+    """Return a page with ``block`` between the markers of a region.
+
+    Raises:
+        ValueError: if the page has not both markers once, in order.
+    """
+    begin, end = markers(region)
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
+        raise ValueError(f"the page must hold the lines {begin!r} and {end!r} once each, in this order")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{block.strip()}\n\n{end}{rest.split(end)[1]}"
 
 
 def picture_names(name: str, rows: Sequence[Row]) -> dict[str, str]:
@@ -72,14 +93,14 @@ def picture_names(name: str, rows: Sequence[Row]) -> dict[str, str]:
 def blocks(found: dict[str, list[Row]]) -> dict[str, str]:
     """Return what docs/benchmarks.md shows of each device."""
     return {
-        name: tables.device_page(name, rows, "../benchmarks/results", _links(picture_names(name, rows)))
+        name: device_page(name, rows, "../benchmarks/results", _links(picture_names(name, rows)))
         for name, rows in found.items()
     }
 
 
 def summaries(found: dict[str, list[Row]]) -> dict[str, str]:
     """Return what the README shows of each device."""
-    return {name: tables.device_summary(name, rows, "benchmarks/results") for name, rows in found.items()}
+    return {name: device_summary(name, rows, "benchmarks/results") for name, rows in found.items()}
 
 
 def _links(names: dict[str, str]) -> list[str]:
@@ -95,10 +116,12 @@ def report(results: Path = RESULTS, root: Path = ROOT) -> list[Path]:
     for name, rows in found.items():
         for plot, file in picture_names(name, rows).items():
             written.append(_drawn(PLOTS[plot][1], rows, figures / file))
-    pages = {"docs/benchmarks.md": blocks(found), "README.md": summaries(newest(found))}
-    for page, parts in pages.items():
+    for page, region, parts in (
+        ("docs/benchmarks.md", MEASURED, blocks(found)),
+        ("README.md", HEADLINE, summaries(newest(found))),
+    ):
         path = root / page
-        path.write_text(fill(path.read_text(), "\n\n".join(parts.values())))
+        path.write_text(fill(path.read_text(), region, "\n\n".join(parts.values())))
         written.append(path)
     return written
 

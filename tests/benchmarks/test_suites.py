@@ -19,7 +19,7 @@ from benchmarks.measure.scales import NAMES, scale_of
 from benchmarks.reports import headline as headline_command
 from benchmarks.reports import report as report_command
 from benchmarks.reports.headline import headlines
-from benchmarks.reports.report import BEGIN, END, devices, fill, newest, read_folder, report
+from benchmarks.reports.report import HEADLINE, MEASURED, devices, fill, markers, newest, read_folder, report
 from benchmarks.subjects import steps
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,9 @@ def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Pat
     merge(gpu, results / "nvidia-h200")
     merge([row | {"date": "2001-01-01 00:00"} for row in rows], results / "older-machine")
     (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/benchmarks.md"):
-        (tmp_path / page).write_text(f"# Title\n\n{BEGIN}\n{END}\n\nThe rest.\n")
+    for page, region in (("README.md", HEADLINE), ("docs/benchmarks.md", MEASURED)):
+        begin, end = markers(region)
+        (tmp_path / page).write_text(f"# Title\n\n{begin}\n{end}\n\nThe rest.\n")
     written = report(results, tmp_path)
     first = {path: path.read_bytes() for path in written}
     assert report(results, tmp_path) == written
@@ -86,8 +87,14 @@ def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Pat
     assert readme.endswith("The rest.\n")
     assert "older-machine" not in readme  # the newest CPU and the newest GPU
     assert readme.index("nvidia-h200") < readme.index("this-machine")
+    for what in (
+        "resnet10t encoder",
+        "resnet10t training step, exact decoder",
+        "peak memory of the step, `light` decoder",
+    ):
+        assert readme.count(f"| {what} |") == 2
     for title in ("Whole encoder", "Single layers", "Whole training step", "Peak memory"):
-        assert readme.count(f"**{title}**") == 2
+        assert title not in readme
         assert docs.count(f"**{title}**") == 3
     for target in re.findall(r"\]\(([^)#]+)\)", docs):
         if "figures" in target:
@@ -95,10 +102,33 @@ def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Pat
 
 
 def test_markers_must_be_there() -> None:
-    assert fill(f"a\n{BEGIN}\nold\n{END}\nb", "new") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb"
-    for page in ("no markers", f"{END}\n{BEGIN}", f"{BEGIN}\n{BEGIN}\n{END}"):
+    begin, end = markers(HEADLINE)
+    assert fill(f"a\n{begin}\nold\n{end}\nb", HEADLINE, "new") == f"a\n{begin}\n\nnew\n\n{end}\nb"
+    other_begin, other_end = markers(MEASURED)
+    for page in ("no markers", f"{end}\n{begin}", f"{begin}\n{begin}\n{end}", f"{other_begin}\n{other_end}"):
         with pytest.raises(ValueError, match="must hold the lines"):
-            fill(page, "new")
+            fill(page, HEADLINE, "new")
+
+
+def test_the_readme_shows_small_gains_too() -> None:
+    """Its one table: little masked, the exact decoder over the best dense step, and each rival."""
+    found = newest(devices(report_command.RESULTS))
+    for name, block in report_command.summaries(found).items():
+        lines = [line.split(" | ") for line in block.splitlines() if line.startswith("| ") and "| what |" not in line]
+        assert 8 <= len(lines) <= 12, name
+        shown = {(cells[0].removeprefix("| "), cells[1]): cells[2:5] for cells in lines}
+        rows = found[name]
+        for what, suite, masked, way, rivals in (
+            ("resnet18 encoder", "encoder", "0.3", "auto", ("dense", "dense-and-mask")),
+            ("resnet18 encoder", "encoder", "0.6", "auto", ("dense", "dense-and-mask")),
+            ("resnet18 training step, exact decoder", "step", "0.6", "exact", ("dense", "published")),
+        ):
+            cells = shown[what, f"{float(masked):.0%}".replace("%", " %")]
+            for cell, rival in zip(cells, rivals, strict=False):
+                wanted = {"suite": suite, "masked": masked, "way": way, "against": rival}
+                row = next(r for r in rows if wanted.items() <= r.items() and r["case"].startswith("resnet18"))
+                assert cell.startswith(f"{float(row['ratio']):.2f}x")
+        assert shown["resnet18 encoder", "60 %"][2].endswith(")"), "MinkowskiEngine is missing"
 
 
 def test_the_committed_pages_are_those_of_the_committed_results() -> None:

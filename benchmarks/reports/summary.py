@@ -1,0 +1,77 @@
+"""The one table of the README: the ratios that a reader asks for first, those where little is gained among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..measure.rows import Row, words
+from .markdown import distinct, find, of_suite, origin, percent, ratio_cell, table, wrapped
+
+__all__ = ["device_summary"]
+
+LAYER = "3x3 s1 p8 C64-64 g1"  # the first stage of a ResNet-18
+MASKED, LITTLE = "0.6", "0.3"  # masked shares: of all rows, and of one more that shows a small gain
+STEPS = {"exact": "exact decoder", "decode_ratio=0.25": "`decode_ratio 0.25`", "light": "`light` decoder"}
+HEADER = ("what", "masked", "over dense", "over SparK's way", "over MinkowskiEngine", "`pytest benchmarks/...`")
+NOTE = (
+    "Convolutions and encoders run forward and backward. A step is compared with the best dense step that we can write "
+    "and with the published one (NCHW, eager, the whole image decoded). MinkowskiEngine meets a new mask each time, as "
+    "in training. All tables, pictures and machines: [docs/benchmarks.md](docs/benchmarks.md)."
+)
+
+Line = tuple[str, ...]
+
+
+def device_summary(name: str, rows: Sequence[Row], results: str) -> str:
+    """Return the table of one device; ``results`` is the folder of all devices as the page links to it."""
+    lines = [*_layer(rows), *_encoders(rows), *_steps(rows), *_memory(rows)]
+    return "\n\n".join((table(f"On {origin(name, rows, results)}", HEADER, lines), wrapped(NOTE)))
+
+
+def _layer(rows: Sequence[Row]) -> Iterator[Line]:
+    """Yield one convolution, forward and both gradients."""
+    dense = find(rows, suite="conv", case=f"{LAYER} float32 all", masked=MASKED, way="auto", against="dense")
+    masking = find(rows, suite="conv", case=f"{LAYER} float32 step eager", against="dense-and-mask fp32")
+    minkowski = find(rows, suite="minkowski", case=f"{LAYER} float32 step + map eager")
+    if dense:
+        yield f"convolution {words(LAYER)}", percent(MASKED), *_cells(dense, masking, minkowski), "test_conv.py"
+
+
+def _encoders(rows: Sequence[Row]) -> Iterator[Line]:
+    """Yield the encoders, forward and backward; the first one with few patches masked, too."""
+    suite = [row for row in of_suite(rows, "encoder") if row["way"] == "auto"]
+    for number, (case,) in enumerate(distinct(suite, "case")):
+        name = case.split(" batch")[0]
+        for masked in (MASKED, LITTLE) if number == 0 else (MASKED,):
+            dense, masking = (find(suite, case=case, masked=masked, against=way) for way in ("dense", "dense-and-mask"))
+            new_masks = (row for row in of_suite(rows, "minkowski") if row["case"].endswith("step + map"))
+            minkowski = next(
+                (row for row in new_masks if row["case"].startswith(name) and masked == row["masked"]), None
+            )
+            if dense:
+                cells = _cells(dense, masking, minkowski)
+                yield f"{name} encoder", percent(masked), *cells, "test_encoder.py"
+
+
+def _steps(rows: Sequence[Row]) -> Iterator[Line]:
+    """Yield the whole training step of the first encoder, with each decoder."""
+    suite = [row for row in of_suite(rows, "step") if row["masked"] == MASKED]
+    for case, way in distinct(suite, "case", "way"):
+        if way in STEPS and case == suite[0]["case"]:
+            cells = _cells(*(find(suite, case=case, way=way, against=rival) for rival in ("dense", "published")))
+            yield f"{case.split()[0]} training step, {STEPS[way]}", percent(MASKED), *cells, "test_step.py"
+
+
+def _memory(rows: Sequence[Row]) -> Iterator[Line]:
+    """Yield the peak memory of the same steps, as shares of the rivals'."""
+    suite = [row for row in of_suite(rows, "step_memory") if row["unit"] == "MiB"]
+    for case, way in distinct(suite, "case", "way"):
+        if way in ("exact", "light") and case == suite[0]["case"]:
+            rivals = [find(suite, case=case, way=way, against=rival) for rival in ("dense", "published")]
+            cells = [f"{1 / float(row['ratio']):.2f} of it" if row else "" for row in rivals]
+            yield f"peak memory of the step, {STEPS[way]}", percent(MASKED), *cells, "", "test_memory.py"
+
+
+def _cells(dense: Row | None, masking: Row | None, minkowski: Row | None = None) -> tuple[str, str, str]:
+    """Return the cells over dense, over SparK's way and over MinkowskiEngine; empty where nothing was measured."""
+    return ratio_cell(dense, ""), ratio_cell(masking, ""), ratio_cell(minkowski, "")
