@@ -25,19 +25,24 @@ FLAGS = [
     "-DNDEBUG",
     "-g0",
 ]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-# Each file with its own instruction set; dispatch.cpp asks the processor which of them it may call.
-ISA_FLAGS = {
-    "kernels_avx2": ["-mavx2", "-mfma"],
-    "kernels_avx512": AVX512,
-    "kernels_avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "kernels_amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-}
+CSRC = Path("csrc")
+ISA_TABLE = CSRC / "kernels" / "flags.txt"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
+def isa_flags() -> dict[str, list[str]]:
+    """Return the flags of each file with its own instruction set, by stem; runtime/dispatch.cpp asks the processor."""
+    rows = [line.split() for line in ISA_TABLE.read_text().splitlines() if line and not line.startswith("#")]
+    return {stem: flags for stem, *flags in rows} if X86 else {}
+
+
+def files(*suffixes: str) -> list[str]:
+    """Return the files of ``csrc`` and its folders that end so."""
+    return sorted(str(path) for path in CSRC.rglob("*") if path.suffix in suffixes)
+
+
 class BuildEngine(build_ext):
-    """Compile ``csrc/*.cpp`` into ``patchsparse/_engine.so``, which ctypes loads."""
+    """Compile every ``.cpp`` file below ``csrc`` into ``patchsparse/_engine.so``, which ctypes loads."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """Return the same file name on every Python: the library is not tied to one."""
@@ -61,22 +66,25 @@ class BuildEngine(build_ext):
 
     def compile_source(self, source: str) -> str:
         """Compile one file with its instruction set, or without if the compiler does not know it."""
-        special = ISA_FLAGS.get(Path(source).stem, []) if X86 else []
+        special = isa_flags().get(Path(source).stem, [])
         try:
-            return self.compiler.compile([source], self.build_temp, extra_postargs=FLAGS + special)[0]
+            return self.compile_with(source, FLAGS + special)
         except CompileError:
             if not special:
                 raise
-            return self.compiler.compile([source], self.build_temp, extra_postargs=FLAGS)[0]
+            return self.compile_with(source, FLAGS)
+
+    def compile_with(self, source: str, flags: list[str]) -> str:
+        """Compile one file and return its object; files include each other by their path in ``csrc``."""
+        return self.compiler.compile([source], self.build_temp, include_dirs=[str(CSRC)], extra_postargs=flags)[0]
 
 
-csrc = Path("csrc")
 setup(
     ext_modules=[
         Extension(
             "patchsparse._engine",
-            sources=[str(path) for path in sorted(csrc.glob("*.cpp"))],
-            depends=[str(path) for path in sorted([*csrc.glob("*.h"), *csrc.glob("*.inl")])],
+            sources=files(".cpp"),
+            depends=[*files(".h", ".inl"), str(ISA_TABLE)],
             language="c++",
             optional=True,
         )

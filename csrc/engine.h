@@ -22,9 +22,9 @@ typedef struct ps_plan ps_plan;
 // Instruction sets, each including those before it.
 enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AVX512_BF16 = 3, PS_AMX = 4 };
 enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad from PS_AVX512_BF16 on, and Winograd's
-enum { PS_NO_LISTS = 0, PS_GROUPS = 1, PS_SQUARES = 2 };
+enum { PS_NO_LISTS = 0, PS_GROUPS = 1, PS_SQUARES = 2 };  // what a plan holds besides the halo
 
-// What is read by what. `adjoint` = 0: targets are the outputs of a window operation and sources its inputs;
+// What is read by what. `adjoint` = 0: targets are the outputs of a stencil operation and sources its inputs;
 // `adjoint` = 1: the other way round (strided input gradients). Pairs are (vertical, horizontal).
 // `lists` are those that an operation reads: PS_GROUPS for ps_conv and ps_wgrad, PS_SQUARES for depthwise ones.
 typedef struct {
@@ -46,7 +46,7 @@ typedef struct {
     int32_t weight_dtype, dtype, isa, threads;
 } ps_conv_args;
 
-// weight gradient[n, k, y, x] = sum over pairs of target[o, n] * source[i(o, tap), k]; one of the first two strides is 1.
+// weight gradient[n, k, y, x] = sum over pairs of target[o, n] * source[i(o, tap), k]. One of the first two strides is 1.
 typedef struct {
     const ps_plan* plan;
     const void* source;
@@ -92,7 +92,7 @@ PS_API void ps_set_runtime(void* parallel, void* thread_num, void* num_threads);
 PS_API ps_plan* ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords, int32_t threads);
 PS_API void ps_plan_destroy(ps_plan* plan);
 
-// Rows that every target row is one of: {targets, sources, active pairs, groups, groups that store once}.
+// Write five numbers: {target rows, source rows, active pairs, groups, groups whose rows are stored once}.
 PS_API void ps_plan_statistics(const ps_plan* plan, int64_t* out);
 
 // Each returns 0, or -1 when out of memory or the dtype or instruction set is not offered.

@@ -7,21 +7,18 @@ cd "$(dirname "$0")/.."
 compiler=${CXX:-g++}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-flags=(-std=c++17 -O1 -g -fPIC -fvisibility=hidden -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all)
+flags=(-std=c++17 -O1 -g -fPIC -fvisibility=hidden -fno-omit-frame-pointer -Icsrc)
+flags+=(-fsanitize=address,undefined -fno-sanitize-recover=all)
+# The flags of a file with its own instruction set, from the table that setup.py reads.
+isa_flags() {
+  [ "$(uname -m)" != x86_64 ] || awk -v stem="$(basename "$1" .cpp)" '$1 == stem { $1 = ""; print }' csrc/kernels/flags.txt
+}
 jobs=()
-for source in csrc/*.cpp; do
-  isa=()
-  if [ "$(uname -m)" = x86_64 ]; then
-    case $source in
-      *kernels_avx2.cpp) isa=(-mavx2 -mfma) ;;
-      *kernels_avx512.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma) ;;
-      *kernels_avx512_bf16.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mavx512bf16) ;;
-      *kernels_amx.cpp) isa=(-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mavx512bf16 -mamx-tile -mamx-bf16) ;;
-    esac
-  fi
-  "$compiler" "${flags[@]}" "${isa[@]}" -c "$source" -o "$build/$(basename "$source").o" &
+while IFS= read -r source; do
+  # shellcheck disable=SC2046
+  "$compiler" "${flags[@]}" $(isa_flags "$source") -c "$source" -o "$build/${source//\//.}.o" &
   jobs+=($!)
-done
+done < <(find csrc -name '*.cpp')
 for job in "${jobs[@]}"; do wait "$job"; done
 "$compiler" -shared "${flags[@]}" "$build"/*.o -o "$build/_engine.so"
 
@@ -29,5 +26,5 @@ for job in "${jobs[@]}"; do wait "$job"; done
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
 export PATCHSPARSE_ENGINE=$build/_engine.so OMP_NUM_THREADS=2
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
-  python -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_cpp.py tests/kernels/test_bfloat16.py tests/kernels/test_depthwise.py \
-  tests/kernels/test_winograd.py tests/kernels/test_cpp_loading.py "$@"
+  python -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_cpp.py tests/kernels/test_cpp_loading.py \
+  tests/kernels/test_bfloat16.py tests/kernels/test_depthwise.py tests/kernels/test_winograd.py "$@"

@@ -1,0 +1,68 @@
+// Every function that the library exports. Nothing is thrown beyond this file: engine.h says what is returned instead.
+#include "engine.h"
+
+#include <new>
+
+#include "ops/ops.h"
+#include "plan/build.h"
+#include "plan/plan.h"
+#include "runtime/dispatch.h"
+#include "runtime/threads.h"
+
+namespace {
+
+// Run an operation; return 0, or -1 when out of memory or where it is not offered.
+template <class Args>
+int32_t run(bool (*operation)(const Args&), const Args* args) {
+    try {
+        return operation(*args) ? 0 : -1;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+}  // namespace
+
+int32_t ps_abi() { return 4; }
+
+int32_t ps_isa_supported(int32_t isa) { return patchsparse::isa_supported(isa); }
+
+void ps_set_runtime(void* parallel, void* thread_num, void* num_threads) {
+    patchsparse::set_runtime(parallel, thread_num, num_threads);
+}
+
+ps_plan* ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords, int32_t threads) {
+    try {
+        return patchsparse::build_plan(*geometry, slot, coords, threads).release();
+    } catch (const std::bad_alloc&) {
+        return nullptr;
+    }
+}
+
+void ps_plan_destroy(ps_plan* plan) { delete plan; }
+
+void ps_plan_statistics(const ps_plan* plan, int64_t* out) {
+    int64_t once = 0;
+    for (const patchsparse::Unit& unit : plan->units) once += !unit.shared;
+    out[0] = plan->target_rows();
+    out[1] = plan->source_rows();
+    out[2] = int64_t(plan->in_rows.size());
+    out[3] = int64_t(plan->groups.size());
+    out[4] = once;
+}
+
+int32_t ps_conv(const ps_conv_args* args) { return run(patchsparse::conv, args); }
+
+int32_t ps_wgrad(const ps_wgrad_args* args) { return run(patchsparse::wgrad, args); }
+
+int32_t ps_winograd_conv(const ps_conv_args* args) { return run(patchsparse::winograd_conv, args); }
+
+int32_t ps_winograd_wgrad(const ps_wgrad_args* args) { return run(patchsparse::winograd_wgrad, args); }
+
+int32_t ps_depthwise(const ps_depthwise_args* args) { return run(patchsparse::depthwise, args); }
+
+int32_t ps_depthwise_wgrad(const ps_depthwise_args* args) { return run(patchsparse::depthwise_wgrad, args); }
+
+int32_t ps_max_pool(const ps_pool_args* args) { return run(patchsparse::max_pool, args); }
+
+int32_t ps_max_pool_grad(const ps_pool_args* args) { return run(patchsparse::max_pool_grad, args); }

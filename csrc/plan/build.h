@@ -1,0 +1,15 @@
+// Building a plan: the halo, and the lists that its geometry asks for.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "plan/plan.h"
+
+namespace patchsparse {
+
+// Build a plan from the slot map (B, Gh, Gw) and the coordinates (N, 3) of the packed patches; may throw bad_alloc.
+std::unique_ptr<ps_plan> build_plan(const ps_geometry& geometry, const int32_t* slot, const int32_t* coords,
+                                    int threads);
+
+}  // namespace patchsparse
