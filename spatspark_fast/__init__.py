@@ -3,12 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from spatspark_fast.common.version import __version__
-
 if TYPE_CHECKING:
     from spatspark_fast.evaluate.scoring import evaluate_forecaster
     from spatspark_fast.forecast.nowcasting import nowcast, pysteps_method
     from spatspark_fast.models.forecaster import load_forecaster
+
+__version__ = "0.1.0"
 
 __all__ = ["__version__", "evaluate_forecaster", "load_forecaster", "nowcast", "pysteps_method"]
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spatspark_fast.common.version import SOFTWARE
+from spatspark_fast import __version__
 
 __all__ = ["COMMANDS", "main"]
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_overview())
         return 0
     if words[0] == "--version":
-        sys.stdout.write(f"{SOFTWARE}\n")
+        sys.stdout.write(f"spatspark-fast {__version__}\n")
         return 0
     if words[0] not in COMMANDS:
         sys.stderr.write(f"spatspark-fast: error: unknown command {words[0]!r}; choose one of {', '.join(COMMANDS)}\n")

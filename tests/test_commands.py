@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import spatspark_fast
+from spatspark_fast import __version__
 from spatspark_fast.__main__ import COMMANDS, main
-from spatspark_fast.common.version import __version__
 from tests.refusals import refusal
 
 PACKAGE = Path(spatspark_fast.__file__).parent

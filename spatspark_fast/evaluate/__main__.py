@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from spatspark_fast import __version__
 from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_folder, make_folder
 from spatspark_fast.common.progress import track
-from spatspark_fast.common.version import SOFTWARE
 from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _write(
     from spatspark_fast.evaluate.report import overall_table, write_reports
 
     about = {
-        "software": SOFTWARE,
+        "software": f"spatspark-fast {__version__}",
         "versions": package_versions(),
         "data": Path(options.data.path).name,
         "split": options.data.split,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from spatspark_fast import __version__
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path
-from spatspark_fast.common.version import SOFTWARE
 from spatspark_fast.data.radar.frames import Georeference
 from spatspark_fast.forecast.result import Forecast
 
@@ -63,8 +63,8 @@ def forecast_dataset(forecast: Forecast) -> xr.Dataset:
     attributes = {
         "Conventions": "CF-1.10",
         "title": "Rain nowcast",
-        "source": f"{SOFTWARE}, model {forecast.model}, from {start.origin}",
-        "history": f"{made} forecast by {SOFTWARE}",
+        "source": f"spatspark-fast {__version__}, model {forecast.model}, from {start.origin}",
+        "history": f"{made} forecast by spatspark-fast {__version__}",
         "comment": "No data (NaN) where no radar saw anything in the frames that the model reads.",
         "licence": start.licence,
     }

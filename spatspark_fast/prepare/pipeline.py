@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
+from spatspark_fast import __version__
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.version import SOFTWARE
 from spatspark_fast.data.radar.archive import Entry, Skipped, choose_split, find_files, put_in_order, read_frames
 from spatspark_fast.data.radar.archive import scan_times as scan
 from spatspark_fast.data.radar.frames import Crop, Frame, FrameError, Georeference, Source, centre_crop
@@ -181,7 +181,7 @@ def _attributes(plan: Plan, report: Report, where: Georeference) -> dict[str, st
     rules = plan.rules
     return {
         "title": "Radar rain windows in the layout of NL-50",
-        "software": SOFTWARE,
+        "software": f"spatspark-fast {__version__}",
         "source": plan.source.name,
         "source_options": ", ".join(f"{key}={value}" for key, value in sorted(plan.source.options.items())),
         "licence": plan.source.licence,
