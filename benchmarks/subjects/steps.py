@@ -15,7 +15,7 @@ from spatspark_fast.data.resident.places import Place, place_windows
 from spatspark_fast.data.resident.store import in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.models.masks import MaskSampler, patches_to_decode
-from spatspark_fast.models.spark import SparK, build_spark
+from spatspark_fast.models.spark import Observer, SparK, build_spark
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import parameter_groups, set_rates
 
@@ -58,6 +58,16 @@ def no_mark(part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
     return features
 
 
+class _Marked(Observer):
+    """Mark where the encoder ends; the step itself marks the end of the forward pass."""
+
+    def __init__(self, marks: Marks) -> None:
+        self.marks = marks
+
+    def encoded(self, features: list[Tensor]) -> list[Tensor]:
+        return list(self.marks("encoder", features))
+
+
 class OurStep:
     """Step a `SparK` model as `python -m spatspark_fast.pretrain` does, from 16 bits a pixel to the new weights."""
 
@@ -91,18 +101,8 @@ class OurStep:
 
     def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
         """Return the loss of ``frames`` ``(B, T, H, W)``."""
-        if marks is no_mark:
-            return self.model(frames, grid, decoded).loss
-        encode = self.model.encode
-
-        def marked(*args: Any) -> list[Tensor]:
-            return list(marks("encoder", encode(*args)))
-
-        self.model.encode = marked  # type: ignore[method-assign]
-        try:
-            return self.model(frames, grid, decoded).loss
-        finally:
-            del self.model.encode  # the method of the class shows again
+        self.model.observer = Observer() if marks is no_mark else _Marked(marks)
+        return self.model(frames, grid, decoded).loss
 
     def __call__(self, marks: Marks = no_mark) -> Tensor:
         """Train one step; return its loss."""

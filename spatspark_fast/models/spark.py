@@ -32,7 +32,7 @@ from spatspark_fast.models.patch_loss import (
     reconstruction_loss,
 )
 
-__all__ = ["SparK", "SparKOutput", "build_spark"]
+__all__ = ["Observer", "SparK", "SparKOutput", "build_spark"]
 
 
 class SparKOutput(NamedTuple):
@@ -45,12 +45,29 @@ class SparKOutput(NamedTuple):
     prediction: Tensor
 
 
+class Observer:
+    """Hear where the parts of `SparK.forward` begin and end; this one does nothing, a clock overrides it.
+
+    `SparK.forward` calls it between its parts, so a compiled encoder or decoder never sees it.
+    """
+
+    def started(self) -> None:
+        """Hear that the forward pass begins."""
+
+    def encoded(self, features: list[Tensor]) -> list[Tensor]:
+        """Hear that the encoder has ended; return ``features``, or aliases of them, for the decoder to read."""
+        return features
+
+    def decoded(self) -> None:
+        """Hear that decoder and loss have ended."""
+
+
 class SparK(nn.Module):
     """Reconstruct masked patches of radar windows from the visible ones (SparK, arXiv 2301.03580).
 
     Build one with `build_spark`. Masks come from outside as a grid, so the model holds no random state. Where
     nothing is masked, `encode_dense` and `forward_dense` run the same parameters as an ordinary dense
-    network.
+    network. Set ``observer`` to learn where the parts of `forward` begin and end.
     """
 
     def __init__(
@@ -73,6 +90,7 @@ class SparK(nn.Module):
         self.loss_on: LossOn = loss_on
         self.backend = backend
         self.input_scaling: InputScaling = input_scaling
+        self.observer = Observer()
 
     def forward(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None = None) -> SparKOutput:
         """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units), seen where ``grid`` is active.
@@ -82,16 +100,20 @@ class SparK(nn.Module):
 
         Raises UserError if the frames, the grid and the model do not fit together.
         """
+        self.observer.started()
         self._check(frames, grid, decoded)
         packed = pack(frames, grid)
-        features = self.encode(packed, grid)
+        features = self.observer.encoded(self.encode(packed, grid))
         if decoded is None:
             densified = self.densify(features, grid, backend=self.backend)
             prediction = self.decoder(densified, backend=self.backend)
-            return SparKOutput(reconstruction_loss(prediction, frames, grid, self.loss_on), prediction)
-        densified = self.densify(features, grid, decoded, self.decoder.dense_blocks, self.backend)
-        prediction = self.decoder(densified, decoded, self.backend)
-        return SparKOutput(decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on), prediction)
+            loss = reconstruction_loss(prediction, frames, grid, self.loss_on)
+        else:
+            densified = self.densify(features, grid, decoded, self.decoder.dense_blocks, self.backend)
+            prediction = self.decoder(densified, decoded, self.backend)
+            loss = decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on)
+        self.observer.decoded()
+        return SparKOutput(loss, prediction)
 
     def encode(self, packed: Tensor, grid: PatchGrid) -> list[Tensor]:
         """Return packed features ``(N, C, p/s, p/s)``, shallow to deep, of ``packed`` ``(N, T, p, p)`` (data units)."""

@@ -14,7 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from spatspark_fast.models.spark import SparK
+from spatspark_fast.models.spark import Observer, SparK
 from spatspark_fast.training.stream import BatchStream
 
 __all__ = ["PARTS", "Lap", "StepClock"]
@@ -47,14 +47,13 @@ def _between(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-class StepClock(L.Callback):
+class StepClock(L.Callback, Observer):
     """Mark the parts of each step of a `SparK` model. Place it before the callbacks that read it."""
 
     def __init__(self) -> None:
         self._cuda = False
         self._running = False
         self._marks: list[_Mark] = []
-        self._hook: Any = None
         self._spark: SparK | None = None
 
     def lap(self) -> Lap:
@@ -78,33 +77,33 @@ class StepClock(L.Callback):
         stream = trainer.train_dataloader
         if isinstance(stream, BatchStream):
             stream.mark = self.mark
-        self._listen(pl_module.spark)
+        spark: SparK = pl_module.spark
+        spark.observer = self
+        self._spark = spark
         self._running = True
         self._marks = []
         self.mark("other")
 
-    def _listen(self, spark: SparK) -> None:
-        # A hook of the encoder would become part of a compiled one; a method of the model does not.
-        encode = spark.encode
+    def started(self) -> None:
+        """Begin the forward pass."""
+        self.mark("other")
 
-        def timed(*args: Any) -> list[Tensor]:
-            features = encode(*args)
-            if self._running and torch.is_grad_enabled():
-                self.mark("encoder")
-                # The decoder reads aliases: the gradients of the features themselves wait for the deeper stages too.
-                features = [feature.view_as(feature) for feature in features]
-                for feature in features:
-                    if feature.requires_grad:  # the last gradient that arrives ends the decoder's backward pass
-                        feature.register_hook(lambda gradient: self.mark("decoder"))
+    def encoded(self, features: list[Tensor]) -> list[Tensor]:
+        """End the encoder's forward pass, and find out when the decoder's backward pass ends."""
+        if not torch.is_grad_enabled():
             return features
+        self.mark("encoder")
+        # The decoder reads aliases: the gradients of the features themselves wait for the deeper stages too.
+        aliases = [feature.view_as(feature) for feature in features]
+        for alias in aliases:
+            if alias.requires_grad:  # the last gradient that arrives ends the decoder's backward pass
+                alias.register_hook(lambda gradient: self.mark("decoder"))
+        return aliases
 
-        self._spark = spark
-        spark.encode = timed  # type: ignore[method-assign]
-        self._hook = spark.register_forward_pre_hook(lambda module, inputs: self.mark("other"))
-
-    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: Tensor) -> None:
-        """End the forward pass."""
-        self.mark("decoder")
+    def decoded(self) -> None:
+        """End the forward pass of decoder and loss."""
+        if torch.is_grad_enabled():
+            self.mark("decoder")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
         """End the backward pass."""
@@ -127,8 +126,7 @@ class StepClock(L.Callback):
             return
         self._running = False
         if self._spark is not None:
-            del self._spark.encode  # the method of the class shows again
-        self._hook.remove()
+            self._spark.observer = Observer()
         stream = trainer.train_dataloader
         if isinstance(stream, BatchStream):
             stream.mark = None

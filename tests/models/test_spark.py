@@ -12,7 +12,7 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.choices import DecoderKind
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import patchify
-from spatspark_fast.models.spark import build_spark
+from spatspark_fast.models.spark import Observer, build_spark
 
 from .parity import make_frames, scramble
 
@@ -142,3 +142,33 @@ def test_frames_that_do_not_fit() -> None:
         model(torch.zeros(2, 3, 64, 96), grid)
     with pytest.raises(UserError, match="1 visible patch"):
         model(torch.zeros(1, 3, 64, 64), PatchGrid.random(1, (2, 2), keep=1))
+
+
+class Hearing(Observer):
+    """Remember what was heard, and hand the decoder other features."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def started(self) -> None:
+        self.heard.append("started")
+
+    def encoded(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.heard.append("encoded")
+        return [torch.zeros_like(feature) for feature in features]
+
+    def decoded(self) -> None:
+        self.heard.append("decoded")
+
+
+def test_an_observer_hears_where_the_parts_end_and_may_replace_the_features() -> None:
+    model = build_spark("resnet10t", in_chans=3, decoder_width=64).eval()
+    frames = make_frames(1, 64, 64, torch.float32)
+    grid = PatchGrid.random(1, (2, 2), keep=2, generator=torch.Generator().manual_seed(0))
+    zeros = [torch.zeros_like(feature) for feature in model.encode(pack(frames, grid), grid)]
+    model.observer = observer = Hearing()
+    with torch.no_grad():
+        observed = model(frames, grid).prediction
+        torch.testing.assert_close(observed, model.decoder(model.densify(zeros, grid)))
+        model(frames, grid, grid.complement())
+    assert observer.heard == ["started", "encoded", "decoded"] * 2

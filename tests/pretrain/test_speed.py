@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spatspark_fast.models.spark import Observer
 from spatspark_fast.pretrain.build import build_masks, build_model
 from spatspark_fast.pretrain.clock import Lap, StepClock, _Mark
 from spatspark_fast.pretrain.config import PretrainConfig
@@ -68,7 +69,9 @@ def test_the_parts_are_those_of_the_step(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("spatspark_fast.training.module.clip_gradients", slowly)
     remember = SparkPretraining.training_step
     monkeypatch.setattr(
-        SparkPretraining, "training_step", lambda self, *a: models.append(self.spark) or remember(self, *a)
+        SparkPretraining,
+        "training_step",
+        lambda self, *a: models.append((self.spark, self.spark.observer)) or remember(self, *a),
     )
     assert pretrain(tmp_path / "run", trainer__epochs=1) == 0
     assert len(clipped) == 4
@@ -76,9 +79,11 @@ def test_the_parts_are_those_of_the_step(tmp_path: Path, monkeypatch: pytest.Mon
         windows = 2 / float(row["images_per_s"])
         assert float(row["optimiser_share"]) * windows >= slow
         assert (1 - float(row["optimiser_share"])) * windows > 0
-    spark = models[0]
-    assert "encode" not in vars(spark)
-    assert not spark._forward_pre_hooks
+    assert len(models) == 4
+    for spark, observer in models:
+        assert isinstance(observer, StepClock)
+        assert type(spark.observer) is Observer, "the clock lets go of the model"
+        assert not spark._forward_pre_hooks
 
 
 def test_accumulated_batches_count_for_the_encoder_and_decoder_too(tmp_path: Path) -> None:
