@@ -26,6 +26,10 @@ def pairwise(*axes: Sequence[Any], allowed: Callable[..., bool] = lambda *_: Tru
         best = max(rows, key=lambda row: len(missing & _pairs(row)))
         default.add(best)
         missing -= _pairs(best)
+    return _marked(axes, rows, default)
+
+
+def _marked(axes: Sequence[Sequence[Any]], rows: Sequence[tuple[int, ...]], default: set[tuple[int, ...]]) -> list[Any]:
     return [pytest.param(*_values(axes, row), marks=() if row in default else pytest.mark.rest) for row in rows]
 
 
@@ -34,7 +38,24 @@ def _values(axes: Sequence[Sequence[Any]], row: Sequence[int]) -> list[Any]:
 
 
 def rest_but(default: Sequence[Any], cases: Sequence[Any]) -> list[Any]:
-    """Return the cases for ``parametrize``; those that are not among the ``default`` ones are marked ``rest``."""
+    """Return the cases for ``parametrize``; those that are not among the ``default`` ones are marked ``rest``.
+
+    A tuple is a row of values for several parameters.
+    """
     unknown = [case for case in default if case not in cases]
     assert not unknown, f"no such cases: {unknown}"
-    return [case if case in default else pytest.param(case, marks=pytest.mark.rest) for case in cases]
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [
+        pytest.param(*row, marks=() if case in default else pytest.mark.rest)
+        for row, case in zip(rows, cases, strict=True)
+    ]
+
+
+def one_of_each(*axes: Sequence[Any]) -> list[Any]:
+    """Return all combinations of values for ``parametrize``; by default run as few as hold every value once.
+
+    This is for matrices of slow cases whose axes are tested in pairs elsewhere; the other cases are marked ``rest``.
+    """
+    turns = max(len(axis) for axis in axes)
+    default = {tuple(turn % len(axis) for axis in axes) for turn in range(turns)}
+    return _marked(axes, [*product(*(range(len(axis)) for axis in axes))], default)

@@ -4,7 +4,7 @@ from itertools import combinations, product
 
 import pytest
 
-from .matrix import pairwise, rest_but
+from .matrix import one_of_each, pairwise, rest_but
 
 
 @pytest.mark.parametrize("axes", [("ab", "cd"), ("abc", "de", "fg"), ("ab", "cd", "ef", "ghi")])
@@ -25,8 +25,16 @@ def test_pairs_of_what_is_not_allowed_run_elsewhere():
 
 
 def test_all_but_the_named_cases_are_rest():
-    first, second = rest_but([1], [1, 2])
-    assert first == 1
-    assert second.marks[0].name == "rest"
+    first, second = rest_but([(1, "a")], [(1, "a"), (2, "b")])
+    assert (first.values, first.marks) == ((1, "a"), ())
+    assert (second.values, second.marks[0].name) == ((2, "b"), "rest")
+    assert rest_but([1], [1])[0].values == (1,)
     with pytest.raises(AssertionError, match="no such cases"):
         rest_but([3], [1, 2])
+
+
+def test_every_value_runs_by_default():
+    cases = one_of_each("abc", "de")
+    assert [case.values for case in cases] == list(product("abc", "de"))
+    default = [case.values for case in cases if not case.marks]
+    assert default == [("a", "d"), ("b", "e"), ("c", "d")]

@@ -21,10 +21,10 @@ SAME = Stencil((3, 3), padding=(1, 1))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@pytest.mark.parametrize("part", ["convolution", "tile or tun or weight", "pool or norm or patch or large"])
+@pytest.mark.parametrize("part", ["not rest", pytest.param("rest", marks=pytest.mark.rest)])
 def test_interpreted_kernels_equal_the_other_engines(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=--strict-markers", "-k", part, "tests/kernels/interpreted_triton.py"]
+    command += ["-o", "addopts=--strict-markers", "-m", part, "tests/kernels/interpreted_triton.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -33,18 +33,23 @@ def test_interpreted_kernels_equal_the_other_engines(part):
 
 
 def _compilations() -> list:
-    """Return every configuration of the kernels, each with one architecture in turn; ``compiled.py`` runs them all."""
+    """Return every configuration of the kernels, each with one architecture in turn; ``compiled.py`` runs them all.
+
+    By default one configuration of each kernel is compiled.
+    """
     if INTERPRETED:
         return []
     from . import compiled
 
     chosen = [(n, launch) for n, launch in compiled.launches() if not n.startswith(("dgrad", "fwd tf32", "wgrad tf32"))]
-    pairs = zip(chosen, cycle((90, 80, 100, 90)), strict=False)
-    return [
-        pytest.param(launch, arch, id=f"{name} sm_{arch}")
-        for (name, launch), turn in pairs
-        for arch in compiled.supported(launch, compiled.ARCHITECTURES if "unpack" in name else (turn,)) or (90,)
-    ]
+    cases, kinds = [], set()
+    for (name, launch), turn in zip(chosen, cycle((90, 80, 100, 90)), strict=False):
+        kind = re.sub(r" ?(\d+x\d+x\d+|b?float\d+ C\d+)", "", name)
+        for arch in compiled.supported(launch, compiled.ARCHITECTURES if "unpack" in name else (turn,)) or (90,):
+            marks = pytest.mark.rest if kind in kinds else ()
+            cases.append(pytest.param(launch, arch, id=f"{name} sm_{arch}", marks=marks))
+            kinds.add(kind)
+    return cases
 
 
 @pytest.mark.parametrize(("launch", "architecture"), _compilations())
