@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from patchsparse import PatchGrid
+from spatspark_fast.common.options import from_plain
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.evaluate.scoring import evaluate_forecaster
 from spatspark_fast.finetune import __main__ as finetune
@@ -33,7 +34,7 @@ from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import reconstruction_loss
 from spatspark_fast.pretrain import __main__ as pretrain
 from spatspark_fast.pretrain.build import build_model
-from spatspark_fast.pretrain.config import from_plain
+from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.training.checkpoints import read_checkpoint
 
 WAYS = {
@@ -107,7 +108,7 @@ def reconstruction(run: Path, data: Path) -> float:
 @torch.no_grad()
 def _reconstruction(checkpoint: Path, data: Path) -> float:
     state = read_checkpoint(checkpoint)
-    model = build_model(from_plain(state["config"]))
+    model = build_model(from_plain(PretrainConfig, state["config"]))
     weights = {
         name.removeprefix("spark."): value for name, value in state["state_dict"].items() if name.startswith("spark.")
     }

@@ -1,13 +1,15 @@
 """Check values of options and compare them: what the commands share."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar, get_args
 
 from spatspark_fast.common.errors import UserError
 
-__all__ = ["check_choice", "check_least", "differences", "group_from_plain", "need"]
+__all__ = ["check_choice", "check_least", "differences", "from_plain", "groups_of", "need", "to_plain"]
+
+Config = TypeVar("Config")
 
 
 def need(condition: bool, option: str, value: object, remedy: str) -> None:
@@ -31,13 +33,32 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise UserError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
 
 
-def group_from_plain(name: str, group: type, plain: Any) -> Any:
-    """Build a group of options, a dataclass, from a dict of plain values; unknown names raise `UserError`."""
-    values = dict(plain or {})
-    known = {field.name for field in fields(group)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"unknown option {name}.{unknown[0]}; known are {', '.join(sorted(known))}")
-    return group(**values)
+def groups_of(config: type) -> dict[str, type]:
+    """Return the groups of options of a configuration: its fields that are dataclasses, by name."""
+    made_by = {field.name: field.default_factory for field in fields(config)}
+    return {name: group for name, group in made_by.items() if isinstance(group, type) and is_dataclass(group)}
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Return a configuration, a dataclass of groups, as nested dicts of plain values."""
+    return asdict(config)
+
+
+def from_plain(config: type[Config], plain: Mapping[str, Any]) -> Config:
+    """Build a configuration from nested dicts; what is not given keeps its default.
+
+    Raises `UserError` for an unknown name in a group.
+    """
+    groups = groups_of(config)
+    names = [field.name for field in fields(config)]  # pyright: ignore[reportArgumentType]
+    values = {name: plain[name] for name in names if name in plain}
+    for name, group in groups.items():
+        given = dict(values.get(name) or {})
+        known = {field.name for field in fields(group)}
+        if unknown := sorted(set(given) - known):
+            raise UserError(f"unknown option {name}.{unknown[0]}; known are {', '.join(sorted(known))}")
+        values[name] = group(**given)
+    return config(**values)
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

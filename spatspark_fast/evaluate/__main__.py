@@ -35,7 +35,7 @@ REGIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(lambda: evaluate(sys.argv[1:] if argv is None else argv))
+    return run_command(evaluate, argv)
 
 
 def evaluate(argv: Sequence[str]) -> None:

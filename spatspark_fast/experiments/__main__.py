@@ -20,12 +20,12 @@ from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.files import atomic_path, package_versions
 from spatspark_fast.experiments.tables import Results, markdown
 from spatspark_fast.finetune.cli import parse_finetune
-from spatspark_fast.finetune.config import ForecastModelConfig
+from spatspark_fast.models.choices import TranslationKind
 
 __all__ = ["Arm", "arms_of", "main"]
 
 STUDIES = ("pretraining", "translation", "mask_ratio", "smaat")
-TRANSLATIONS: tuple[str, ...] = get_args(ForecastModelConfig.__annotations__["translation"])
+TRANSLATIONS: tuple[str, ...] = get_args(TranslationKind)
 FIXED = ("--trainer.patience=0",)  # all arms take as many steps, so that only one thing differs
 SCORES = ("pmse", "csi@0.5", "csi@1", "hss@0.5", "bias@0.5")
 
@@ -41,7 +41,7 @@ class Arm:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(lambda: experiments(sys.argv[1:] if argv is None else argv))
+    return run_command(experiments, argv)
 
 
 def experiments(argv: Sequence[str]) -> None:
@@ -131,7 +131,7 @@ def _lengths(options: Namespace) -> tuple[int, int | None]:
     """Return how many frames are seen and forecast, by the options of finetune."""
     words = [f"--{word}" for word in options.finetune]
     argv = [f"--data.path={options.data.path}", *FIXED, *words]
-    data = parse_finetune(argv, prog="finetune").config.data
+    data = parse_finetune(argv).config.data
     return data.input_length, data.output_length
 
 

@@ -7,17 +7,14 @@ nowhere.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from spatspark_fast.common.units import mm_per_hour
+from spatspark_fast.finetune.config import Weighting
 
-__all__ = ["BALANCED_WEIGHTS", "ForecastLoss", "Weighting", "balanced_weights", "fourier_amplitude_error"]
-
-Weighting = Literal["none", "rain"]
+__all__ = ["BALANCED_WEIGHTS", "ForecastLoss", "balanced_weights", "fourier_amplitude_error"]
 
 BALANCED_WEIGHTS = ((2.0, 2.0), (5.0, 5.0), (10.0, 10.0), (30.0, 30.0))
 """Rates in mm/h from which on a pixel weighs so much; below the first it weighs 1 (arXiv 1706.03458, B-MSE)."""

@@ -10,20 +10,20 @@ from rich.console import Console
 from torch import Tensor
 
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.options import differences, to_plain
 from spatspark_fast.common.plots import save_figure
 from spatspark_fast.common.units import mm_per_hour
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.evaluate.pictures import panel_figure
 from spatspark_fast.evaluate.scoring import Kept
-from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options, to_plain
+from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options
 from spatspark_fast.finetune.initial import Initial
 from spatspark_fast.finetune.module import ForecastTraining, begin_norms
 from spatspark_fast.finetune.validation import THRESHOLDS, Validation
 from spatspark_fast.finetune.windows import ForecastWindows, Split, hold_out
 from spatspark_fast.models.forecaster import Forecaster, Persistence, build_forecaster, load_forecaster
 from spatspark_fast.models.spatspark import SpatSpark
-from spatspark_fast.pretrain.config import differences
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from spatspark_fast.training.recorder import Bar, Recorder
 from spatspark_fast.training.rundir import RunDirectory, trim_metrics
@@ -210,11 +210,7 @@ def _announce(config: FinetuneConfig, stream: BatchStream, plan: Plan, split: Sp
 def _went_on(config: FinetuneConfig, state: dict[str, Any] | None) -> list[str]:
     if state is None:
         return []
-    ours, theirs = (
-        {name: values for name, values in plain.items() if isinstance(values, dict)}
-        for plain in (to_plain(config), state["config"])
-    )
-    changed = differences(ours, theirs)
+    changed = differences(to_plain(config), state["config"])
     note = [f"Note: options changed since then: {', '.join(changed)}"] if changed else []
     return [f"Going on after step {state['global_step']}", *note]
 

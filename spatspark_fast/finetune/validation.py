@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.units import mm_per_hour
+from spatspark_fast.finetune.config import Score
 from spatspark_fast.finetune.module import ForecastTraining
 from spatspark_fast.finetune.windows import ForecastWindows
 from spatspark_fast.models.forecaster import Forecaster, Persistence
@@ -90,7 +91,7 @@ class Validation(L.Callback):
         best_path: Path,
         console: Console,
         every: int = 1,
-        score: Literal["mse", "csi"] = "mse",
+        score: Score = "mse",
         patience: int = 0,
         batch_size: int = 16,
         num_workers: int = 0,

@@ -27,7 +27,7 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(lambda: forecast(sys.argv[1:] if argv is None else argv))
+    return run_command(forecast, argv)
 
 
 def forecast(argv: Sequence[str]) -> None:

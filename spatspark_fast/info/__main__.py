@@ -27,7 +27,7 @@ INSTRUCTIONS = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return run_command(lambda: info(sys.argv[1:] if argv is None else argv))
+    return run_command(info, argv)
 
 
 def info(argv: Sequence[str]) -> None:
@@ -66,7 +66,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--decoder", type=Literal["unet", "light"], default="unet", help="the published one, or light")
     names = ("--decoder_width", "--decoder-width")
     parser.add_argument(*names, type=int, default=768, help="channels of the decoder's first block")
-    parser.add_argument("--ratio", "--mask-ratio", type=float, default=0.6, help="share of hidden patches")
+    parser.add_argument("--ratio", "--mask_ratio", type=float, default=0.6, help="share of hidden patches")
     names = ("--decode_ratio", "--decode-ratio")
     parser.add_argument(*names, type=float, default=1.0, help="share of patches that a U-Net reconstructs")
     parser.add_argument("--batch", type=int, default=128, help="windows of a step on one device")

@@ -140,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Here and not above: the processes that read files import this module, and need none of that.
     from spatspark_fast.common.cli import run_command
 
-    return run_command(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+    return run_command(_run, argv)
 
 
 class _Parser(ArgumentParser):
@@ -160,8 +160,7 @@ def _run(argv: list[str]) -> None:
     parser = _Parser(prog=program("prepare"), exit_on_error=False)
     parser.add_class_arguments(PrepareOptions, as_positional=False, skip={"overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    words = [re.sub(r"^--[a-z-]+", lambda option: "--" + option.group(0)[2:].replace("-", "_"), word) for word in argv]
-    options = parser.parse_args(words)
+    options = parser.parse_args(argv)
     sys.stdout.write(summary(prepare(PrepareOptions(**vars(options)))) + "\n")
 
 

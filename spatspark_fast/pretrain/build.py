@@ -12,7 +12,8 @@ from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.spark import SparK, build_spark
-from spatspark_fast.pretrain.config import DataConfig, PretrainConfig
+from spatspark_fast.pretrain.config import PretrainConfig
+from spatspark_fast.training.options import DataOptions
 
 __all__ = ["Remembered", "Windows", "build_masks", "build_model", "open_windows"]
 
@@ -47,7 +48,7 @@ class Remembered(Dataset[dict[str, Any]]):
 Windows = NowcastDataset | Remembered
 
 
-def open_windows(config: DataConfig, seed: int = 0) -> Windows:
+def open_windows(config: DataOptions, seed: int = 0) -> Windows:
     """Open the data set, or the synthetic radar where no file is named."""
     if config.path is None:
         if config.crop is not None or config.flip or config.quarter_turns:

@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
+from spatspark_fast.common.options import to_plain
 from spatspark_fast.models.masks import MaskSampler, patches_to_decode
 from spatspark_fast.models.spark import SparK
-from spatspark_fast.pretrain.config import PretrainConfig, to_plain
+from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.training.module import PlannedTraining, averaged, step_seed
 from spatspark_fast.training.schedules import Plan
 

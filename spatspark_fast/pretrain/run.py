@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from spatspark_fast.common.options import differences, to_plain
 from spatspark_fast.common.plots import reconstruction_figure, save_figure
 from spatspark_fast.models.backbones import save_encoder
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.pretrain.build import Windows, build_masks, build_model, open_windows
 from spatspark_fast.pretrain.clock import StepClock
-from spatspark_fast.pretrain.config import PretrainConfig, differences, to_plain
+from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.pretrain.module import SparkPretraining
 from spatspark_fast.pretrain.savings import counted_savings, describe_savings
 from spatspark_fast.training.checkpoints import Checkpoints, read_checkpoint

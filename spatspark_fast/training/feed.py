@@ -13,7 +13,8 @@ from spatspark_fast.data.resident.cache import NoRoomError, unpacked
 from spatspark_fast.data.resident.places import Place, choose_place, free_memory, place_windows
 from spatspark_fast.data.resident.store import WindowStore, in_memory
 from spatspark_fast.pretrain.build import Remembered, Windows
-from spatspark_fast.pretrain.config import DataConfig, PretrainConfig
+from spatspark_fast.pretrain.config import PretrainConfig
+from spatspark_fast.training.options import DataOptions
 from spatspark_fast.training.stream import BatchStream, batches_of
 
 __all__ = ["open_place", "open_stream"]
@@ -34,7 +35,7 @@ def open_stream(config: PretrainConfig, windows: Windows, trainer: L.Trainer, sa
     return batches_of(windows, config, trainer, place)
 
 
-def open_place(config: DataConfig, windows: Windows, device: torch.device, say: Say) -> Place | None:
+def open_place(config: DataOptions, windows: Windows, device: torch.device, say: Say) -> Place | None:
     """Bring the windows to where they stay; None where they are read one by one."""
     asked = config.resident
     if asked == "off" or device.type not in ("cpu", "cuda"):
@@ -54,7 +55,7 @@ def open_place(config: DataConfig, windows: Windows, device: torch.device, say: 
 
 
 def _stored(
-    config: DataConfig, windows: Windows, asked: Literal["auto", "device", "host"], say: Say
+    config: DataOptions, windows: Windows, asked: Literal["auto", "device", "host"], say: Say
 ) -> WindowStore | None:
     if isinstance(windows, NowcastDataset):
         folder = None if config.cache is None else Path(config.cache)

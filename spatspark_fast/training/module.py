@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.pretrain.config import OptimConfig
 from spatspark_fast.training.lamb import clip_gradients
 from spatspark_fast.training.optim import build_optimizer, set_rates
+from spatspark_fast.training.options import OptimOptions
 from spatspark_fast.training.schedules import Plan
 
 __all__ = ["PlannedTraining", "averaged", "step_seed"]
@@ -44,7 +44,7 @@ class PlannedTraining(L.LightningModule):
     trained model is given by `trained`, its average is ``ema``.
     """
 
-    def __init__(self, optim: OptimConfig, trainer_options: _Seeded, plan: Plan) -> None:
+    def __init__(self, optim: OptimOptions, trainer_options: _Seeded, plan: Plan) -> None:
         super().__init__()
         self.optim = optim
         self.seed = trainer_options.seed

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spatspark_fast.pretrain.config import OptimConfig
 from spatspark_fast.training.lamb import Lamb
+from spatspark_fast.training.options import OptimOptions
 
 __all__ = ["build_optimizer", "parameter_groups", "set_rates"]
 
@@ -28,7 +28,9 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimOptions, lr: float
+) -> torch.optim.Optimizer:
     """Build LAMB or AdamW over `parameter_groups`; rates are set anew before each step by `set_rates`."""
     groups = parameter_groups(named)
     betas = (config.betas[0], config.betas[1])

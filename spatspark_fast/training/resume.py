@@ -1,31 +1,70 @@
-"""Where a training command writes, and which checkpoint it goes on from."""
+"""Where a training writes, and which checkpoint it goes on from."""
 
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.pretrain.config import differences
-from spatspark_fast.training.rundir import RunDirectory, default_out
+from spatspark_fast.common.options import differences, groups_of, to_plain
+from spatspark_fast.training.command import Request, TrainingCommand, parse_training
+from spatspark_fast.training.rundir import RunDirectory
 
-__all__ = ["Asked", "check_same", "checkpoint_of", "is_first_process", "out_of"]
+__all__ = ["begin", "parse_resumed"]
 
-
-class Asked(Protocol):
-    """Say what a command line must tell: see `spatspark_fast.common.cli.Request`."""
-
-    preset: str
-    out: str | None
-    resume: str | None
+Config = TypeVar("Config")
 
 
-def is_first_process() -> bool:
+def begin(command: TrainingCommand[Any], argv: Sequence[str]) -> tuple[RunDirectory, Path | None]:
+    """Return the run directory of a command line, and the checkpoint that it goes on from, if any.
+
+    Raises `UserError` for a folder that cannot be written or that holds another run. Nothing is written here.
+    """
+    words = [word for word in argv if not word.startswith("--print_config")]
+    request = parse_training(command, words)
+    run = RunDirectory(_out_of(request, command.prefix))
+    checkpoint = _checkpoint_of(request, run)
+    if _is_first_process() and len(words) == len(argv):
+        inside = checkpoint is None or checkpoint.absolute().parent == run.checkpoints.absolute()
+        run.check(resume=request.resume is not None and inside)
+    return run, checkpoint
+
+
+def parse_resumed(command: TrainingCommand[Config], argv: Sequence[str], checkpoint: Path) -> Request[Config]:
+    """Read the command line of a run that goes on, over the options of its checkpoint.
+
+    Raises `UserError` for a checkpoint of another command, and for options that cannot change any more.
+    """
+    from spatspark_fast.training.checkpoints import read_checkpoint  # torch takes seconds
+
+    theirs = read_checkpoint(checkpoint)["config"]
+    groups = groups_of(command.config)
+    if missing := [name for name in groups if name not in theirs]:
+        raise UserError(
+            f"{checkpoint} is no checkpoint of {command.name}, as it has no options {missing[0]}.*: {command.foreign}"
+        )
+    request = parse_training(command, argv, base=theirs)
+    ours = to_plain(request.config)
+    for name in ours:
+        if name not in groups and ours[name] != theirs.get(name):
+            raise UserError(f"{checkpoint} was begun with --{name} {theirs.get(name)}: leave --{name} out")
+    fixed, free = command.fixed, command.free
+    changed = [d for d in differences(ours, theirs) if d.startswith(fixed) and not d.startswith(free)]
+    if changed:
+        raise UserError(
+            f"{checkpoint} is of another model: {', '.join(changed)}; leave these out, or start a new "
+            "run without --resume"
+        )
+    return request
+
+
+def _is_first_process() -> bool:
     """Tell whether this process writes the run; the others of several devices find its folder in use already."""
     return all(int(os.environ.get(name) or 0) == 0 for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
-def out_of(request: Asked, prefix: str = "") -> Path:
+def _out_of(request: Request[Any], prefix: str) -> Path:
     """Return the run directory that is asked for; raise `UserError` where ``--resume`` leaves it open."""
     if request.out is not None:
         return Path(request.out)
@@ -36,11 +75,11 @@ def out_of(request: Asked, prefix: str = "") -> Path:
         if not RunDirectory(root).config.exists():
             raise UserError(f"--resume {request.resume} lies in no run directory: say by --out where to write")
         return root
-    return default_out(prefix + request.preset)
+    return Path("runs") / f"{prefix}{request.preset}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def checkpoint_of(request: Asked, run: RunDirectory) -> Path | None:
-    """Return the checkpoint to go on from, if there is one."""
+def _checkpoint_of(request: Request[Any], run: RunDirectory) -> Path | None:
+    """Return the checkpoint to go on from, if there is one; raise `UserError` for a path that is none."""
     if request.resume is None:
         return None
     if request.resume == "auto":
@@ -48,23 +87,4 @@ def checkpoint_of(request: Asked, run: RunDirectory) -> Path | None:
     path = Path(request.resume)
     if not path.is_file():
         raise UserError(f"--resume {path}: there is no such checkpoint")
-    inside = path.absolute().parent == run.checkpoints.absolute()
-    if not inside and is_first_process():
-        run.check(resume=False)
     return path
-
-
-def check_same(
-    ours: dict[str, Any],
-    theirs: dict[str, Any],
-    checkpoint: Path,
-    fixed: Sequence[str],
-    free: Sequence[str] = (),
-) -> None:
-    """Raise `UserError` if options with a ``fixed`` beginning, and no ``free`` one, differ from the checkpoint's."""
-    changed = [d for d in differences(ours, theirs) if d.startswith(tuple(fixed)) and not d.startswith(tuple(free))]
-    if changed:
-        raise UserError(
-            f"{checkpoint} is of another model: {', '.join(changed)}; leave these out, or start a new "
-            "run without --resume"
-        )

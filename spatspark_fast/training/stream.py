@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.resident.places import Key, Place
-from spatspark_fast.finetune.config import FinetuneConfig
-from spatspark_fast.pretrain.config import PretrainConfig
+from spatspark_fast.training.options import TrainingConfig
 
 __all__ = ["BatchStream", "WindowDataset", "batches_of", "epoch_order", "windows_per_batch"]
 
@@ -202,7 +201,7 @@ def _collate(items: Sequence[Any]) -> dict[str, Any] | _Failure:
 
 
 def batches_of(
-    windows: WindowDataset, config: PretrainConfig | FinetuneConfig, trainer: L.Trainer, place: Place | None = None
+    windows: WindowDataset, config: TrainingConfig, trainer: L.Trainer, place: Place | None = None
 ) -> BatchStream:
     """Return this device's share of the batches; without a ``place`` windows are read one by one."""
     return BatchStream(

@@ -12,8 +12,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.pretrain.config import OptimConfig
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
+from spatspark_fast.training.options import OptimOptions
 from spatspark_fast.training.recorder import COLUMNS, MetricsCsv
 from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.schedules import Plan, make_plan
@@ -90,7 +90,7 @@ def make_trainer(
         ) from error
 
 
-def plan_of(trainer: TrainerOptions, optim: OptimConfig, stream: BatchStream) -> Plan:
+def plan_of(trainer: TrainerOptions, optim: OptimOptions, stream: BatchStream) -> Plan:
     """Return the plan that options and the batches of an epoch make."""
     return make_plan(
         batches_per_epoch=stream.batches_per_epoch,

@@ -18,8 +18,8 @@ from spatspark_fast.data.resident.cache import NoRoomError, unpacked
 from spatspark_fast.data.resident.places import OnDevice, OnHost, SentAhead, choose_place
 from spatspark_fast.data.resident.store import Encoding, decode, encode, in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.pretrain.config import DataConfig
 from spatspark_fast.training.feed import open_place
+from spatspark_fast.training.options import DataOptions
 from spatspark_fast.training.stream import BatchStream
 
 CPU = torch.device("cpu")
@@ -255,7 +255,7 @@ def test_without_room_the_file_is_read_window_by_window_unless_asked_otherwise(
 ) -> None:
     windows = open_file(write(tmp_path / "a.h5", depths(6)))
     said: list[str] = []
-    config = DataConfig(path=str(windows.path), input_length=4, cache=str(make(tmp_path, monkeypatch)))
+    config = DataOptions(path=str(windows.path), input_length=4, cache=str(make(tmp_path, monkeypatch)))
     assert open_place(config, windows, CPU, said.append) is None
     assert "window by window" in said[-1]
     config.resident = "host"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from spatspark_fast.common.cli import preset_names
 from spatspark_fast.finetune.__main__ import main
-from spatspark_fast.finetune.cli import PRESETS, parse_finetune
+from spatspark_fast.finetune.cli import COMMAND, parse_finetune
 from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options
 from spatspark_fast.models.forecaster import build_forecaster
+from spatspark_fast.training.command import preset_names
 
 from ..pretrain.runs import pretrain
 from ..pretrain.test_cli import (
@@ -176,7 +176,7 @@ def test_the_preset_follows_the_data_and_forecasts_begin_as_persistence() -> Non
     assert parse_finetune(["--init=a.ckpt", "--model.output_norm=none"]).config.model.output_norm == "none"
 
 
-@pytest.mark.parametrize("preset", preset_names(PRESETS))
+@pytest.mark.parametrize("preset", preset_names(COMMAND.presets))
 def test_every_preset_builds_a_forecaster(preset: str) -> None:
     config = parse_finetune([f"--preset={preset}"]).config
     kind, options = forecaster_options(config, 47.83)

@@ -13,9 +13,10 @@ import torch
 import yaml
 from PIL import Image
 
+from spatspark_fast.common.options import from_plain, to_plain
 from spatspark_fast.common.units import NL50_SCALE
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.finetune.config import FinetuneConfig, from_plain, to_plain
+from spatspark_fast.finetune.config import FinetuneConfig
 from spatspark_fast.finetune.module import begin_norms
 from spatspark_fast.models.forecaster import Persistence, load_forecaster
 from spatspark_fast.models.smaat import SmaAtUNet
@@ -79,7 +80,7 @@ def test_the_run_directory_holds_what_it_promises(finished: Path) -> None:
 
 def test_the_stored_options_go_back_in(finished: Path) -> None:
     plain = yaml.safe_load((finished / "config.yaml").read_text())
-    config = from_plain(plain)
+    config = from_plain(FinetuneConfig, plain)
     assert to_plain(config) == plain == checkpoint(finished)["config"]
     assert (config.model.encoder, config.model.decoder_width, config.data.input_length) == ("test_resnet", 128, 3)
     assert config.model.output_norm == "persistence", "the default"

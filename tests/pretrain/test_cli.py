@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import yaml
 
-from spatspark_fast.common.cli import parse_pretrain, preset_names, run_command
+from spatspark_fast.common.cli import run_command
 from spatspark_fast.common.errors import RunStopped, UserError
+from spatspark_fast.common.options import to_plain
 from spatspark_fast.pretrain.__main__ import main
-from spatspark_fast.pretrain.config import PretrainConfig, to_plain
+from spatspark_fast.pretrain.cli import COMMAND, parse_pretrain
+from spatspark_fast.pretrain.config import PretrainConfig
+from spatspark_fast.training.command import preset_names
 
 from .runs import pretrain
 
@@ -226,7 +229,7 @@ def test_the_nl50_presets_are_the_settings_of_the_paper() -> None:
     assert (config.mask.ratio, config.model.patch, config.model.decoder_width) == (0.6, 32, 768)
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", preset_names(COMMAND.presets))
 def test_every_preset_parses_and_prints_a_config_that_goes_back_in(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,13 +268,13 @@ def test_the_module_exits_with_the_code() -> None:
 
 
 def test_run_command_maps_ends_to_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    def end(error: BaseException) -> Callable[[], int]:
-        def function() -> int:
+    def end(error: BaseException) -> Callable[[list[str]], int]:
+        def function(argv: list[str]) -> int:
             raise error
 
         return function
 
-    assert run_command(lambda: None) == 0
+    assert run_command(lambda argv: None) == 0
     assert run_command(end(UserError("two\n lines"))) == 2
     assert capsys.readouterr().err == "spatspark-fast: error: two lines\n"
     assert run_command(end(KeyboardInterrupt())) == 130

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from patchsparse import PatchGrid
+from spatspark_fast.common.options import from_plain, to_plain
 from spatspark_fast.common.plots import RAIN_COLOURS
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
@@ -22,7 +23,7 @@ from spatspark_fast.models.masks import num_visible
 from spatspark_fast.models.spark import build_spark
 from spatspark_fast.prepare import __main__ as prepare
 from spatspark_fast.pretrain.build import build_masks, build_model
-from spatspark_fast.pretrain.config import from_plain, to_plain
+from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.pretrain.savings import measure_encoder
 from spatspark_fast.training import schedules
 from spatspark_fast.training.module import step_seed
@@ -66,7 +67,7 @@ def test_the_run_directory_holds_what_it_promises(finished: Path) -> None:
 
 def test_the_stored_options_go_back_in(finished: Path) -> None:
     plain = yaml.safe_load((finished / "config.yaml").read_text())
-    config = from_plain(plain)
+    config = from_plain(PretrainConfig, plain)
     assert to_plain(config) == plain == checkpoint(finished)["config"]
     assert config.model.encoder == "resnet10t"
 
@@ -91,7 +92,7 @@ def test_rows_follow_the_plan(finished: Path) -> None:
 
 def losses_before_and_after(out: Path, frames: torch.Tensor) -> tuple[float, float]:
     """Return the loss on ``frames`` under fixed masks, of the run's model as it was built and as it ended."""
-    config = from_plain(checkpoint(out)["config"])
+    config = from_plain(PretrainConfig, checkpoint(out)["config"])
     grid = build_masks(config).draw(frames, 0.5, torch.Generator().manual_seed(7))
     torch.manual_seed(config.trainer.seed)
     model = build_model(config)

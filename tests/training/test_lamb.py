@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatspark_fast.models.spark import build_spark
-from spatspark_fast.pretrain.config import OptimConfig
 from spatspark_fast.training import lamb
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import build_optimizer, parameter_groups, set_rates
+from spatspark_fast.training.options import OptimOptions
 
 BETAS = (0.9, 0.95)
 
@@ -37,7 +37,7 @@ def timm_lamb(model: nn.Module, dtype: torch.dtype = torch.float32) -> TimmLamb:
 
 
 def our_lamb(model: nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer(model.named_parameters(), OptimConfig(name="lamb", betas=list(BETAS)), 0.0)
+    return build_optimizer(model.named_parameters(), OptimOptions(name="lamb", betas=list(BETAS)), 0.0)
 
 
 def give_gradients(models: list[nn.Module], step: int, skip: int = -1) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from spatspark_fast.pretrain.config import OptimConfig
 from spatspark_fast.training.optim import build_optimizer, parameter_groups, set_rates
+from spatspark_fast.training.options import OptimOptions
 from spatspark_fast.training.schedules import Plan, cosine, make_plan, scaled_lr, warmup_cosine
 
 
@@ -104,7 +104,7 @@ def test_one_dimensional_parameters_and_mask_tokens_do_not_decay() -> None:
 @pytest.mark.parametrize("name", ["lamb", "adamw"])
 def test_rates_reach_the_optimiser_and_weights_move_by_them(name: str) -> None:
     model = Tiny()
-    optimizer = build_optimizer(model.named_parameters(), OptimConfig(name=name), lr=1.0)  # type: ignore[arg-type]
+    optimizer = build_optimizer(model.named_parameters(), OptimOptions(name=name), lr=1.0)  # type: ignore[arg-type]
     before = {key: value.clone() for key, value in model.named_parameters()}
     torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum().backward()
     set_rates(optimizer.param_groups, lr=0.0, weight_decay=0.5)

@@ -1,0 +1,190 @@
+"""Options that every training has, as dataclasses; the options of each command derive from them.
+
+Only plain values live here (numbers, strings, booleans, lists, None), so that a configuration goes unchanged
+into YAML, into a checkpoint that loads with ``weights_only=True``, and back. No torch is loaded.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from spatspark_fast.common.options import check_least, need
+from spatspark_fast.models.choices import DecoderKind, InputScaling
+
+__all__ = [
+    "Accelerator",
+    "Compile",
+    "DataOptions",
+    "ModelOptions",
+    "OptimOptions",
+    "Optimiser",
+    "Precision",
+    "Resident",
+    "TrainerOptions",
+    "TrainingConfig",
+    "check_training",
+]
+
+Resident = Literal["auto", "device", "host", "off"]
+Optimiser = Literal["lamb", "adamw"]
+Precision = Literal["fp32", "bf16"]
+Compile = Literal["off", "default", "reduce-overhead", "max-autotune"]
+Accelerator = Literal["auto", "cpu", "gpu"]
+
+
+@dataclass
+class DataOptions:
+    """Say which windows are read, and how.
+
+    Args:
+        path: HDF5 file in the NL-50 layout; without it the built-in synthetic radar serves
+        split: group of the file to train on, "train" or "test"
+        input_length: frames that the model sees, in time steps of 5 minutes; they are the channels of one image
+        crop: side in pixels of a random square crop for training; without it the whole image
+        flip: flip a window at random, left-right and up-down
+        quarter_turns: turn a window at random by a multiple of 90 degrees
+        batch_size: windows in one forward pass on one device; never more than there are
+        resident: where windows stay in training: "device" (memory of the GPU), "host" (memory of the machine), "auto"
+            (the GPU if they take at most a third of its free memory, else the machine), "off" (read one by one)
+        cache: folder for the uncompressed copy of the file; by default spatspark-fast in the user's cache folder
+        num_workers: processes on each device that read, or unpack the file once if it is resident; 0 starts none
+        synthetic_windows: number of windows of the synthetic radar
+        synthetic_size: side in pixels (1 km each) of a synthetic image
+    """
+
+    path: str | None = None
+    split: str = "train"
+    input_length: int = 12
+    crop: int | None = None
+    flip: bool = False
+    quarter_turns: bool = False
+    batch_size: int = 128
+    resident: Resident = "auto"
+    cache: str | None = None
+    num_workers: int = 0
+    synthetic_windows: int = 64
+    synthetic_size: int = 288
+
+
+@dataclass
+class ModelOptions:
+    """Say what is trained.
+
+    Args:
+        encoder: name of a timm backbone, for example resnet18, resnet50 or convnext_tiny
+        patch: side in pixels of the square patches that pretraining hides; images are multiples of it
+        levels: feature maps used, at strides 4, 8, 16, 32; fewer than 4 allow patches of 16 or 8 pixels
+        decoder: "unet" (the published one) or "light" (one block and a 1x1 convolution)
+        decoder_width: channels of the decoder's first block
+        input_scaling: what the encoder sees: "log", log(1 + R) with R in mm/h, or "none", data values as published
+    """
+
+    encoder: str = "resnet18"
+    patch: int = 32
+    levels: int = 4
+    decoder: DecoderKind = "unet"
+    decoder_width: int = 768
+    input_scaling: InputScaling = "log"
+
+
+@dataclass
+class OptimOptions:
+    """Say how weights move.
+
+    Args:
+        name: "lamb" or "adamw"
+        base_lr: peak learning rate for 256 windows per optimiser step; scaled in proportion to the real number
+        betas: decay rates of the first and the second moment
+        clip: largest norm of the whole gradient; 0 switches clipping off
+        weight_decay: weight decay at the start; 1-D parameters and mask tokens have none
+        weight_decay_end: weight decay at the end, reached along a cosine
+        warmup_epochs: epochs of linear warm-up; at most a quarter of training is used for it
+        final_lr: learning rate at the end as a share of its peak, reached along a cosine
+        ema: decay of the exponential moving average of the weights, for example 0.9999; 0 keeps none
+    """
+
+    name: Optimiser = "lamb"
+    base_lr: float = 2e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    clip: float = 5.0
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.2
+    warmup_epochs: float = 40.0
+    final_lr: float = 0.001
+    ema: float = 0.0
+
+
+@dataclass
+class TrainerOptions:
+    """Say how long, where and with what record.
+
+    Args:
+        epochs: passes over the training windows
+        max_steps: stop after so many optimiser steps, if that comes first; the schedules end there too
+        seed: seed of all that is random: weights, data order, augmentation, masks and drop-path
+        precision: "fp32", or "bf16" (autocast; weights stay in float32)
+        compile: torch.compile of the model: "off", or its mode ("reduce-overhead" for small batches on a GPU)
+        accumulate: forward passes for one optimiser step
+        accelerator: "auto", "cpu" or "gpu"
+        devices: number of devices, or "auto" for all (one process on a CPU)
+        threads: threads of one process on a CPU; 0 leaves torch's own choice
+        log_every: optimiser steps between two rows of metrics.csv
+        keep_every: epochs between two checkpoints that are kept for good; 0 keeps none
+        tensorboard: write TensorBoard logs too
+    """
+
+    epochs: int = 1600
+    max_steps: int | None = None
+    seed: int = 0
+    precision: Precision = "fp32"
+    compile: Compile = "off"
+    accumulate: int = 1
+    accelerator: Accelerator = "auto"
+    devices: str = "auto"
+    threads: int = 0
+    log_every: int = 10
+    keep_every: int = 0
+    tensorboard: bool = True
+
+
+class TrainingConfig(Protocol):
+    """Say which groups of options every training has."""
+
+    @property
+    def data(self) -> DataOptions: ...
+
+    @property
+    def model(self) -> ModelOptions: ...
+
+    @property
+    def optim(self) -> OptimOptions: ...
+
+    @property
+    def trainer(self) -> TrainerOptions: ...
+
+
+AT_LEAST_ONE = (
+    *("data.input_length", "data.batch_size", "data.crop", "data.synthetic_windows", "data.synthetic_size"),
+    *("model.patch", "model.levels", "model.decoder_width"),
+    *("trainer.epochs", "trainer.max_steps", "trainer.accumulate", "trainer.log_every"),
+)
+AT_LEAST_ZERO = (
+    *("data.num_workers", "optim.clip", "optim.weight_decay", "optim.weight_decay_end", "optim.warmup_epochs"),
+    *("trainer.seed", "trainer.threads", "trainer.keep_every"),
+)
+
+
+def check_training(config: TrainingConfig) -> None:
+    """Check the shared options that need no file; raise `UserError` naming the option and the remedy."""
+    check_least(config, AT_LEAST_ONE, 1)
+    check_least(config, AT_LEAST_ZERO, 0)
+    optim, devices = config.optim, config.trainer.devices
+    positive = 0 < optim.base_lr < math.inf
+    need(positive, "optim.base_lr", optim.base_lr, "give a positive number, for example 2e-4")
+    need(0 <= optim.final_lr <= 1, "optim.final_lr", optim.final_lr, "give a share of the peak, 0 to 1")
+    decay = "give a decay of at least 0 and below 1, for example 0.9999"
+    need(0 <= optim.ema < 1, "optim.ema", optim.ema, decay)
+    betas = optim.betas
+    need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)")
+    need(devices == "auto" or devices.isdigit(), "trainer.devices", devices, 'give a number or "auto"')
+    need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')
