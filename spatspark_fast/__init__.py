@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spatspark_fast.evaluate.scoring import evaluate_forecaster
     from spatspark_fast.forecast.nowcasting import nowcast, pysteps_method
-    from spatspark_fast.models.forecaster import load_forecaster
+    from spatspark_fast.models.registry import load_forecaster
 
 __version__ = "0.1.0"
 
@@ -14,7 +14,7 @@ __all__ = ["__version__", "evaluate_forecaster", "load_forecaster", "nowcast", "
 
 _HOMES = {
     "evaluate_forecaster": "spatspark_fast.evaluate.scoring",
-    "load_forecaster": "spatspark_fast.models.forecaster",
+    "load_forecaster": "spatspark_fast.models.registry",
     "nowcast": "spatspark_fast.forecast.nowcasting",
     "pysteps_method": "spatspark_fast.forecast.nowcasting",
 }

@@ -16,7 +16,8 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.forecast.predictors import ModelPredictor, Predictor
-from spatspark_fast.models.forecaster import Forecaster, LoadedForecaster, load_forecaster
+from spatspark_fast.models.forecaster import Forecaster
+from spatspark_fast.models.registry import LoadedForecaster, load_forecaster
 from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
 from spatspark_fast.scores.nowcast import NowcastScores
 

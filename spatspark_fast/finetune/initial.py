@@ -12,7 +12,8 @@ from torch import Tensor
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import load_plain
 from spatspark_fast.models.backbones import load_encoder
-from spatspark_fast.models.forecaster import AVERAGE_PREFIX, DESCRIPTION, Forecaster, forecaster_weights
+from spatspark_fast.models.forecaster import Forecaster
+from spatspark_fast.models.registry import AVERAGE_PREFIX, DESCRIPTION, forecaster_weights
 from spatspark_fast.models.spatspark import HEAD, SpatSpark
 
 __all__ = ["Initial", "read_initial"]

@@ -9,7 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from spatspark_fast.common.options import to_plain
 from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options
 from spatspark_fast.finetune.loss import ForecastLoss
-from spatspark_fast.models.forecaster import DESCRIPTION, PREFIX, Forecaster, describe_forecaster
+from spatspark_fast.models.forecaster import Forecaster
+from spatspark_fast.models.registry import DESCRIPTION, PREFIX, describe_forecaster
 from spatspark_fast.training.module import PlannedTraining, averaged
 from spatspark_fast.training.schedules import Plan
 

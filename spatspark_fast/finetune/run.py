@@ -22,7 +22,8 @@ from spatspark_fast.finetune.initial import Initial
 from spatspark_fast.finetune.module import ForecastTraining, begin_norms
 from spatspark_fast.finetune.validation import THRESHOLDS, Validation
 from spatspark_fast.finetune.windows import ForecastWindows, Split, hold_out
-from spatspark_fast.models.forecaster import Forecaster, Persistence, build_forecaster, load_forecaster
+from spatspark_fast.models.forecaster import Forecaster, Persistence
+from spatspark_fast.models.registry import build_forecaster, load_forecaster
 from spatspark_fast.models.spatspark import SpatSpark
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from spatspark_fast.training.recorder import Bar, Recorder

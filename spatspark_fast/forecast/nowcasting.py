@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.forecast.predictors import ModelPredictor, load_predictor
-from spatspark_fast.models.forecaster import LoadedForecaster
+from spatspark_fast.models.registry import LoadedForecaster
 
 __all__ = ["nowcast", "pysteps_method"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path
-from spatspark_fast.models.forecaster import LoadedForecaster
+from spatspark_fast.models.registry import LoadedForecaster
 
 __all__ = ["RateModel", "export_onnx"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.forecast.tiling import predict_tiled
-from spatspark_fast.models.forecaster import LoadedForecaster, load_forecaster
+from spatspark_fast.models.registry import LoadedForecaster, load_forecaster
 
 __all__ = ["ModelPredictor", "PersistencePredictor", "Predictor", "choose_device", "load_predictor"]
 
@@ -47,7 +47,7 @@ class ModelPredictor:
     More steps than the model was trained for are forecast from its own forecast.
 
     Args:
-        loaded: model and scale, see `spatspark_fast.models.forecaster.load_forecaster`.
+        loaded: model and scale, see `spatspark_fast.models.registry.load_forecaster`.
         name: instead of the model's own.
         tile: side in pixels of the tiles in which larger images are forecast; None takes the whole image.
     """

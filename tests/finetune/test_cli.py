@@ -10,7 +10,7 @@ import torch
 from spatspark_fast.finetune.__main__ import main
 from spatspark_fast.finetune.cli import COMMAND, parse_finetune
 from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options
-from spatspark_fast.models.forecaster import build_forecaster
+from spatspark_fast.models.registry import build_forecaster
 from spatspark_fast.training.command import preset_names
 
 from ..pretrain.runs import pretrain

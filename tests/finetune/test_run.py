@@ -18,7 +18,8 @@ from spatspark_fast.common.units import NL50_SCALE
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.finetune.config import FinetuneConfig
 from spatspark_fast.finetune.module import begin_norms
-from spatspark_fast.models.forecaster import Persistence, load_forecaster
+from spatspark_fast.models.forecaster import Persistence
+from spatspark_fast.models.registry import load_forecaster
 from spatspark_fast.models.smaat import SmaAtUNet
 from spatspark_fast.models.spatspark import SpatSpark, build_spatspark
 
@@ -247,7 +248,7 @@ for name in ("triton", "MinkowskiEngine", "patchsparse._engine"):
 from spatspark_fast.finetune import main
 code = main(sys.argv[1:])
 import torch
-from spatspark_fast.models.forecaster import load_forecaster
+from spatspark_fast.models.registry import load_forecaster
 assert code == 0, code
 model = load_forecaster(sys.argv[-1].removeprefix("--out=") + "/checkpoints/best.ckpt").model
 assert model.predict(torch.rand(1, 3, 70, 50)).shape == (1, 3, 70, 50)

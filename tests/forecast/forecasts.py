@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from spatspark_fast.data.radar.timestamps import format_timestamp
-from spatspark_fast.models.forecaster import Forecaster, LoadedForecaster, build_forecaster, describe_forecaster
+from spatspark_fast.models.forecaster import Forecaster
+from spatspark_fast.models.registry import LoadedForecaster, build_forecaster, describe_forecaster
 
 START = datetime(2020, 6, 1, 12, 0)
 SMALL = {"encoder": "resnet18", "decoder_width": 32, "unit": 1 / 47.83}

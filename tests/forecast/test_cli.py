@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 
 from spatspark_fast.forecast.__main__ import main
-from spatspark_fast.models.forecaster import load_forecaster
+from spatspark_fast.models.registry import load_forecaster
 from tests.forecast.forecasts import SMALL, moving_rain, save_checkpoint, write_windows
 from tests.prepare.archives import write_archive
 from tests.refusals import refusal

@@ -14,14 +14,8 @@ from patchsparse import PatchGrid, bind, pack, unpack
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.backbones import build_dense_encoder, build_encoder
 from spatspark_fast.models.choices import DecoderKind, Freeze, TranslationKind
-from spatspark_fast.models.forecaster import (
-    Forecaster,
-    Persistence,
-    build_forecaster,
-    describe_forecaster,
-    load_forecaster,
-    pad_to_multiple,
-)
+from spatspark_fast.models.forecaster import Forecaster, Persistence, pad_to_multiple
+from spatspark_fast.models.registry import build_forecaster, describe_forecaster, load_forecaster
 from spatspark_fast.models.smaat import CBAM, SmaAtUNet
 from spatspark_fast.models.spark import build_spark
 from spatspark_fast.models.spatspark import SpatSpark, build_spatspark

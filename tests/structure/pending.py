@@ -29,7 +29,6 @@ PENDING: dict[str, set[str]] = {
         "patchsparse.adoption.adopt <-> patchsparse.adoption.parity",
         "patchsparse.backends <-> patchsparse.backends.cpp",
         "patchsparse.ops.conv <-> patchsparse.ops.gradients",
-        "spatspark_fast.models.forecaster <-> spatspark_fast.models.smaat <-> spatspark_fast.models.spatspark",
     },
     "circles_of_includes": {
         "csrc/halo <-> csrc/plan <-> csrc/squares",
