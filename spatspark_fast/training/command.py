@@ -18,7 +18,7 @@ from spatspark_fast.common.cli import asked, config_first, program, read_yaml
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import from_plain, groups_of, to_plain
 
-__all__ = ["Request", "TrainingCommand", "parse_training", "preset_names"]
+__all__ = ["Request", "TrainingCommand", "parse_training", "preset_names", "training_parser"]
 
 Config = TypeVar("Config")
 
@@ -100,7 +100,7 @@ def parse_training(
         base = _over(base or {}, read_yaml(preset_path(preset, command.presets)))
     groups = groups_of(command.config)
     start = to_plain(from_plain(command.config, base))
-    parser = _parser(command, groups)
+    parser = training_parser(command)
     parser.set_defaults({**_flat(start, groups), **(demands or {})})
     parsed = parser.parse_args(argv)
     values = {name: dict(vars(parsed[name])) if name in groups else parsed[name] for name in start}
@@ -121,7 +121,8 @@ def _flat(plain: Mapping[str, Any], groups: Mapping[str, type]) -> dict[str, Any
     return flat | {f"{group}.{name}": value for group in groups for name, value in plain[group].items()}
 
 
-def _parser(command: TrainingCommand[Any], groups: Mapping[str, type]) -> ArgumentParser:
+def training_parser(command: TrainingCommand[Any]) -> ArgumentParser:
+    """Return the parser of a training command, with the defaults of its dataclasses."""
     names = ", ".join(preset_names(command.presets))
     parser = ArgumentParser(
         prog=program(command.name),
@@ -137,6 +138,6 @@ def _parser(command: TrainingCommand[Any], groups: Mapping[str, type]) -> Argume
     add("--out", help=f"run directory, new or empty (default: runs/{command.prefix}PRESET-DATE-TIME)")
     resume = 'go on from a checkpoint: "auto" (or no value) takes the last one in --out, if there is one'
     add("--resume", nargs="?", const="auto", help=resume)
-    for name, group in groups.items():
+    for name, group in groups_of(command.config).items():
         parser.add_class_arguments(group, name)
     return parser

@@ -30,12 +30,7 @@ import yaml
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path, package_versions
 
-__all__ = ["RunDirectory", "default_out", "trim_metrics"]
-
-
-def default_out(preset: str) -> Path:
-    """Return a new folder under ``runs/``, named after the preset and the time."""
-    return Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
+__all__ = ["RunDirectory", "trim_metrics"]
 
 
 def trim_metrics(path: Path, step: int) -> None:
