@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="file whose train split is finetuned on, whose test split is scored")
-    add("--pretrain-data", type=Path, help="file for pretraining, if it is another (scripts/merge_archives.py)")
+    add("--pretrain-data", type=Path, help="file for pretraining, if it is another (prepare --merge)")
     add("--out", type=Path, required=True)
     add("--steps", type=int, default=300, help="pretraining steps; at equal time, those of the exact decoder")
     add("--finetune-steps", type=int, default=150)

@@ -13,7 +13,7 @@ from typing import Any
 
 from spatspark_fast.common.errors import UserError
 
-__all__ = ["atomic_path", "check_folder", "load_plain", "make_folder", "package_versions"]
+__all__ = ["atomic_path", "check_file", "check_folder", "load_plain", "make_folder", "package_versions"]
 
 PACKAGES = (
     *("spatspark-fast", "torch", "timm", "lightning", "jsonargparse", "torchmetrics", "numpy", "h5py"),
@@ -57,6 +57,20 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def check_file(option: str, path: Path, overwrite: bool) -> None:
+    """Check, before any work, that a file can be written to ``path``; ``option`` is where the user named it.
+
+    Raises:
+        UserError: it is a folder, lies in a folder that does not exist, or exists and ``overwrite`` is not asked for.
+    """
+    if path.is_dir():
+        raise UserError(f"--{option} {path} is a folder; name a file in it")
+    if path.exists() and not overwrite:
+        raise UserError(f"--{option} {path} exists already; give another name or --overwrite")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--{option} {path}: the folder {path.parent} does not exist")
 
 
 def check_folder(out: Path, overwrite: bool) -> None:

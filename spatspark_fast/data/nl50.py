@@ -234,7 +234,7 @@ def _images(file: h5py.File, path: Path, split: str) -> h5py.Dataset:
             f"(windows, frames, height, width); python -m spatspark_fast.prepare makes such files"
         )
     if images.shape[0] == 0:
-        raise UserError(f"{path}: split {split!r} is empty; prepare it with more data or another --test-fraction")
+        raise UserError(f"{path}: split {split!r} is empty; prepare it with more data or another --test_fraction")
     return images
 
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import check_folder, make_folder
+from spatspark_fast.common.files import check_file, check_folder, make_folder
 
 if TYPE_CHECKING:
     from spatspark_fast.forecast.predictors import ModelPredictor
@@ -41,7 +41,7 @@ def forecast(argv: Sequence[str]) -> None:
     if options.data.path is not None and options.out is None:
         raise UserError("--out is missing: name the folder for the forecasts")
     if options.export is not None:
-        _check_export(Path(options.export), options.overwrite)
+        check_file("export", Path(options.export), options.overwrite)
     if options.data.path is not None:
         check_folder(Path(options.out), options.overwrite)
     from spatspark_fast.forecast.predictors import choose_device, load_predictor
@@ -98,13 +98,6 @@ def _parser() -> ArgumentParser:
         help="write the model as ONNX, rates in mm/h in and out (extra onnx); with or without --data.path",
     )
     return parser
-
-
-def _check_export(path: Path, overwrite: bool) -> None:
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--export {path} is no file in a folder that exists")
-    if path.exists() and not overwrite:
-        raise UserError(f"--export {path} exists already; give another name or --overwrite")
 
 
 def _selection(options: Namespace) -> Selection:

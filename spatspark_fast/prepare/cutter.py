@@ -41,18 +41,19 @@ class WindowRules:
     interval: timedelta = timedelta(minutes=units.FRAME_MINUTES)
 
     def __post_init__(self) -> None:
-        for name in ("input_length", "output_length", "stride"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        for name in ("wet_fraction", "min_valid"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} is a share from 0 to 1, got {getattr(self, name)}")
+        for option in ("data.input_length", "data.output_length", "stride"):
+            number = getattr(self, option.split(".")[-1])
+            if number < 1:
+                raise UserError(f"--{option} must be at least 1, got {number}")
+        for option in ("wet_fraction", "min_valid"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise UserError(f"--{option} is a share from 0 to 1, got {getattr(self, option)}")
         if self.wet_rule not in get_args(WetRule):
-            raise UserError(f"--wet-rule {self.wet_rule!r} is none of {', '.join(get_args(WetRule))}")
+            raise UserError(f"--wet_rule {self.wet_rule!r} is none of {', '.join(get_args(WetRule))}")
         if not self.wet_threshold >= 0:
-            raise UserError(f"--wet-threshold is a rain rate in mm/h from 0, got {self.wet_threshold}")
+            raise UserError(f"--wet_threshold is a rain rate in mm/h from 0, got {self.wet_threshold}")
         if self.interval <= timedelta(0):
-            raise UserError("--interval-minutes must be positive")
+            raise UserError("--interval_minutes must be positive")
 
     @property
     def window(self) -> int:

@@ -13,25 +13,27 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path
 from spatspark_fast.data.synthetic import SyntheticRadar
 
-__all__ = ["merge_archives"]
+__all__ = ["merge_files"]
 
 NAMES = ("images", "valid", "timestamps")
 
 
-def merge_archives(
+def merge_files(
     files: Sequence[Path], out: Path, test: Path | None = None, synthetic: int = 0, seed: int = 0
 ) -> dict[str, int]:
     """Write ``out`` with the training windows of all ``files`` in turn, and the test windows of ``test``.
 
     All are files of ``python -m spatspark_fast.prepare``. Without ``test`` the first file gives the test windows; a
-    ``test`` that has none of its own gives its training windows, since none of them is trained on. Windows are
-    kept uncompressed, for they are read in every epoch. So many ``synthetic`` windows (`SyntheticRadar` with
-    ``seed``) are added to those that train, for a pretraining that wants more rain. Returns the number of windows of
-    each split.
+    ``test`` that has none of its own gives its training windows, since nothing is trained on them. Windows are not
+    compressed, because they are read in every epoch. ``synthetic`` is the number of made-up windows (`SyntheticRadar`
+    with ``seed``) that are added for training. Returns the number of windows of each split.
 
-    Raises UserError if a file cannot be read, has another scale or shape than the first, or if ``test`` without test
-    windows is among ``files``; ``out`` is then not written.
+    Raises:
+        UserError: a file cannot be read, is no file of prepare, has another scale or shape than the first; ``test``
+            has no test windows and is among ``files``; ``synthetic`` is negative. ``out`` is then not written.
     """
+    if synthetic < 0:
+        raise UserError(f"--data.synthetic_windows is {synthetic}: give a number of at least 0")
     with atomic_path(out) as part, h5py.File(part, "w") as target:
         attributes: dict[str, Any] = {}
         for path in files:
@@ -43,7 +45,7 @@ def merge_archives(
         last = test or files[0]
         with _opened(last) as source:
             _check_scale(source, last, attributes)
-            own = len(cast(h5py.Dataset, source["test/images"]))
+            own = len(_dataset(source, "test/images", last)) if "test" in source else 0
             if not own and last.resolve() in {path.resolve() for path in files}:
                 raise UserError(f"{last} has no test windows, and its training windows are trained on")
             _append(source, "test" if own else "train", target, "test", last)
@@ -59,15 +61,24 @@ def _opened(path: Path) -> h5py.File:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
+def _dataset(source: h5py.File, name: str, path: Path) -> h5py.Dataset:
+    found = source.get(name)
+    if not isinstance(found, h5py.Dataset):
+        raise UserError(f"{path} has no {name}: merge files that prepare has written")
+    return found
+
+
 def _check_scale(source: h5py.File, path: Path, attributes: dict[str, Any]) -> None:
-    scales = source.attrs["scale_mm_per_5min"], attributes["scale_mm_per_5min"]
+    scales = source.attrs.get("scale_mm_per_5min"), attributes.get("scale_mm_per_5min")
+    if scales[0] is None:
+        raise UserError(f"{path} has no attribute scale_mm_per_5min: merge files that prepare has written")
     if scales[0] != scales[1]:
         raise UserError(f"{path} has scale {scales[0]}, not {scales[1]}: prepare all files with one --scale")
 
 
 def _append(source: h5py.File, split: str, target: h5py.File, to: str, path: Path) -> None:
     for name in NAMES:
-        windows = cast(h5py.Dataset, source[f"{split}/{name}"])
+        windows = _dataset(source, f"{split}/{name}", path)
         key, shape = f"{to}/{name}", windows.shape[1:]
         if key not in target:
             target.create_dataset(key, (0, *shape), windows.dtype, maxshape=(None, *shape), chunks=(1, *shape))
@@ -77,7 +88,14 @@ def _append(source: h5py.File, split: str, target: h5py.File, to: str, path: Pat
         start = len(written)
         written.resize(start + len(windows), axis=0)
         for index in range(len(windows)):
-            written[start + index] = np.asarray(windows[index])
+            written[start + index] = _read(windows, index, path)
+
+
+def _read(windows: h5py.Dataset, index: int, path: Path) -> np.ndarray:
+    try:
+        return np.asarray(windows[index])
+    except OSError as error:
+        raise UserError(f"{path} is damaged, {windows.name} window {index}: {error}; prepare it again") from error
 
 
 def _append_synthetic(target: h5py.File, count: int, seed: int, scale: float) -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from spatspark_fast import __version__
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.files import check_file
 from spatspark_fast.data.radar.archive import Entry, Skipped, choose_split, find_files, put_in_order, read_frames
 from spatspark_fast.data.radar.archive import scan_times as scan
 from spatspark_fast.data.radar.frames import Crop, Frame, FrameError, Georeference, Source, centre_crop
@@ -102,17 +103,12 @@ def prepare_archive(plan: Plan, track: Track | None = None) -> Report:
 
 def _check(plan: Plan) -> None:
     if not 0 <= plan.test_fraction <= 1:
-        raise UserError(f"--test-fraction is a share from 0 to 1, got {plan.test_fraction}")
+        raise UserError(f"--test_fraction is a share from 0 to 1, got {plan.test_fraction}")
     if not plan.scale > 0:
         raise UserError(f"--scale must be positive (mm per 5 min), got {plan.scale}")
     if plan.workers is not None and plan.workers < 0:
-        raise UserError(f"--workers must be 0 or more, got {plan.workers}")
-    if plan.out.is_dir():
-        raise UserError(f"--out {plan.out} is a folder; name a file, e.g. {plan.out / 'windows.h5'}")
-    if plan.out.exists() and not plan.overwrite:
-        raise UserError(f"--out {plan.out} exists already; give another name or --overwrite")
-    if not plan.out.parent.is_dir():
-        raise UserError(f"--out {plan.out}: the folder {plan.out.parent} does not exist")
+        raise UserError(f"--data.num_workers must be 0 or more, got {plan.workers}")
+    check_file("out", plan.out, plan.overwrite)
 
 
 def _workers(asked: int | None, files: int) -> int:
@@ -163,17 +159,17 @@ def _check_result(plan: Plan, report: Report) -> None:
     dry = sum(cut.dry.values())
     if dry:
         raise UserError(
-            f"no window is kept: {dry} windows are less than {plan.rules.wet_fraction:.0%} wet; lower --wet-fraction"
+            f"no window is kept: {dry} windows are less than {plan.rules.wet_fraction:.0%} wet; lower --wet_fraction"
         )
     if report.frames and len(cut.empty_frames) == report.frames:
         raise UserError(
             f"no window is kept: crop {report.crop} has data in less than {plan.rules.min_valid:.0%} of its "
-            f"pixels in every frame; choose another --crop or lower --min-valid"
+            f"pixels in every frame; choose another --crop or lower --min_valid"
         )
     raise UserError(
         f"no window is kept: no {plan.rules.needed} of the {report.frames} readable frames follow each other "
         f"in steps of {plan.rules.interval.total_seconds() / 60:g} minutes on one side of the split "
-        f"({cut.gaps} gaps); see --input-length, --output-length and --interval-minutes"
+        f"({cut.gaps} gaps); see --data.input_length, --data.output_length and --interval_minutes"
     )
 
 

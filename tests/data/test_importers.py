@@ -276,5 +276,5 @@ def test_what_pysteps_cannot_read_is_named(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_options_of_importers_are_refused_elsewhere() -> None:
-    with pytest.raises(UserError, match="--importer-options"):
+    with pytest.raises(UserError, match="--importer_options"):
         get_source("knmi", {"qty": "DBZH"})

@@ -38,8 +38,8 @@ def test_spellings(text: str | bytes, expected: datetime | None) -> None:
 
 
 def test_a_wrong_option_is_named() -> None:
-    with pytest.raises(UserError, match=r"--test-from 'yesterday'"):
-        parse_time("yesterday", "--test-from")
+    with pytest.raises(UserError, match=r"--test_from 'yesterday'"):
+        parse_time("yesterday", "--test_from")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(archive: Path, out: Path, *more: str) -> list[str]:
-    few = ["--input-length", "3", "--output-length=2", "--crop", "0:48,0:40"]
-    return ["--source", "knmi", "--input", str(archive), "--out", str(out), *few, *more]
+    few = ["--data.input_length", "3", "--data.output_length=2", "--crop", "0:48,0:40"]
+    return ["--source", "knmi", "--data.path", str(archive), "--out", str(out), *few, *more]
 
 
 def test_success_prints_a_summary(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +41,7 @@ def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert "--wet-fraction" in text
+    assert "--wet_fraction" in text
     assert "default: 0.5" in text
     assert "mm/h" in text
     assert "mm per 5 min" in text
@@ -54,22 +54,22 @@ def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None
         (["--crop", "0:49,0:40"], "outside the image of 48 rows and 40 columns"),
         (["--stride", "two"], "stride"),
         (["--stride", "0"], "--stride"),
-        (["--input-length", "0"], "--input-length"),
-        (["--wet-fraction", "50"], "--wet-fraction"),
-        (["--wet-rule", "never"], "wet_rule"),
-        (["--interval-minutes", "0"], "--interval-minutes"),
-        (["--interval-minutes", "1"], "--interval-minutes"),
-        (["--test-fraction", "2"], "--test-fraction"),
-        (["--test-from", "tomorrow"], "--test-from 'tomorrow'"),
+        (["--data.input_length", "0"], "--data.input_length"),
+        (["--wet_fraction", "50"], "--wet_fraction"),
+        (["--wet_rule", "never"], "wet_rule"),
+        (["--interval_minutes", "0"], "--interval_minutes"),
+        (["--interval_minutes", "1"], "--interval_minutes"),
+        (["--test_fraction", "2"], "--test_fraction"),
+        (["--test_from", "tomorrow"], "--test_from 'tomorrow'"),
         (["--scale", "0"], "--scale"),
-        (["--workers", "-1"], "--workers"),
-        (["--output-length", "20"], "--output-length"),
-        (["--wet-fraction", "0.99"], "lower --wet-fraction"),
+        (["--data.num_workers", "-1"], "--data.num_workers"),
+        (["--data.output_length", "20"], "--data.output_length"),
+        (["--wet_fraction", "0.99"], "lower --wet_fraction"),
         (["--pattern", "*.gif"], "no file matching '*.gif'"),
         (["--source", "mch"], "no file ending in .gif"),
         (["--source", "mch", "--pattern", "*.h5"], "none of the 12 files"),
-        (["--time-format", "%Y"], "--time-format"),
-        (["--input", "/no/such/folder"], "/no/such/folder is not a folder"),
+        (["--time_format", "%Y"], "--time_format"),
+        (["--data.path", "/no/such/folder"], "/no/such/folder is not a folder"),
         (["--out", "/no/such/folder/x.h5"], "/no/such/folder does not exist"),
         (["--no-such-option", "1"], "no_such_option"),
     ],
@@ -106,7 +106,7 @@ def test_an_archive_of_one_kind_of_trouble(tmp_path: Path, capsys: pytest.Captur
     for step in range(6):
         write_knmi(folder / f"{step}.h5", START + timedelta(minutes=5 * step), rain_pixels(0) * 0 + 65535)
     (folder / "a.h5").unlink()
-    assert "--min-valid" in refusal(capsys, main, options(folder, out))
+    assert "--min_valid" in refusal(capsys, main, options(folder, out))
     for step in range(6):
         write_knmi(folder / f"{step}.h5", START + timedelta(minutes=10 * step), rain_pixels(0))
     assert "5 gaps" in refusal(capsys, main, options(folder, out))

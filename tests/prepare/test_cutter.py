@@ -151,7 +151,7 @@ def test_order_duplicates_and_frames_in_between() -> None:
     assert [entry.path for entry in kept] == ["a", "b1", "c", "e"]
     assert {item.path: item.reason for item in skipped} == {
         "b2": "same time as b1",
-        "d": "within --interval-minutes of the frame before",
+        "d": "within --interval_minutes of the frame before",
     }
     half, _ = put_in_order([Entry(START + step * STEP, str(step)) for step in range(5)], 2 * STEP)
     assert [entry.path for entry in half] == ["0", "2", "4"]
@@ -160,13 +160,13 @@ def test_order_duplicates_and_frames_in_between() -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"input_length": 0}, "--input-length"),
+        ({"input_length": 0}, "--data.input_length"),
         ({"stride": 0}, "--stride"),
-        ({"wet_fraction": 1.5}, "--wet-fraction"),
-        ({"min_valid": -0.1}, "--min-valid"),
-        ({"wet_rule": "sometimes"}, "--wet-rule"),
-        ({"wet_threshold": float("nan")}, "--wet-threshold"),
-        ({"interval": timedelta(0)}, "--interval-minutes"),
+        ({"wet_fraction": 1.5}, "--wet_fraction"),
+        ({"min_valid": -0.1}, "--min_valid"),
+        ({"wet_rule": "sometimes"}, "--wet_rule"),
+        ({"wet_threshold": float("nan")}, "--wet_threshold"),
+        ({"interval": timedelta(0)}, "--interval_minutes"),
     ],
 )
 def test_wrong_rules_are_named(options: dict, word: str) -> None:

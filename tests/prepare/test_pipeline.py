@@ -21,13 +21,20 @@ from spatspark_fast.data.parallel import ordered_map
 from spatspark_fast.data.radar.frames import Crop
 from spatspark_fast.data.radar.sources import get_source
 from spatspark_fast.prepare import writer
-from spatspark_fast.prepare.__main__ import PrepareOptions, prepare, summary
+from spatspark_fast.prepare.__main__ import parse, plan_of, summary
 from spatspark_fast.prepare.cutter import WindowRules
 from spatspark_fast.prepare.output import OutputFile
 from spatspark_fast.prepare.pipeline import Plan, Report, prepare_archive
 from tests.prepare.archives import START, rain_pixels, stamp, write_archive, write_knmi
 
-SMALL = {"crop": "0:48,0:40", "input_length": 3, "output_length": 2}
+SMALL = {"crop": "0:48,0:40", "data.input_length": 3, "data.output_length": 2}
+
+
+def prepare(source: str, folder: Path, out: Path, **options: Any) -> Report:
+    """Prepare by the options of the command; True stands for an option without a value."""
+    given = {"source": source, "data.path": folder, "out": out, **options}
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    return prepare_archive(plan_of(parse(words)))
 
 
 def data_set(file: h5py.File, name: str) -> Any:
@@ -46,7 +53,7 @@ def content(path: Path) -> dict[str, np.ndarray]:
 def real(radar: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """Prepare KNMI's real files with default options, once."""
     out = tmp_path_factory.mktemp("real") / "knmi.h5"
-    return out, prepare(PrepareOptions("knmi", str(radar / "knmi_201008"), str(out)))
+    return out, prepare("knmi", radar / "knmi_201008", out)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +117,7 @@ def test_real_attributes(real: tuple[Path, Report]) -> None:
 @pytest.mark.parametrize(("source", "folder"), [("mch", "mch_20160711"), ("fmi", "fmi_pgm_20160928")])
 def test_other_real_sources(radar: Path, tmp_path: Path, source: str, folder: str) -> None:
     out = tmp_path / "out.h5"
-    report = prepare(PrepareOptions(source, str(radar / folder), str(out), stride=8, wet_fraction=0.05))
+    report = prepare(source, radar / folder, out, stride=8, wet_fraction=0.05)
     images = content(out)["train/images"]
     assert report.frames == 40
     assert report.cut.missing_frames == 0
@@ -127,7 +134,7 @@ def test_gaps_duplicates_and_unreadable_files(tmp_path: Path) -> None:
     write_knmi(archive / "other_grid.h5", START + timedelta(minutes=50), rain_pixels(99, (50, 40)))
     (archive / "broken.h5").write_bytes((archive / "zz_again.h5").read_bytes()[:3000])
     (archive / "notes.txt").write_text("hello")
-    report = prepare(PrepareOptions("knmi", str(archive), str(tmp_path / "out.h5"), test_fraction=0.0, **SMALL))
+    report = prepare("knmi", archive, tmp_path / "out.h5", test_fraction=0.0, **SMALL)
     assert report.files == 22
     assert report.other_files == 1
     assert report.frames == 18
@@ -143,7 +150,7 @@ def test_gaps_duplicates_and_unreadable_files(tmp_path: Path) -> None:
 def test_test_from_splits_by_time(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "in", list(range(30)))
     when = (START + timedelta(minutes=100)).isoformat()
-    prepare(PrepareOptions("knmi", str(archive), str(tmp_path / "out.h5"), test_from=when, **SMALL))
+    prepare("knmi", archive, tmp_path / "out.h5", test_from=when, **SMALL)
     data = content(tmp_path / "out.h5")
     train, test = (set(data[f"{split}/timestamps"].ravel()) for split in ("train", "test"))
     assert len(train) == 20
@@ -158,7 +165,7 @@ def test_no_data_is_zero_and_marked(tmp_path: Path) -> None:
     pixels[:10] = 65535
     for step in range(5):
         write_knmi(archive / f"{step}.h5", START + timedelta(minutes=5 * step), pixels)
-    prepare(PrepareOptions("knmi", str(archive), str(tmp_path / "out.h5"), test_fraction=0.0, **SMALL))
+    prepare("knmi", archive, tmp_path / "out.h5", test_fraction=0.0, **SMALL)
     data = content(tmp_path / "out.h5")
     assert not data["train/valid"][:, :, :10].any()
     assert data["train/valid"][:, :, 10:].all()
@@ -168,7 +175,7 @@ def test_no_data_is_zero_and_marked(tmp_path: Path) -> None:
 def test_parallel_reading_gives_the_same_file(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "in", list(range(60)))
     for workers in (0, 2):
-        prepare(PrepareOptions("knmi", str(archive), str(tmp_path / f"{workers}.h5"), workers=workers, **SMALL))
+        prepare("knmi", archive, tmp_path / f"{workers}.h5", **{"data.num_workers": workers}, **SMALL)
     serial, parallel = content(tmp_path / "0.h5"), content(tmp_path / "2.h5")
     assert len(serial["train/images"]) > 20
     for name, array in serial.items():
@@ -233,8 +240,14 @@ def _children(pid: int) -> list[int]:
 def test_a_killed_run_leaves_no_file_and_no_process(tmp_path: Path) -> None:
     archive, out = write_archive(tmp_path / "in", list(range(90))), tmp_path / "out.h5"
     part = tmp_path / "out.h5.part"
-    command = [sys.executable, "-m", "spatspark_fast.prepare", "--source=knmi", f"--input={archive}"]
-    command += [f"--out={out}", "--crop=0:48,0:40", "--workers=1", "--output-length=60", "--wet-fraction=0"]
+    command = [sys.executable, "-m", "spatspark_fast.prepare", "--source=knmi", f"--data.path={archive}"]
+    command += [
+        f"--out={out}",
+        "--crop=0:48,0:40",
+        "--data.num_workers=1",
+        "--data.output_length=60",
+        "--wet_fraction=0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not part.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -247,7 +260,7 @@ def test_a_killed_run_leaves_no_file_and_no_process(tmp_path: Path) -> None:
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
-    prepare(PrepareOptions("knmi", str(archive), str(out), stride=50, **SMALL))
+    prepare("knmi", archive, out, stride=50, **SMALL)
     assert out.exists()
     assert not part.exists()
 
@@ -256,19 +269,19 @@ def test_a_failing_run_keeps_the_old_file(tmp_path: Path) -> None:
     archive, out = write_archive(tmp_path / "in", list(range(12)), wet=0.1), tmp_path / "out.h5"
     out.write_text("precious")
     with pytest.raises(ValueError, match="exists already"):
-        prepare(PrepareOptions("knmi", str(archive), str(out), **SMALL))
-    with pytest.raises(ValueError, match="lower --wet-fraction"):
-        prepare(PrepareOptions("knmi", str(archive), str(out), overwrite=True, **SMALL))
+        prepare("knmi", archive, out, **SMALL)
+    with pytest.raises(ValueError, match="lower --wet_fraction"):
+        prepare("knmi", archive, out, overwrite=True, **SMALL)
     assert out.read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.h5"]
-    prepare(PrepareOptions("knmi", str(archive), str(out), overwrite=True, wet_fraction=0.05, **SMALL))
+    prepare("knmi", archive, out, overwrite=True, wet_fraction=0.05, **SMALL)
     assert len(content(out)["train/images"]) > 0
 
 
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-from spatspark_fast.prepare import main
+from spatspark_fast.prepare.__main__ import main
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -276,9 +289,9 @@ sys.exit(main(sys.argv[2:]))
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     archive, out = write_archive(tmp_path / "in", list(range(16))), tmp_path / "out.h5"
-    argv = ["--source=knmi", f"--input={archive}", f"--out={out}", "--crop=0:48,0:40", "--output-length=2"]
-    argv += ["--input-length=3", "--test-fraction=0"]
-    prepare(PrepareOptions("knmi", str(archive), str(out), test_fraction=0.0, **SMALL))
+    argv = ["--source=knmi", f"--data.path={archive}", f"--out={out}", "--crop=0:48,0:40", "--data.output_length=2"]
+    argv += ["--data.input_length=3", "--test_fraction=0"]
+    prepare("knmi", archive, out, test_fraction=0.0, **SMALL)
     size = out.stat().st_size
     out.unlink()
     # At the start, in the middle, and with the last block, which is written on closing.
@@ -298,8 +311,8 @@ def test_two_runs_do_not_write_the_same_file(tmp_path: Path) -> None:
     other = OutputFile(tmp_path / "out.h5.part")
     other.write(b"half of another run")
     with pytest.raises(ValueError, match="another run is writing"):
-        prepare(PrepareOptions("knmi", str(archive), str(tmp_path / "out.h5"), **SMALL))
+        prepare("knmi", archive, tmp_path / "out.h5", **SMALL)
     assert (tmp_path / "out.h5.part").read_bytes() == b"half of another run"
     other.close()
-    prepare(PrepareOptions("knmi", str(archive), str(tmp_path / "out.h5"), **SMALL))
+    prepare("knmi", archive, tmp_path / "out.h5", **SMALL)
     assert (tmp_path / "out.h5").exists()

@@ -42,7 +42,7 @@ def find_files(folder: Path, source: Source, pattern: str | None = None) -> tupl
         UserError: no folder, or no such file in it.
     """
     if not folder.is_dir():
-        raise UserError(f"--input {folder} is not a folder")
+        raise UserError(f"--data.path {folder} is not a folder")
     chosen: list[str] = []
     others = 0
     for path in folder.rglob("*"):
@@ -55,7 +55,7 @@ def find_files(folder: Path, source: Source, pattern: str | None = None) -> tupl
             others += 1
     if not chosen:
         kind = f"matching {pattern!r}" if pattern else f"ending in {' or '.join(source.suffixes)}"
-        raise UserError(f"--input {folder} has no file {kind}, which --source {source.name} would read")
+        raise UserError(f"--data.path {folder} has no file {kind}, which --source {source.name} would read")
     return sorted(chosen), others
 
 
@@ -77,7 +77,7 @@ def put_in_order(entries: list[Entry], interval: timedelta) -> tuple[list[Entry]
         if kept and entry.time == kept[-1].time:
             skipped.append(Skipped(entry.path, f"same time as {Path(kept[-1].path).name}"))
         elif kept and entry.time - kept[-1].time < 0.9 * interval:
-            skipped.append(Skipped(entry.path, "within --interval-minutes of the frame before"))
+            skipped.append(Skipped(entry.path, "within --interval_minutes of the frame before"))
         else:
             kept.append(entry)
     return kept, skipped

@@ -47,7 +47,7 @@ def time_from_name(name: str, pattern: str | None = None) -> datetime:
         for match in re.finditer(expression, name):
             with contextlib.suppress(ValueError):
                 return datetime.strptime(match.group(0), candidate)
-    wanted = f"like {pattern!r}" if pattern else "like 201501312355; give --time-format"
+    wanted = f"like {pattern!r}" if pattern else "like 201501312355; give --time_format"
     raise FrameError(f"no time {wanted} in the name {name!r}")
 
 

@@ -27,7 +27,7 @@ def get_source(name: str, options: Mapping[str, Any] | None = None, time_format:
         if source.name == name:
             if options or time_format:
                 raise UserError(
-                    f"--importer-options and --time-format are for pysteps' importers; --source {name} "
+                    f"--importer_options and --time_format are for pysteps' importers; --source {name} "
                     f"reads everything from the files"
                 )
             return source
