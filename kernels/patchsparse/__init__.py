@@ -5,18 +5,16 @@ See ``kernels/README.md`` for the layout and a ten-line use in a timm model.
 
 from .adoption.adopt import UnsupportedModuleError, sparsify
 from .adoption.binding import bind
+from .explanation import available_backends, explain, why_unavailable
 from .functional import (
-    available_backends,
-    explain,
     patch_avg_pool2d,
+    patch_batch_norm_act,
+    patch_batch_norm_unpack,
     patch_conv2d,
     patch_conv_transpose2d,
     patch_max_pool2d,
-    why_unavailable,
 )
 from .grid import PatchGrid
-from .ops.norm import patch_batch_norm_act
-from .ops.norm_unpack import patch_batch_norm_unpack
 from .packing import pack, unpack
 from .whole_images import image_conv2d, image_conv_transpose2d, image_engine, image_grid
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["Call", "Stencil", "pair"]
+__all__ = ["POINT", "Call", "Pair", "Stencil", "pair"]
+
+Pair = int | tuple[int, int]
 
 
 def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
@@ -18,8 +20,7 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
     return int(value[0]), int(value[1])
 
 
-@dataclass(frozen=True)
-class Stencil:
+class Stencil(NamedTuple):
     """Kernel, stride, padding and dilation of a convolution or pooling, each (vertical, horizontal) in pixels."""
 
     kernel: tuple[int, int]
@@ -97,18 +98,23 @@ class Stencil:
                 )
 
 
-@dataclass(frozen=True)
-class Call:
-    """What an engine needs to know to say whether it can take a call, and what auto dispatch chooses by.
+POINT = Stencil((1, 1))  # of what looks at one pixel alone
+
+
+class Call(NamedTuple):
+    """What an engine needs to know to say whether it takes a call, and what auto dispatch chooses by.
 
     Attributes:
-        operation: name of the registered operator, such as ``"conv2d"``.
+        operation: what is asked for, such as ``"conv2d"``; a key of ``patchsparse.backends.OPERATIONS``.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of the packed tensor.
-        num_active: packed rows N.
+        num_active: packed rows N; of whole images, their number.
         size: pixels of a patch on the input side.
         in_channels: channels of the input.
         out_channels: channels of the output.
+        stencil: kernel, stride, padding and dilation; ``POINT`` where no neighbour is read.
+        groups: of a convolution.
+        plain: whether the call is eager, on a plain tensor and outside autocast.
     """
 
     operation: str
@@ -120,3 +126,4 @@ class Call:
     out_channels: int
     stencil: Stencil
     groups: int = 1
+    plain: bool = True

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .grid import PatchGrid
-from .ops import conv as ops
+from .ops import layout as ops
 
 __all__ = ["pack", "unpack"]
 

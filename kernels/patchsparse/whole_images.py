@@ -1,95 +1,125 @@
-"""Convolution of whole images by an engine of packed patches: an image is a single patch."""
+"""Convolution of whole images: by PyTorch, or by an engine of packed patches, to which an image is a single patch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import cpp
+from .backends import choose, gather
 from .functional import patch_conv2d, patch_conv_transpose2d
-from .geometry import Call, Stencil
+from .geometry import POINT, Call, Stencil
 from .grid import PatchGrid, whole_grid
+from .ops.calls import is_plain
 from .pointwise import local_conv2d
 
-__all__ = ["image_conv2d", "image_conv_transpose2d", "image_engine", "image_grid"]
+__all__ = [
+    "THREE",
+    "conv2d_call",
+    "conv_transpose2d_call",
+    "grid_call",
+    "image_conv2d",
+    "image_conv_transpose2d",
+    "image_engine",
+    "image_grid",
+]
 
-ONE = Stencil((1, 1))
 THREE = Stencil((3, 3), (1, 1), (1, 1))
-DOUBLE = Stencil((4, 4), (2, 2), (1, 1))
 
 
 def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> bool:
-    """Return whether `image_conv2d` of ``image`` ``(B, C, H, W)`` runs by the ``cpp`` engine rather than PyTorch.
+    """Return whether `image_conv2d` of ``image`` ``(B, C, H, W)`` by a 3x3 kernel runs by the ``cpp`` engine.
 
     It does where that engine has Winograd's method for it, which neither ``F.conv2d`` nor another engine has:
-    float32 or float64 on a CPU, even sides, 32 channels and more. ``backend`` other than ``"auto"`` and ``"cpp"``,
-    autocast, ``torch.compile`` and subclasses of Tensor leave it to PyTorch.
+    float32 or float64 on a CPU, even sides, 32 channels and more. Everything else is left to PyTorch: other engines,
+    autocast, ``torch.compile`` and subclasses of Tensor.
+
+    Raises:
+        ValueError: for an unknown backend.
+        RuntimeError: if a named backend cannot run here, with its reason.
     """
-    size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
-    return _by_engine(image, "conv2d", out_channels, THREE, backend) and cpp.winograd(
-        image.dtype, size, channels, THREE
-    )
+    return choose(conv2d_call(image, out_channels, THREE.kernel), backend) == "cpp"
 
 
 def image_grid(image: Tensor, backend: str = "auto") -> PatchGrid | None:
     """Return the grid to bind for whole images ``(B, C, H, W)`` in a sparsified module: each is a single patch.
 
-    None, which is the plain dense module, where `image_conv_transpose2d` would leave them to PyTorch. Equivalent to::
+    None, which is the plain dense module, where `image_conv_transpose2d` would leave them to PyTorch. Raises as
+    `image_engine` does. Equivalent to::
 
         grid = PatchGrid.from_active(torch.ones(B, 1, 1, dtype=torch.bool))
     """
-    channels = image.shape[1]
-    return whole_grid(image.shape[0]) if _by_engine(image, "conv2d", channels, ONE, backend) else None
+    return whole_grid(image.shape[0]) if choose(grid_call(image), backend) == "cpp" else None
 
 
 def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Convolve whole images, 3x3 with padding 1 or 1x1: ``F.conv2d(image, weight, bias, padding=k // 2)``, or faster.
 
-    A 1x1 convolution is the matrix product of `local_conv2d`, where oneDNN would go through few pixels image by image.
+    A 1x1 convolution is the matrix product of `patchsparse.pointwise.local_conv2d`, where oneDNN would go through few
+    pixels image by image.
 
     Args:
         image: ``(B, C_in, H, W)``, any float dtype.
         weight: ``(C_out, C_in, k, k)`` of the same dtype, k = 1 or 3.
         bias: ``(C_out,)`` or None.
-        backend: ``"auto"`` or ``"cpp"`` may take the engine, see `image_engine`; any other name does not.
+        backend: ``"auto"`` and ``"cpp"`` may take that engine, see `image_engine`; any other is left to PyTorch.
 
     Returns:
         ``(B, C_out, H, W)``; in channels_last memory if the engine computed it.
+
+    Raises:
+        ValueError: for an unknown backend.
+        RuntimeError: if a named backend cannot run here, with its reason.
     """
-    if weight.shape[2:] == (3, 3) and image_engine(image, weight.shape[0], backend):
-        return patch_conv2d(image, weight, bias, whole_grid(image.shape[0]), padding=1, backend="cpp")
     if weight.shape[2:] == (1, 1) and image_grid(image, backend) is not None:
-        return local_conv2d(image.contiguous(memory_format=torch.channels_last), weight, bias, ONE, 1)
-    return F.conv2d(image, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+        return local_conv2d(image.contiguous(memory_format=torch.channels_last), weight, bias, POINT, 1, backend)
+    if choose(conv2d_call(image, weight.shape[0], weight.shape[2:]), backend) == "cpp":
+        return patch_conv2d(image, weight, bias, whole_grid(image.shape[0]), padding=1, backend="cpp")
+    return gather.image_conv2d(image, weight, bias)
 
 
 def image_conv_transpose2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Enlarge whole images twofold: ``F.conv_transpose2d(image, weight, bias, 2, padding=1)``, faster where it can be.
 
-    The ``cpp`` engine is 2.2 times as fast as oneDNN at 768 channels of 9 x 9 pixels, 1.3 times at 384 of 18 x 18
-    (forward + backward, float32, batch 4, two cores of Zen 5).
-
     Args:
         image: ``(B, C_in, H, W)``, any float dtype.
         weight: ``(C_in, C_out, 4, 4)`` of the same dtype.
         bias: ``(C_out,)`` or None.
-        backend: ``"auto"`` or ``"cpp"`` takes the engine under the conditions of `image_engine`, sides and channels
-            aside; any other name does not.
+        backend: ``"auto"`` and ``"cpp"`` take that engine under the conditions of `image_engine`, sides and channels
+            aside; any other is left to PyTorch.
 
     Returns:
         ``(B, C_out, 2 H, 2 W)``; in channels_last memory if the engine computed it.
+
+    Raises:
+        ValueError: for an unknown backend.
+        RuntimeError: if a named backend cannot run here, with its reason.
     """
-    if weight.shape[2:] == (4, 4) and _by_engine(image, "conv2d_dgrad", weight.shape[1], DOUBLE, backend):
+    if choose(conv_transpose2d_call(image, weight), backend) == "cpp":
         grid = whole_grid(image.shape[0])
         return patch_conv_transpose2d(image, weight, bias, grid, stride=2, padding=1, backend="cpp")
-    return F.conv_transpose2d(image, weight, bias, stride=2, padding=1)
+    return gather.image_conv_transpose2d(image, weight, bias)
 
 
-def _by_engine(image: Tensor, op: str, out_channels: int, stencil: Stencil, backend: str) -> bool:
-    """Return whether whole images are a case for the ``cpp`` engine: eager, float32 or float64, on a CPU."""
-    if not cpp.may_replace_pytorch(image, backend):
-        return False
+def conv2d_call(image: Tensor, out_channels: int, kernel: Sequence[int]) -> Call:
+    """Return the call of :func:`image_conv2d` by a ``kernel`` of that many pixels."""
+    height, width = kernel
+    return _call("image_conv2d", image, out_channels, Stencil((height, width), (1, 1), (height // 2, width // 2)))
+
+
+def conv_transpose2d_call(image: Tensor, weight: Tensor) -> Call:
+    """Return the call of :func:`image_conv_transpose2d`."""
+    stencil = Stencil((weight.shape[2], weight.shape[3]), (2, 2), (1, 1))
+    return _call("image_conv_transpose2d", image, weight.shape[1], stencil)
+
+
+def grid_call(image: Tensor) -> Call:
+    """Return the call of :func:`image_grid`."""
+    return _call("image_grid", image, image.shape[1], POINT)
+
+
+def _call(operation: str, image: Tensor, out_channels: int, stencil: Stencil) -> Call:
     size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
-    call = Call(op, image.device.type, image.dtype, image.shape[0], size, *channels, stencil)
-    return image.dtype in (torch.float32, torch.float64) and cpp.why_not(call) is None
+    where = (image.device.type, image.dtype, image.shape[0])
+    return Call(operation, *where, size, *channels, stencil, plain=is_plain(image))

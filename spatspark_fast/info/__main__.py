@@ -102,7 +102,7 @@ def _devices() -> Iterable[str]:
 def _engines() -> Iterable[str]:
     import torch
 
-    from patchsparse import PatchGrid, available_backends, explain
+    from patchsparse import PatchGrid, available_backends, explain, patch_conv2d
     from patchsparse.backends.cpp import native
 
     yield f"available: {', '.join(available_backends())}"
@@ -119,7 +119,7 @@ def _engines() -> Iterable[str]:
             packed = torch.empty(grid.num_active, channels, pixels, pixels, device=device)
             packed = packed.contiguous(memory_format=torch.channels_last)
             weight = torch.empty(channels, channels, 3, 3, device=device)
-            yield from explain(packed, weight, grid, padding=1).splitlines()
+            yield from explain(patch_conv2d, packed, weight, None, grid, padding=1).splitlines()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 from patchsparse import (
     PatchGrid,
     pack,
+    patch_batch_norm_act,
     patch_batch_norm_unpack,
     patch_conv2d,
     patch_conv_transpose2d,
@@ -22,8 +23,8 @@ from patchsparse import (
 from patchsparse.backends import gather, triton
 from patchsparse.backends.triton import conv, tuning
 from patchsparse.backends.triton.configs import CONV, WGRAD, Tile
+from patchsparse.functional.norm import ACTIVATIONS
 from patchsparse.geometry import Stencil
-from patchsparse.ops.norm import ACTIVATIONS, patch_batch_norm_act
 
 from ..matrix import one_of_each, rest_but
 from .cases import Case, cases

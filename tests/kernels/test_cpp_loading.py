@@ -32,7 +32,7 @@ def problem():
 def test_without_the_library_another_engine_serves_and_explain_says_how_to_get_it(missing, problem):
     grid, packed, weight = problem
     assert patch_conv2d(packed, weight, None, grid, padding=1).shape == packed.shape
-    text = explain(packed, weight, grid, padding=1)
+    text = explain(patch_conv2d, packed, weight, None, grid, padding=1)
     assert "gather: taken" in text
     assert "cpp: cannot run, the C++ engine was not built" in text
     assert "compiler" in text
@@ -53,7 +53,7 @@ def test_without_the_library_another_engine_serves_and_explain_says_how_to_get_i
 )
 def test_why_not_names_the_reason(change, reason):
     assert cpp.why_not(CALL) is None
-    assert reason in str(cpp.why_not(Call(**{**CALL.__dict__, **change})))
+    assert reason in str(cpp.why_not(CALL._replace(**change)))
 
 
 @built

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, sparsify
-from patchsparse import pointwise as local
 from patchsparse.adoption.modules import PatchLinear
-from patchsparse.backends import cpp
-from patchsparse.backends.cpp import native
+from patchsparse.backends import choose, cpp
+from patchsparse.backends.cpp import choice, native
+from patchsparse.geometry import POINT
+from patchsparse.pointwise import conv_call, linear_call, local_linear
 
 engine = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
 
@@ -27,12 +28,12 @@ def gradients(y: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def test_the_product_of_the_engine_is_that_of_pytorch(size, inputs, outputs, bias, monkeypatch):
     called = []
     original = cpp.conv2d
-    monkeypatch.setattr(local, "_products_are_slow", lambda: True)
+    monkeypatch.setattr(choice, "products_are_slow", lambda: True)
     monkeypatch.setattr(cpp, "conv2d", lambda *args: called.append(1) or original(*args))
     x = torch.randn(9, size, size, inputs, requires_grad=True)
     weight = (torch.randn(outputs, inputs) / inputs**0.5).requires_grad_()
     leaves = (x, weight, torch.randn(outputs, requires_grad=True)) if bias else (x, weight)
-    actual = local.local_linear(*leaves, *(() if bias else (None,)))
+    actual = local_linear(*leaves, *(() if bias else (None,)))
     assert called
     assert actual.is_contiguous()
     wide = tuple(t.detach().double().requires_grad_() for t in leaves)
@@ -44,14 +45,18 @@ def test_the_product_of_the_engine_is_that_of_pytorch(size, inputs, outputs, bia
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_stay_with_pytorch(dtype, monkeypatch):
-    monkeypatch.setattr(local, "_products_are_slow", lambda: True)
+    monkeypatch.setattr(choice, "products_are_slow", lambda: True)
     x, weight = torch.randn(5, 2, 2, 32).to(dtype), torch.randn(8, 32).to(dtype)
-    assert torch.equal(local.local_linear(x, weight, None), F.linear(x, weight))
+    assert torch.equal(local_linear(x, weight, None), F.linear(x, weight))
 
 
 def test_only_the_cpu_asks_the_engine(monkeypatch):
-    monkeypatch.setattr(local, "_products_are_slow", lambda: True)
-    assert not local.multiplies_by_engine(torch.empty(5, 32, 2, 2, device="meta"))
+    monkeypatch.setattr(choice, "products_are_slow", lambda: True)
+    for device, engine in (("meta", "gather"), ("cpu", "cpp" if native.library().problem is None else "gather")):
+        x, weight = torch.empty(5, 2, 2, 32, device=device), torch.empty(8, 32, device=device)
+        assert choose(linear_call(x, weight), "auto") == engine
+        packed, square = x.permute(0, 3, 1, 2), weight[:, :, None, None]
+        assert choose(conv_call(packed, square, POINT, 1), "auto") == engine
 
 
 class Mixer(nn.Module):
@@ -68,7 +73,7 @@ class Mixer(nn.Module):
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_sparsified_linear_layer_gives_what_it_gave(slow, monkeypatch):
-    monkeypatch.setattr(local, "_products_are_slow", lambda: slow)
+    monkeypatch.setattr(choice, "products_are_slow", lambda: slow)
     plain = Mixer()
     model = sparsify(copy.deepcopy(plain))
     assert type(model.body) is PatchLinear

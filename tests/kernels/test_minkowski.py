@@ -262,9 +262,11 @@ def test_what_it_cannot_do_is_said():
         patch_conv2d(packed.bfloat16(), torch.randn(4, 4, 3, 3).bfloat16(), None, grid, 1, 1, backend="minkowski")
     with pytest.raises(RuntimeError, match="groups=1 or depthwise, not groups=2"):
         patch_conv2d(packed, weight, None, grid, padding=1, groups=2, backend="minkowski")
-    text = explain(packed, torch.randn(4, 4, 3, 3), grid, padding=1)
+    text = explain(patch_conv2d, packed, torch.randn(4, 4, 3, 3), None, grid, padding=1)
     assert "minkowski: can run; slower here by measurement" in text
-    assert "minkowski: taken" in explain(packed, torch.randn(4, 4, 3, 3), grid, padding=1, backend="minkowski")
+    assert "minkowski: taken" in explain(
+        patch_conv2d, packed, torch.randn(4, 4, 3, 3), None, grid, padding=1, backend="minkowski"
+    )
     assert "minkowski" in available_backends()
 
 
@@ -283,7 +285,9 @@ def test_without_it_one_sentence_says_how_to_get_it(absent, monkeypatch):
     sentence = r"MinkowskiEngine is not installed; `python scripts/install_minkowski.py`.* builds and installs it"
     with pytest.raises(RuntimeError, match=sentence):
         patch_conv2d(packed, weight, None, grid, padding=1, backend="minkowski")
-    assert "minkowski: cannot run, MinkowskiEngine is not installed" in explain(packed, weight, grid, padding=1)
+    assert "minkowski: cannot run, MinkowskiEngine is not installed" in explain(
+        patch_conv2d, packed, weight, None, grid, padding=1
+    )
     assert "minkowski" not in available_backends()
     assert "\n" not in str(why_unavailable("minkowski"))
     assert patch_conv2d(packed, weight, None, grid, padding=1).shape == packed.shape

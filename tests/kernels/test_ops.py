@@ -19,7 +19,7 @@ from patchsparse import (
     unpack,
 )
 from patchsparse.backends import OVERRIDE
-from patchsparse.ops import conv as ops
+from patchsparse.ops import conv, layout, pool
 
 from .test_conv import ENGINES
 
@@ -37,23 +37,27 @@ def operator_calls(grid, size):
 
     maps, options = (grid.slot, grid.coords), ([1, 1], [1, 1], [1, 1], 1, "gather")
     packed, weight = leaf(8, 4, size, size), leaf(6, 4, 3, 3)
-    pool = ([3, 3], [1, 1], [1, 1], [1, 1], "gather")
+    grad = leaf(8, 6, size, size)
+    stencil = ([3, 3], [1, 1], [1, 1])
+    tap = torch.randint(0, 9, (8, 4, size, size), dtype=torch.uint8)
     return [
-        (ops.conv2d, (packed, weight, leaf(6), *maps, *options)),
-        (ops.conv2d_dgrad, (leaf(8, 6, size, size), weight, *maps, *options)),
-        (ops.conv2d_wgrad, (packed, leaf(8, 6, size, size), *maps, [3, 3], *options)),
-        (ops.max_pool2d, (packed, *maps, *pool)),
-        (ops.halo, (packed, *maps, [1, 1], [1, 0])),
-        (ops.halo_adjoint, (leaf(8, 4, size + 2, size + 1), *maps, [1, 1], [1, 0])),
-        (ops.pack, (leaf(2, 4, 3 * size, 3 * size), *maps)),
-        (ops.unpack, (packed, leaf(4), *maps)),
+        (conv.conv2d, (packed, weight, leaf(6), *maps, *options)),
+        (conv.conv2d_dgrad, (grad, weight, *maps, *options)),
+        (conv.conv2d_wgrad, (packed, grad, *maps, [3, 3], *options)),
+        (conv.conv2d_gradients, (grad, packed, weight, *maps, *options)),
+        (pool.max_pool2d, (packed, *maps, *stencil, [1, 1], "gather")),
+        (pool.max_pool2d_grad, (packed.detach(), tap, *maps, *stencil, [1, 1], "gather")),
+        (pool.avg_pool2d, (packed, *maps, *stencil, 9, True, "gather")),
+        (pool.avg_pool2d_grad, (packed, *maps, *stencil, 9, False, "gather")),
+        (layout.pack, (leaf(2, 4, 3 * size, 3 * size), *maps)),
+        (layout.unpack, (packed, leaf(4), *maps)),
     ]
 
 
 # opcheck itself reads .grad of the clones that it makes of the arguments.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("size", [1, 4])
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(10))
 def test_opcheck(grid, size, index):
     operator, arguments = operator_calls(grid, size)[index]
     torch.library.opcheck(operator, arguments)
@@ -129,14 +133,14 @@ def test_checkpointing_recomputes_the_same_gradient(grid):
 def test_explain_names_the_engine_and_the_reasons(grid, monkeypatch):
     packed, weight = torch.randn(8, 64, 2, 2), torch.randn(64, 64, 3, 3)
     monkeypatch.delenv(OVERRIDE, raising=False)
-    text = explain(packed, weight, grid, padding=1)
+    text = explain(patch_conv2d, packed, weight, None, grid, padding=1)
     for name in available_backends():
         assert name in text
     assert "taken" in text
-    assert "method rows" in explain(packed, weight, grid, padding=1, backend="gather")
-    assert "never leaves its patch" in explain(packed, torch.randn(64, 64, 1, 1), grid)
+    assert "method rows" in explain(patch_conv2d, packed, weight, None, grid, padding=1, backend="gather")
+    assert "never leaves its patch" in explain(patch_conv2d, packed, torch.randn(64, 64, 1, 1), None, grid)
     monkeypatch.setenv(OVERRIDE, "dense")
-    assert "dense: taken" in explain(packed, weight, grid, padding=1)
+    assert "dense: taken" in explain(patch_conv2d, packed, weight, None, grid, padding=1)
 
 
 def test_the_environment_variable_overrides_auto_and_nothing_else(grid, monkeypatch):

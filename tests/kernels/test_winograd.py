@@ -139,10 +139,9 @@ def test_it_takes_what_it_says_and_nothing_else():
     ):
         assert not takes(stencil=stencil)
     grid = PatchGrid.random(1, (3, 3), keep=4)
-    assert "Winograd" in explain(torch.randn(4, 32, 4, 4), torch.randn(32, 32, 3, 3), grid, padding=1, backend="cpp")
-    assert "Winograd" not in explain(
-        torch.randn(4, 32, 1, 1), torch.randn(32, 32, 3, 3), grid, padding=1, backend="cpp"
-    )
+    arguments = (torch.randn(32, 32, 3, 3), None, grid, 1, 1, 1, 1, "cpp")
+    assert "Winograd" in explain(patch_conv2d, torch.randn(4, 32, 4, 4), *arguments)
+    assert "Winograd" not in explain(patch_conv2d, torch.randn(4, 32, 1, 1), *arguments)
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 6, 10), (1, 32, 2, 2), (3, 64, 18, 18)])

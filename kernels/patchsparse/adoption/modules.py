@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..functional import patch_avg_pool2d, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d
-from ..geometry import Stencil, pair
+from ..geometry import POINT, Stencil, pair
 from ..grid import PatchGrid
 from ..pointwise import local_conv2d, local_linear
 from .binding import Binding
@@ -129,7 +129,7 @@ class PatchPointwiseConv2d(PatchModule, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if self.patch_binding.current() is None or input.dim() != 4:
             return super().forward(input)
-        return local_conv2d(input, self.weight, self.bias, Stencil((1, 1)), self.groups)
+        return local_conv2d(input, self.weight, self.bias, POINT, self.groups, self.patch_binding.backend)
 
 
 class PatchLinear(PatchModule, nn.Linear):
@@ -138,7 +138,7 @@ class PatchLinear(PatchModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if self.patch_binding.current() is None or input.dim() != 4:
             return super().forward(input)
-        return local_linear(input, self.weight, self.bias)
+        return local_linear(input, self.weight, self.bias, self.patch_binding.backend)
 
 
 class PatchConvTranspose2d(_Stencilled, nn.ConvTranspose2d):

@@ -1,4 +1,8 @@
-"""The engines, one module each, and the choice among them."""
+"""The engines, one module each, and the one place where a call chooses among them.
+
+Every engine module has ``why_unusable(device, dtype)``, ``why_not(call)``, ``how(call)`` and a function for each
+operation that ``BODIES`` lists for it. Engines are imported when they are first asked for.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +11,130 @@ from functools import cache
 from importlib import import_module
 from types import ModuleType
 
+import torch
+
 from ..geometry import Call
 
-__all__ = ["BOTH_GRADIENTS_AT_ONCE", "ENGINES", "OVERRIDE", "choose", "engine", "order", "requested", "why_not"]
+__all__ = [
+    "BODIES",
+    "BOTH_GRADIENTS_AT_ONCE",
+    "ENGINES",
+    "OPERATIONS",
+    "OVERRIDE",
+    "choose",
+    "engine",
+    "leaves",
+    "order",
+    "requested",
+    "why_not",
+    "why_unusable",
+]
 
 ENGINES = ("triton", "cpp", "gather", "minkowski", "dense")
-BOTH_GRADIENTS_AT_ONCE = ("minkowski",)
 OVERRIDE = "PATCHSPARSE_BACKEND"
+
+_CONVOLUTION = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")
+_MAX_POOL = ("max_pool2d", "max_pool2d_grad")
+_NORMS = ("batch_norm_act", "batch_norm_act_grad", "batch_norm_unpack", "batch_norm_unpack_grad")
+_IMAGES = ("image_conv2d", "image_conv_transpose2d", "image_grid")
+_LOCAL = ("product", "local_conv2d", "local_max_pool2d", "local_avg_pool2d")
+# Operations that PyTorch has itself. An engine may replace it there, but only in a plain call.
+_REPLACED = ("product", *_IMAGES)
+
+OPERATIONS = (
+    *_CONVOLUTION,
+    "conv2d_gradients",
+    *_MAX_POOL,
+    "avg_pool2d",
+    "avg_pool2d_grad",
+    *_NORMS,
+    *_LOCAL,
+    *_IMAGES,
+)
+# Which engine has a body of its own for which operation. What an engine lacks runs in ``gather``.
+BODIES: dict[str, tuple[str, ...]] = {
+    "triton": (*_CONVOLUTION, *_MAX_POOL, *_NORMS),
+    "cpp": (*_CONVOLUTION, *_MAX_POOL, *_REPLACED),
+    "gather": OPERATIONS,
+    "minkowski": (*_CONVOLUTION, "conv2d_gradients"),
+    "dense": (*_CONVOLUTION, *_MAX_POOL),
+}
+# Engines that compute the input and the weight gradient in one pass, faster than one after the other.
+BOTH_GRADIENTS_AT_ONCE = ("minkowski",)
 
 
 @cache
 def engine(name: str) -> ModuleType:
-    """Return the module of an engine; raise ValueError for a name that is not one."""
-    if name not in ENGINES:
-        raise ValueError(f"backend {name!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+    """Return the module of an engine.
+
+    Raises:
+        ValueError: for a name that is not one.
+        ImportError: if the package that the engine is written in is not installed.
+    """
+    _check_name(name)
     return import_module(f"{__name__}.{name}")
 
 
+def _check_name(name: str) -> None:
+    if name not in ENGINES:
+        raise ValueError(f"backend {name!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+
+
+@cache
+def _why_missing(name: str) -> str | None:
+    """Return why the module of an engine cannot be imported, or None if it can."""
+    try:
+        engine(name)
+    except ImportError as error:
+        return f"it cannot be imported here ({error})"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def why_unusable(name: str, device: str, dtype: torch.dtype) -> str | None:
+    """Return why an engine cannot run here on ``device`` (``"cpu"`` or ``"cuda"``) and ``dtype``, or None if it can.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    return _why_missing(name) or engine(name).why_unusable(device, dtype)
+
+
+def leaves(name: str, call: Call) -> str | None:
+    """Return why an engine leaves a call to ``gather`` though it runs here, or None if it takes the call itself."""
+    if name == "gather":
+        return None
+    if call.operation not in BODIES[name]:
+        return f"has no {call.operation} of its own"
+    if not call.plain and call.operation in _REPLACED:
+        return "leaves this to PyTorch under autocast, in torch.compile and for subclasses of Tensor"
+    if call.num_active == 0:
+        return "has nothing to compute"
+    return engine(name).leaves(call) if call.operation in _REPLACED else None
+
+
 def why_not(name: str, call: Call) -> str | None:
-    """Return why an engine cannot take a call, or None if it can."""
-    return engine(name).why_not(call)
+    """Return why an engine cannot run a call, or None if it can, or leaves it to ``gather``.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    _check_name(name)
+    return _why_not(name, call, leaves(name, call) is not None)
+
+
+def _why_not(name: str, call: Call, left: bool) -> str | None:
+    if left:
+        return why_unusable(name, call.device, call.dtype)
+    return _why_missing(name) or engine(name).why_not(call)
 
 
 def order(call: Call) -> tuple[str, ...]:
     """Return the engines that ``"auto"`` tries for a call, best first, by measurement (``benchmarks/``)."""
-    if call.device == "cuda":
-        return "triton", "gather"
-    return ("cpp", "gather") if engine("cpp").pays(call) else ("gather",)
+    best = "triton" if call.device == "cuda" else "cpp"
+    if leaves(best, call) is not None or (best == "cpp" and not engine("cpp").pays(call)):
+        return ("gather",)
+    return best, "gather"
 
 
 def requested(backend: str) -> str:
@@ -50,12 +151,15 @@ def choose(call: Call, backend: str) -> str:
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: if the named engine cannot take the call, with its reason.
+        RuntimeError: if the named engine cannot run here, or not this call, with its reason.
     """
-    backend = requested(backend)
-    if backend != "auto":
-        reason = why_not(backend, call)
-        if reason is not None:
-            raise RuntimeError(f"backend {backend!r} cannot run {call.operation}: {reason}")
-        return backend
-    return next(name for name in order(call) if why_not(name, call) is None)
+    name = requested(backend)
+    if name == "auto":
+        best = order(call)[0]
+        return best if best == "gather" or why_not(best, call) is None else "gather"
+    _check_name(name)
+    left = leaves(name, call) is not None
+    reason = _why_not(name, call, left)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run {call.operation}: {reason}")
+    return "gather" if left else name

@@ -9,14 +9,33 @@ from torch import Tensor
 from ..geometry import Call, Stencil
 from ..layout import dense_operand, gather_patches, scatter_patches
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "why_not"]
+__all__ = [
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "how",
+    "max_pool2d",
+    "max_pool2d_grad",
+    "why_not",
+    "why_unusable",
+]
 
 Size = tuple[int, int]
 
 
-def why_not(call: Call) -> str | None:
-    """Return why this engine cannot take the call: never."""
+def why_unusable(device: str, dtype: torch.dtype) -> str | None:
+    """Return why this engine cannot run on a device and dtype: it always can."""
     return None
+
+
+def why_not(call: Call) -> str | None:
+    """Return why this engine cannot take the call: it always can."""
+    return None
+
+
+def how(call: Call) -> str:
+    """Return the method by which this engine computes a call, in a few words."""
+    return "PyTorch on the zero-filled image"
 
 
 def conv2d(
@@ -88,6 +107,6 @@ def _stencil_origins(pooled: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
 
 
 def _pad_after(image: Tensor, stencil: Stencil, value: float) -> Tensor:
-    """Extend the image where ``ceil_mode`` windows reach beyond the padding."""
+    """Extend the image where stencils of ``ceil_mode`` reach beyond the padding."""
     extra = [max(0, a - p) for a, p in zip(stencil.after, stencil.padding, strict=True)]
     return F.pad(image, (0, extra[1], 0, extra[0]), value=value) if max(extra) else image

@@ -18,104 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...geometry import Call, Stencil
+from ...geometry import Stencil
 from ...layout import packed_empty, packed_like
-from .. import requested
 from ..tables import remember
 from . import native
+from .choice import DTYPES, how, leaves, multiplies_bfloat16, pays, why_not, why_unusable, winograd
 
 __all__ = [
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "how",
+    "leaves",
     "max_pool2d",
     "max_pool2d_grad",
-    "may_replace_pytorch",
     "pays",
     "why_not",
+    "why_unusable",
+    "winograd",
 ]
 
 Size = tuple[int, int]
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-MOST_ROWS = 2**31 - 1
 NO_LISTS, GROUPS, SQUARES = range(3)  # what a plan holds besides the halo, as in csrc/engine.h
-
-
-def why_not(call: Call) -> str | None:
-    """Return why this engine cannot take a call, or None if it can."""
-    if call.device != "cpu":
-        return f"it runs on the CPU, the tensors are on {call.device}"
-    if call.dtype not in DTYPES:
-        return f"it takes float32, bfloat16 and float64, not {call.dtype}"
-    if call.groups != 1 and not call.groups == call.in_channels == call.out_channels:
-        return f"it takes groups=1 or depthwise, not groups={call.groups} with {call.in_channels} channels"
-    if call.num_active * call.size[0] * call.size[1] * max(call.stencil.stride) ** 2 > MOST_ROWS:
-        return f"it takes at most {MOST_ROWS} pixels in all patches"
-    return native.library().problem
-
-
-def pays(call: Call) -> bool:
-    """Return whether this engine is the faster one on a CPU, where ``gather`` hands tiles to PyTorch's own kernels.
-
-    Measured (``benchmarks/test_conv.py``; batch 8, 60 % masked, one core of a 4th-generation Xeon), time of
-    ``gather`` / time of ``cpp``, forward, input gradient, weight gradient:
-
-    ========================  ================  ===================
-    operation                 float32           bfloat16 (AMX)
-    ========================  ================  ===================
-    3x3, p=16, C=8            1.9 1.7 0.9       0.7 0.6 0.5
-    3x3, p=16, C=32           1.5 1.5 1.2       1.3 1.2 0.8
-    3x3, p=8, C=64            1.4 1.4 1.4       1.2 1.2 1.6
-    3x3 stride 2, p=8, C=64   2.1 2.1 2.7       2.3 3.2 3.9
-    3x3, p=1, C=512           1.1 1.0 2.1       37 46 44
-    7x7 depthwise, C=96..768  3 .. 160          1.1 .. 230
-    max-pooling               7                 5
-    7x7 stride 2, C=12 -> 64  1.2 1.1 0.8       0.5 0.9 0.4
-    ========================  ================  ===================
-
-    In bfloat16 by vectors of pairs (AVX512_BF16, two cores of Zen 5): 1.4 1.3 0.7 at p=16, C=16; 1.0 1.1 1.4 at p=16,
-    C=32; 1.3 1.3 1.5 at p=8, C=64; 7.9 12 21 at p=1, C=512; 1.9 2.2 2.8 at stride 2, p=8, C=64; 0.9 1.1 0.6 for the
-    7x7. Elsewhere it is widened, which pays on small patches alone; Winograd's way reads and writes it.
-    """
-    if call.operation.startswith("max_pool2d") or call.groups != 1:
-        return call.dtype != torch.float64
-    weight_gradient = call.operation == "conv2d_wgrad"
-    if call.dtype == torch.float32:
-        return call.in_channels >= (16 if weight_gradient else 8)
-    if call.dtype != torch.bfloat16:
-        return False
-    if _multiplies_bfloat16():
-        few = 64 if native.library().isa() == native.AMX else 32
-        return call.in_channels >= (few if weight_gradient else 16)
-    tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.stencil)
-    return tiled or min(call.stencil.output_size(call.size)) <= 2
-
-
-def may_replace_pytorch(x: Tensor, backend: str = "auto") -> bool:
-    """Return whether a layer that is PyTorch's own may be given to this engine: eager, on a plain tensor, if wanted."""
-    if type(x) is not Tensor or requested(backend) not in ("auto", "cpp"):
-        return False
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
-
-
-def winograd(dtype: torch.dtype, size: Size, channels: Size, stencil: Stencil, groups: int = 1) -> bool:
-    """Return whether Winograd's F(2x2, 3x3) computes a convolution of ``channels`` (input, output) and its gradients.
-
-    Its error is that of the direct sum: the factors are 1 and 1/2. Measured against the direct way (two cores of Zen 5,
-    float32, batch 8, 60 % masked, all three sides; ``benchmarks/test_conv.py``): 1.7x as fast at p=8, C=64; 1.5x
-    at p=4, C=128; 1.3x at p=2, C=256; 1.4x at p=8, C=32; slower below 32 channels, where its sums are a small part.
-    """
-    if dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return False  # two products or more for one of float32, and no sums around them: 1.1x (p=8) to 1.6x (p=2)
-    three = stencil == Stencil((3, 3), (1, 1), (1, 1))
-    even = size[0] % 2 == 0 and size[1] % 2 == 0
-    return three and even and groups == 1 and min(channels) >= 32 and dtype in DTYPES
-
-
-def _multiplies_bfloat16() -> bool:
-    """Return whether the instruction set in use multiplies bfloat16 itself: by matrix tiles, or by vectors of pairs."""
-    loaded = native.library()
-    return loaded.problem is None and loaded.isa() >= native.BF16
 
 
 class _Plan:
@@ -188,7 +112,7 @@ def _how(x: Tensor) -> tuple[int, int, int]:
 
 def _compute(x: Tensor, groups: int) -> Tensor:
     """Return ``x`` packed, and widened where the engine has no kernel for its dtype."""
-    return packed_like(x) if groups == 1 and _multiplies_bfloat16() else _widened(x)
+    return packed_like(x) if groups == 1 and multiplies_bfloat16() else _widened(x)
 
 
 def _parameters(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
@@ -197,7 +121,7 @@ def _parameters(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> 
     bfloat16 weights stay as they are, but for depthwise ones: they are widened while they are packed. A bias stays
     where the processor multiplies bfloat16 itself.
     """
-    sums = x.dtype if _multiplies_bfloat16() or x.dtype != torch.bfloat16 else torch.float32
+    sums = x.dtype if multiplies_bfloat16() or x.dtype != torch.bfloat16 else torch.float32
     narrow = groups == 1 and weight.dtype == torch.bfloat16
     return weight if narrow else weight.to(sums), None if bias is None else bias.to(sums).contiguous()
 

@@ -4,6 +4,9 @@ MinkowskiEngine (Choy et al., CVPR 2019) finds neighbours with a hash table of c
 each kernel tap. Here it is given the pixels of the active patches, and the pixels of the same patches as outputs, so
 that an output is active if and only if its patch is. Coordinates and kernel maps are made once per mask, and all layers
 of a stage share them, forward and backward. It is the reference to compare with; the other engines are faster.
+
+It has no pooling of its own: MinkowskiEngine's leaves inactive pixels out, where dense-and-mask reads 0. The two differ
+wherever all active pixels of a stencil are negative, and in which of several equal zeros gets the gradient.
 """
 
 from __future__ import annotations
@@ -15,26 +18,35 @@ import torch
 from torch import Tensor
 
 from ...geometry import Call, Stencil
-from .. import gather
 from ..tables import remember
-from . import loading as minkowski_loading
+from . import loading
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_gradients", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "why_not"]
+__all__ = ["conv2d", "conv2d_dgrad", "conv2d_gradients", "conv2d_wgrad", "how", "why_not", "why_unusable"]
 
 Size = tuple[int, int]
 DTYPES = (torch.float32, torch.float64)
 
 
+def why_unusable(device: str, dtype: torch.dtype) -> str | None:
+    """Return why this engine cannot run on a device and dtype, or None if it can; imports MinkowskiEngine."""
+    if dtype not in DTYPES:
+        return f"MinkowskiEngine computes in float32 and float64, not {dtype}"
+    loaded = loading.library()
+    if loaded.problem is None and device == "cuda" and not loaded.cuda:
+        return f"MinkowskiEngine was built for the CPU only; {loading.HOW} where torch sees the GPU"
+    return loaded.problem
+
+
 def why_not(call: Call) -> str | None:
-    """Return why this engine cannot take a call, or None if it can; imports MinkowskiEngine if it is installed."""
-    if call.dtype not in DTYPES:
-        return f"MinkowskiEngine computes in float32 and float64, not {call.dtype}"
+    """Return why this engine cannot take a call, or None if it can."""
     if call.groups != 1 and not call.groups == call.in_channels == call.out_channels:
         return f"it takes groups=1 or depthwise, not groups={call.groups} with {call.in_channels} channels"
-    loaded = minkowski_loading.library()
-    if loaded.problem is None and call.device == "cuda" and not loaded.cuda:
-        return f"MinkowskiEngine was built for the CPU only; {minkowski_loading.HOW} where torch sees the GPU"
-    return loaded.problem
+    return why_unusable(call.device, call.dtype)
+
+
+def how(call: Call) -> str:
+    """Return the method by which this engine computes a call, in a few words."""
+    return "MinkowskiEngine's kernel maps" if call.groups == 1 else "sums over MinkowskiEngine's kernel maps"
 
 
 class _Sites:
@@ -80,7 +92,7 @@ class _Stages:
     """One coordinate manager and the sites in it, at all sizes of the patches that divide ``pitch``."""
 
     def __init__(self, pitch: Size, device: torch.device):
-        module = minkowski_loading.module()
+        module = loading.module()
         kind = module.CoordinateMapType.CUDA if device.type == "cuda" else module.CoordinateMapType.CPU
         self.manager = module.CoordinateManager(D=2, coordinate_map_type=kind)
         self.pitch = pitch
@@ -154,7 +166,7 @@ class _Problem:
     def geometry(self) -> tuple[Any, ...]:
         """Kernel, stride, dilation, region and offsets, as MinkowskiEngine's functions take them."""
         taps, dilation = [axis.taps for axis in self.axes], [axis.dilation for axis in self.axes]
-        region = minkowski_loading.module().RegionType.HYPER_CUBE
+        region = loading.module().RegionType.HYPER_CUBE
         return taps, list(self.stencil.stride), dilation, region, torch.empty(0, dtype=torch.int32)
 
     def kernel(self, weight: Tensor) -> Tensor:
@@ -175,7 +187,7 @@ class _Problem:
 
     def call(self, name: str, features: tuple[Tensor, ...], kernel: Tensor, *, backward: bool = False) -> Any:
         """Run one of MinkowskiEngine's functions from ``source`` to ``target``, transposed the other way."""
-        library = minkowski_loading.library()
+        library = loading.library()
         device = "GPU" if kernel.is_cuda else "CPU"
         mode = library.backend.ConvolutionMode  # its default on a GPU adds with atomics, in no fixed order
         keys = [self.source.key, self.target.key]
@@ -265,17 +277,3 @@ def conv2d_gradients(
     features = (problem.source.rows(x).contiguous(), problem.target.rows(grad).contiguous())
     grad_x, grad_kernel = problem.call("ConvolutionBackward", features, problem.kernel(weight), backward=True)
     return problem.source.packed(grad_x), problem.weight(grad_kernel)
-
-
-def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
-    """Return the maximum over each stencil and the winning tap (uint8, row-major in the kernel), by ``gather``.
-
-    MinkowskiEngine's own pooling leaves inactive pixels out, where dense-and-mask reads 0: the two differ wherever all
-    active pixels of a stencil are negative, and in which of several equal zeros gets the gradient.
-    """
-    return gather.max_pool2d(x, slot, coords, stencil)
-
-
-def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Tensor:
-    """Return the gradient at the input of :func:`max_pool2d`, by ``gather``."""
-    return gather.max_pool2d_grad(grad, tap, slot, coords, size, stencil)

@@ -1,7 +1,6 @@
 """The ``triton`` engine: implicit GEMM kernels that read neighbouring patches through the slot map; see ``README.md``.
 
-Runs on CUDA devices, and on the CPU under ``TRITON_INTERPRET=1`` (slowly, to check the kernels). Triton is imported
-with the first call.
+Runs on CUDA devices, and on the CPU under ``TRITON_INTERPRET=1`` (slowly, to check the kernels).
 """
 
 from __future__ import annotations
@@ -10,44 +9,73 @@ import torch
 from torch import Tensor
 
 from ...geometry import Call, Stencil
+from . import conv, depthwise_pool
+from .conv_kernels import patch_conv2d_fwd_kernel
+from .depthwise_pool import max_pool2d, max_pool2d_grad
+from .launch import is_interpreted
+from .norm import batch_norm_act, batch_norm_act_grad
+from .norm_unpack import batch_norm_unpack, batch_norm_unpack_grad
 
-__all__ = ["conv2d", "conv2d_dgrad", "conv2d_wgrad", "max_pool2d", "max_pool2d_grad", "why_not"]
+__all__ = [
+    "batch_norm_act",
+    "batch_norm_act_grad",
+    "batch_norm_unpack",
+    "batch_norm_unpack_grad",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "how",
+    "max_pool2d",
+    "max_pool2d_grad",
+    "why_not",
+    "why_unusable",
+]
 
 Size = tuple[int, int]
 
 
-def why_not(call: Call) -> str | None:
-    """Return why this engine cannot take the call, or None if it can."""
-    try:
-        from . import conv, launch
-        from . import conv_kernels as kernels
-    except ImportError:
-        return "Triton is not installed"
-    if call.device != "cuda" and not (call.device == "cpu" and launch.is_interpreted(kernels.patch_conv2d_fwd_kernel)):
-        return f"needs a CUDA device; tensors are on {call.device}"
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{str(call.dtype).removeprefix('torch.')} is not supported; use float32, bfloat16 or float16"
-    if call.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+def why_unusable(device: str, dtype: torch.dtype) -> str | None:
+    """Return why this engine cannot run on a device and dtype, or None if it can."""
+    if device != "cuda" and not (device == "cpu" and is_interpreted(patch_conv2d_fwd_kernel)):
+        return f"needs a CUDA device; tensors are on {device}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{str(dtype).removeprefix('torch.')} is not supported; use float32, bfloat16 or float16"
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
         return f"needs compute capability 8.0; this device has {major}.{minor}"
+    return None
+
+
+def why_not(call: Call) -> str | None:
+    """Return why this engine cannot take the call, or None if it can."""
+    reason = why_unusable(call.device, call.dtype)
+    if reason is not None:
+        return reason
     if call.num_active * call.size[0] * call.size[1] >= 2**31:
         return f"{call.num_active} patches of {call.size[0]}x{call.size[1]} pixels are more than 2^31 rows"
-    depthwise = call.groups == call.in_channels == call.out_channels
-    if not depthwise and call.stencil.taps > conv.MOST_TAPS:
+    if not _depthwise(call) and call.stencil.taps > conv.MOST_TAPS:
         return f"a kernel of {call.stencil.taps} taps is too large; at most {conv.MOST_TAPS}, unless depthwise"
     return None
+
+
+def how(call: Call) -> str:
+    """Return the method by which this engine computes a call, in a few words."""
+    if call.operation.startswith("conv2d"):
+        return "depthwise kernel" if _depthwise(call) else "implicit GEMM"
+    return "one kernel" if call.operation.startswith("max_pool2d") else "fused kernels"
+
+
+def _depthwise(call: Call) -> bool:
+    return call.groups == call.in_channels == call.out_channels
 
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
-    from . import conv
-    from . import depthwise_pool as pool
-
     if groups == x.shape[1] == weight.shape[0]:
         target = stencil.output_size((x.shape[2], x.shape[3]))
-        return pool.depthwise(x, weight, bias, slot, coords, target, stencil, False)
+        return depthwise_pool.depthwise(x, weight, bias, slot, coords, target, stencil, False)
     return conv.conv2d(x, weight, bias, slot, coords, stencil, groups)
 
 
@@ -55,33 +83,13 @@ def conv2d_dgrad(
     grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, groups: int
 ) -> Tensor:
     """Return the gradient at the input ``(N, C_in, ph, pw)``, itself a (transposed) convolution of ``grad``."""
-    from . import conv
-    from . import depthwise_pool as pool
-
     if groups == grad.shape[1] == weight.shape[1] * groups:
-        return pool.depthwise(grad, weight, None, slot, coords, size, stencil, True)
+        return depthwise_pool.depthwise(grad, weight, None, slot, coords, size, stencil, True)
     return conv.conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups)
 
 
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
-    from . import conv
-    from . import depthwise_pool as pool
-
     if groups == x.shape[1] == grad.shape[1]:
-        return pool.depthwise_wgrad(x, grad, slot, coords, stencil)
+        return depthwise_pool.depthwise_wgrad(x, grad, slot, coords, stencil)
     return conv.conv2d_wgrad(x, grad, slot, coords, stencil, groups)
-
-
-def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
-    """Return the maximum over each stencil and the winning tap (uint8, row-major in the kernel)."""
-    from . import depthwise_pool as pool
-
-    return pool.max_pool2d(x, slot, coords, stencil)
-
-
-def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Tensor:
-    """Return the gradient at the input ``(N, C, ph, pw)``: each output's gradient goes to its winning tap."""
-    from . import depthwise_pool as pool
-
-    return pool.max_pool2d_grad(grad, tap, slot, coords, size, stencil)

@@ -1,4 +1,4 @@
-"""Convolution on the Triton engine: what is computed is in ``kernels.py``, here it is cut into launches."""
+"""Convolution on the Triton engine: launches of ``conv_kernels.py``."""
 
 from __future__ import annotations
 

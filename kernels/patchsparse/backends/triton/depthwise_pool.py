@@ -1,4 +1,4 @@
-"""Depthwise convolution and max-pooling on the Triton engine: the launches of the kernels in ``windows.py``."""
+"""Depthwise convolution and max-pooling on the Triton engine: launches of ``depthwise_pool_kernels.py``."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def pool_launch(rows: Tensor, y: Tensor, tap: Tensor, slot: Tensor, coords: Tens
 
 
 def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Tensor:
-    """Return the gradient at the input ``(N, C, ph, pw)``: each input pixel collects from the windows it won."""
+    """Return the gradient at the input ``(N, C, ph, pw)``: each input pixel collects from the stencils it won."""
     y = rows_like(grad, grad.shape[0], size, grad.shape[1])
     pool_grad_launch(as_rows(grad), as_rows(tap), y, slot, coords, stencil).run()
     return y

@@ -1,4 +1,4 @@
-"""Fused batch normalisation + activation on the Triton engine: the launches of the kernels in ``norms.py``."""
+"""Fused batch normalisation + activation on the Triton engine: launches of ``norm_kernels.py``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from ...precision import wide
 from .launch import Launch, as_rows, processors, rows_like
 from .norm_kernels import (
     norm_apply_kernel,
@@ -19,15 +20,16 @@ from .norm_kernels import (
 
 __all__ = [
     "Statistics",
-    "apply",
     "apply_launch",
+    "batch_norm_act",
+    "batch_norm_act_grad",
     "blocks",
     "contiguous",
-    "grad",
     "grad_launches",
     "moments",
     "moments_launches",
     "share_of",
+    "used_statistics",
 ]
 
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, rstd, weight, bias: (C,)
@@ -74,12 +76,31 @@ def moments_launches(rows: Tensor, mean: Tensor, var: Tensor) -> list[Launch]:
     return [some, Launch(norm_combine_kernel, (tiles_c,), arguments, {"BLOCK_S": 64, "BLOCK_C": c}, 4, 1)]
 
 
-def apply(x: Tensor, residual: Tensor | None, statistics: Statistics, activation: str, slope: float) -> Tensor:
-    """Return ``act((x - mean) * rstd * weight + bias + residual)``."""
+def used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return new tensors: the given mean and variance, or those of ``x``."""
+    if mean is not None and var is not None:
+        return wide(mean).clone(), wide(var).clone()
+    return moments(x)
+
+
+def batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    activation: str,
+    slope: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``act((x - mean) * rstd * weight + bias + residual)`` and the mean and biased variance used."""
+    mean, var = used_statistics(x, mean, var)
+    statistics = contiguous((mean, (var + eps).rsqrt(), weight, bias))
     y = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
     other = None if residual is None else as_rows(residual)
-    apply_launch(as_rows(x), other, y, contiguous(statistics), activation, slope).run()
-    return y
+    apply_launch(as_rows(x), other, y, statistics, activation, slope).run()
+    return y, mean, var
 
 
 def apply_launch(
@@ -99,21 +120,29 @@ def apply_launch(
     )
 
 
-def grad(
-    g: Tensor, x: Tensor, residual: Tensor | None, statistics: Statistics, activation: str, slope: float, batch: bool
+def batch_norm_act_grad(
+    g: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    activation: str,
+    slope: float,
+    batch: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return the gradients at x, residual, weight and bias; with ``batch`` the statistics are those of x."""
+    statistics = contiguous((mean, (var + eps).rsqrt(), weight, bias))
     size = (x.shape[2], x.shape[3])
     gx = rows_like(x, x.shape[0], size, x.shape[1])
     gr = None if residual is None else rows_like(residual, x.shape[0], size, x.shape[1])
     total = x.new_empty(2, x.shape[1], dtype=torch.float32)
-    other = None if residual is None else as_rows(residual)
-    outputs = (gx, gr, total)
-    for launch in grad_launches(
-        as_rows(g), as_rows(x), other, outputs, contiguous(statistics), activation, slope, batch
-    ):
+    operands = (as_rows(g), as_rows(x), None if residual is None else as_rows(residual), (gx, gr, total))
+    for launch in grad_launches(*operands, statistics, activation, slope, batch):
         launch.run()
-    return gx, gr, total[1], total[0]
+    return gx, gr, total[1].clone(), total[0].clone()  # an operator's outputs may not share memory
 
 
 def grad_launches(

@@ -1,4 +1,4 @@
-"""Batch normalisation fused with ``unpack`` on the Triton engine: the launches of the kernels in ``images.py``."""
+"""Batch normalisation fused with ``unpack`` on the Triton engine: launches of ``norm_unpack_kernels.py``."""
 
 from __future__ import annotations
 
@@ -8,22 +8,37 @@ import torch
 from torch import Tensor
 
 from .launch import Launch, as_rows, row_major, rows_like
-from .norm import Statistics, blocks, contiguous, share_of
+from .norm import Statistics, blocks, contiguous, share_of, used_statistics
 from .norm_kernels import norm_total_kernel
 from .norm_unpack_kernels import unpack_norm_fwd_kernel, unpack_norm_grad_apply_kernel, unpack_norm_grad_sums_kernel
 
-__all__ = ["unpack_norm", "unpack_norm_grad", "unpack_norm_grad_launches", "unpack_norm_launch"]
+__all__ = ["batch_norm_unpack", "batch_norm_unpack_grad", "unpack_norm_grad_launches", "unpack_norm_launch"]
 
 Maps = tuple[Tensor, Tensor]  # slot, coords
 
 
-def unpack_norm(x: Tensor, fill: Tensor | None, maps: Maps, statistics: Statistics) -> Tensor:
-    """Return the images ``(B, C, H, W)`` of the normalised ``x`` with ``fill`` ``(C,)`` or 0 at inactive patches."""
-    batch, rows, columns = maps[0].shape
+def batch_norm_unpack(
+    x: Tensor,
+    fill: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    slot: Tensor,
+    coords: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the images ``(B, C, H, W)`` of the normalised ``x``, and the mean and biased variance used.
+
+    Inactive patches hold ``fill`` ``(C,)`` or 0.
+    """
+    mean, var = used_statistics(x, mean, var)
+    statistics = contiguous((mean, (var + eps).rsqrt(), weight, bias))
+    batch, rows, columns = slot.shape
     y = rows_like(x, batch, (rows * x.shape[2], columns * x.shape[3]), x.shape[1])
     fill = None if fill is None else fill.contiguous()
-    unpack_norm_launch(as_rows(x), fill, y, row_major(*maps), contiguous(statistics)).run()
-    return y
+    unpack_norm_launch(as_rows(x), fill, y, row_major(slot, coords), statistics).run()
+    return y, mean, var
 
 
 def unpack_norm_launch(rows: Tensor, fill: Tensor | None, y: Tensor, maps: Maps, statistics: Statistics) -> Launch:
@@ -41,16 +56,25 @@ def unpack_norm_launch(rows: Tensor, fill: Tensor | None, y: Tensor, maps: Maps,
     )
 
 
-def unpack_norm_grad(
-    g: Tensor, x: Tensor, maps: Maps, statistics: Statistics, batch: bool
+def batch_norm_unpack_grad(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    slot: Tensor,
+    coords: Tensor,
+    eps: float,
+    batch: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients at x, weight, bias and fill; with ``batch`` the statistics are those of x."""
+    statistics = contiguous((mean, (var + eps).rsqrt(), weight, None))
     gx = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
     total = x.new_empty(3, x.shape[1], dtype=torch.float32)
     operands = (as_rows(g), as_rows(x), gx, total)
-    for launch in unpack_norm_grad_launches(*operands, row_major(*maps), contiguous(statistics), batch):
+    for launch in unpack_norm_grad_launches(*operands, row_major(slot, coords), statistics, batch):
         launch.run()
-    return gx, total[1], total[0], total[2]
+    return gx, total[1].clone(), total[0].clone(), total[2].clone()  # an operator's outputs may not share memory
 
 
 def unpack_norm_grad_launches(

@@ -1,0 +1,174 @@
+"""The front door of convolution on packed patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import Pair, Stencil, pair
+from ..grid import PatchGrid
+from ..ops import conv as ops
+from ..packing import check_packed
+from ..pointwise import local_conv2d
+
+__all__ = ["autocast", "conv2d_stencil", "patch_conv2d", "patch_conv_transpose2d", "transposed_stencil"]
+
+
+def patch_conv2d(
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: PatchGrid,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve packed patches, reading active neighbours through the grid.
+
+    Args:
+        packed: ``(N, C_in, ph, pw)`` float64, float32, bfloat16 or float16.
+        weight: ``(C_out, C_in / groups, kh, kw)`` of the same dtype (autocast casts both).
+        bias: ``(C_out,)`` or None.
+        grid: N active patches.
+        stride: pixels; must divide the patch.
+        padding: pixels; the output must be ``1 / stride`` of the image ("same" padding for odd kernels).
+        dilation: pixels between taps.
+        groups: as in ``F.conv2d``.
+        backend: ``"auto"`` or the name of an engine; see :func:`explain`.
+
+    Returns:
+        ``(N, C_out, ph / stride, pw / stride)`` in channels_last memory.
+
+    Raises:
+        ValueError: if shapes disagree, or the stencil does not map patches to patches.
+        TypeError: if dtypes disagree.
+        RuntimeError: if a named backend cannot run, with its reason.
+
+    Equivalent to::
+
+        dense = F.conv2d(unpack(packed, grid), weight, bias, stride, padding, dilation, groups)
+        y = pack(dense, grid)
+    """
+    packed, weight, bias = autocast(packed, weight, bias)
+    stencil = conv2d_stencil(packed, weight, bias, grid, stride, padding, dilation, groups)
+    if stencil.local:
+        return local_conv2d(packed, weight, bias, stencil, groups, backend)
+    options = (stencil.stride, stencil.padding, stencil.dilation, groups, backend)
+    return ops.conv2d(packed, weight, bias, grid.slot, grid.coords, *options)
+
+
+def patch_conv_transpose2d(
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: PatchGrid,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    output_padding: Pair = 0,
+    groups: int = 1,
+    dilation: Pair = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve packed patches transposed, which enlarges each patch by the stride.
+
+    Args:
+        packed: ``(N, C_in, ph, pw)``.
+        weight: ``(C_in, C_out / groups, kh, kw)``.
+        bias: ``(C_out,)`` or None.
+        grid: N active patches.
+        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose2d``; the output must be ``stride``
+            times the image, that is ``dilation * (kernel - 1) + 1 + output_padding - 2 * padding = stride``.
+        backend: ``"auto"`` or the name of an engine.
+
+    Returns:
+        ``(N, C_out, ph * stride, pw * stride)`` in channels_last memory.
+
+    Raises:
+        ValueError: if shapes disagree, or the output is not ``stride`` times the image.
+
+    Equivalent to::
+
+        x = unpack(packed, grid)
+        y = pack(F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation), grid)
+    """
+    packed, weight, bias = autocast(packed, weight, bias)
+    stencil = transposed_stencil(packed, weight, bias, grid, stride, padding, output_padding, groups, dilation)
+    options = (stencil.stride, stencil.padding, stencil.dilation, groups, backend)
+    out = ops.conv2d_dgrad(packed, weight, grid.slot, grid.coords, *options)
+    return out if bias is None else out + bias[:, None, None]
+
+
+def conv2d_stencil(
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: PatchGrid,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Stencil:
+    """Check the arguments of :func:`patch_conv2d` and return the stencil."""
+    check_packed(packed, grid)
+    stencil = _stencil(weight, stride, padding, dilation)
+    _check_weight(packed, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
+    stencil.check((packed.shape[2], packed.shape[3]), "patch_conv2d")
+    return stencil
+
+
+def transposed_stencil(
+    packed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grid: PatchGrid,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    groups: int,
+    dilation: Pair,
+) -> Stencil:
+    """Check the arguments of :func:`patch_conv_transpose2d` and return the stencil."""
+    check_packed(packed, grid)
+    stencil, extra = _stencil(weight, stride, padding, dilation), pair(output_padding, "output_padding")
+    _check_weight(packed, weight, bias, weight.shape[0], weight.shape[1] * groups, groups)
+    for k, s, p, d, e in zip(stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, extra, strict=True):
+        if d * (k - 1) + 1 + e - 2 * p != s:
+            raise ValueError(
+                f"patch_conv_transpose2d: kernel {k}, stride {s}, padding {p}, output_padding {e}, dilation {d} gives "
+                f"an image that is not {s} times the input; choose dilation * (kernel - 1) + 1 + output_padding - "
+                f"2 * padding = stride"
+            )
+    return stencil
+
+
+def _stencil(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Stencil:
+    kernel = (int(weight.shape[2]), int(weight.shape[3]))
+    return Stencil(kernel, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
+
+
+def autocast(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast float32 and half operands to the autocast dtype, as ``F.conv2d`` does; without autocast return them."""
+    device = packed.device.type
+    if not torch.is_autocast_enabled(device):
+        return packed, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        return x if x.dtype == torch.float64 else x.to(dtype)
+
+    return cast(packed), cast(weight), None if bias is None else cast(bias)
+
+
+def _check_weight(packed: Tensor, weight: Tensor, bias: Tensor | None, expected: int, out: int, groups: int) -> None:
+    channels = packed.shape[1]
+    if weight.dim() != 4 or channels != expected or groups < 1 or channels % groups or out % groups:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} with groups={groups} takes {expected} input channels, "
+            f"packed {tuple(packed.shape)} has {channels}"
+        )
+    if bias is not None and bias.shape != (out,):
+        raise ValueError(f"bias must be ({out},), got {tuple(bias.shape)}")
+    if weight.dtype != packed.dtype or (bias is not None and bias.dtype != packed.dtype):
+        raise TypeError(f"packed is {packed.dtype} and weight {weight.dtype}; cast one, or use torch.autocast")

@@ -1,0 +1,125 @@
+"""The front door of pooling on packed patches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import choose, gather
+from ..geometry import Pair, Stencil, pair
+from ..grid import PatchGrid
+from ..ops import pool as ops
+from ..packing import check_packed
+from ..pointwise import local_pool_call
+
+__all__ = ["avg_pool2d_stencil", "max_pool2d_stencil", "patch_avg_pool2d", "patch_max_pool2d"]
+
+
+def patch_max_pool2d(
+    packed: Tensor,
+    grid: PatchGrid,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Take the maximum over each stencil; an inactive neighbour counts as 0, the image border as -inf.
+
+    Args:
+        packed: ``(N, C, ph, pw)``.
+        grid: N active patches.
+        kernel_size, stride, padding, dilation, ceil_mode: as in ``F.max_pool2d``; at most 255 taps.
+        backend: ``"auto"`` or the name of an engine.
+
+    Returns:
+        ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
+
+    Raises:
+        ValueError: if the stencil does not map patches to patches.
+
+    Equivalent to::
+
+        y = pack(F.max_pool2d(unpack(packed, grid), kernel_size, stride, padding, dilation, ceil_mode), grid)
+    """
+    stencil = max_pool2d_stencil(packed, grid, kernel_size, stride, padding, dilation, ceil_mode)
+    if stencil.local:
+        choose(local_pool_call("local_max_pool2d", packed, stencil), backend)
+        return gather.local_max_pool2d(packed, stencil)
+    return ops.max_pool2d(packed, grid.slot, grid.coords, *stencil, backend)[0]
+
+
+def patch_avg_pool2d(
+    packed: Tensor,
+    grid: PatchGrid,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Average over each stencil; an inactive neighbour counts as a pixel of value 0.
+
+    Args:
+        packed: ``(N, C, ph, pw)``.
+        grid: N active patches.
+        kernel_size, stride, padding, count_include_pad, divisor_override: as in ``F.avg_pool2d``.
+        ceil_mode: accepted where it changes nothing.
+        backend: ``"auto"`` or the name of an engine; no engine but ``gather`` has a body for it, which serves for all.
+
+    Returns:
+        ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
+
+    Raises:
+        ValueError: if the stencil does not map patches to patches.
+
+    Equivalent to::
+
+        dense = F.avg_pool2d(unpack(packed, grid), kernel_size, stride, padding, False, count_include_pad, divisor)
+        y = pack(dense, grid)
+    """
+    stencil = avg_pool2d_stencil(packed, grid, kernel_size, stride, padding)
+    divisor = divisor_override or stencil.taps
+    if stencil.local:
+        choose(local_pool_call("local_avg_pool2d", packed, stencil), backend)
+        return gather.local_avg_pool2d(packed, stencil, divisor)
+    options = (divisor, count_include_pad or divisor_override is not None, backend)
+    return ops.avg_pool2d(packed, grid.slot, grid.coords, *stencil[:3], *options)
+
+
+def max_pool2d_stencil(
+    packed: Tensor,
+    grid: PatchGrid,
+    kernel_size: Pair,
+    stride: Pair | None,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+) -> Stencil:
+    """Check the arguments of :func:`patch_max_pool2d` and return the stencil."""
+    check_packed(packed, grid)
+    stencil = _stencil(kernel_size, stride, padding, dilation)
+    stencil.check((packed.shape[2], packed.shape[3]), "patch_max_pool2d", ceil_mode)
+    if stencil.taps > 255:
+        raise ValueError(
+            f"patch_max_pool2d: kernel_size {stencil.kernel} has {stencil.taps} taps; at most 255 are supported"
+        )
+    return stencil
+
+
+def avg_pool2d_stencil(
+    packed: Tensor, grid: PatchGrid, kernel_size: Pair, stride: Pair | None, padding: Pair
+) -> Stencil:
+    """Check the arguments of :func:`patch_avg_pool2d` and return the stencil."""
+    check_packed(packed, grid)
+    stencil = _stencil(kernel_size, stride, padding, 1)
+    stencil.check((packed.shape[2], packed.shape[3]), "patch_avg_pool2d")
+    return stencil
+
+
+def _stencil(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair) -> Stencil:
+    kernel = pair(kernel_size, "kernel_size")
+    strides = kernel if stride is None else pair(stride, "stride")
+    return Stencil(kernel, strides, pair(padding, "padding"), pair(dilation, "dilation"))

@@ -1,0 +1,63 @@
+"""Packing and unpacking: schema, shape function and gradient of the registered operators; each undoes the other."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..layout import gather_patches, packed_empty, packed_like, scatter_patches
+
+__all__ = ["pack", "unpack"]
+
+
+@custom_op("patchsparse::pack", mutates_args=())
+def pack(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:
+    """Return the active patches of ``image`` ``(B, C, H, W)``."""
+    return packed_like(gather_patches(image, slot, coords))
+
+
+@pack.register_fake
+def _(image, slot, coords):
+    height, width = image.shape[2] // slot.shape[1], image.shape[3] // slot.shape[2]
+    return packed_empty(image, coords.shape[0], image.shape[1], height, width)
+
+
+@custom_op("patchsparse::unpack", mutates_args=())
+def unpack(packed: Tensor, fill: Tensor | None, slot: Tensor, coords: Tensor) -> Tensor:
+    """Return the image with ``fill`` ``(C,)`` or 0 at inactive patches."""
+    return packed_like(scatter_patches(packed, slot, coords, fill))
+
+
+@unpack.register_fake
+def _(packed, fill, slot, coords):
+    height, width = packed.shape[2] * slot.shape[1], packed.shape[3] * slot.shape[2]
+    return packed_empty(packed, slot.shape[0], packed.shape[1], height, width)
+
+
+def _pack_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _pack_backward(ctx, grad):
+    return unpack(grad, None, *ctx.saved_tensors), None, None
+
+
+def _unpack_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _unpack_backward(ctx, grad):
+    slot, coords = ctx.saved_tensors
+    grad_packed = pack(grad, slot, coords) if ctx.needs_input_grad[0] else None
+    grad_fill = None
+    if ctx.needs_input_grad[1]:
+        rows, columns = slot.shape[1:]
+        tiles = grad.unflatten(2, (rows, -1)).unflatten(4, (columns, -1))  # (B, C, Gh, ph, Gw, pw)
+        per_patch = tiles.sum((3, 5))
+        grad_fill = torch.where(slot[:, None] < 0, per_patch, 0).sum((0, 2, 3))
+    return grad_packed, grad_fill, None, None
+
+
+pack.register_autograd(_pack_backward, setup_context=_pack_context)
+unpack.register_autograd(_unpack_backward, setup_context=_unpack_context)

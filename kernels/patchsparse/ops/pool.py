@@ -1,0 +1,141 @@
+"""Pooling: schema, shape function and gradient of its registered operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from ..layout import packed_empty, packed_like
+from .calls import Ints, body, pool_call, stencil_of
+
+__all__ = ["avg_pool2d", "avg_pool2d_grad", "max_pool2d", "max_pool2d_grad"]
+
+
+@custom_op("patchsparse::max_pool2d", mutates_args=())
+def max_pool2d(
+    x: Tensor,
+    slot: Tensor,
+    coords: Tensor,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the maximum over each stencil of packed ``x`` and the winning tap (uint8)."""
+    stencil = stencil_of(kernel, stride, padding, dilation)
+    chosen = body(pool_call("max_pool2d", x, x.shape[2:], stencil), backend)
+    pooled, tap = chosen.max_pool2d(x, slot, coords, stencil)
+    return packed_like(pooled), packed_like(tap)
+
+
+@max_pool2d.register_fake
+def _(x, slot, coords, kernel, stride, padding, dilation, backend):
+    pooled = packed_empty(x, x.shape[0], x.shape[1], x.shape[2] // stride[0], x.shape[3] // stride[1])
+    return pooled, torch.empty_like(pooled, dtype=torch.uint8)
+
+
+@custom_op("patchsparse::max_pool2d_grad", mutates_args=())
+def max_pool2d_grad(
+    grad: Tensor,
+    tap: Tensor,
+    slot: Tensor,
+    coords: Tensor,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    backend: str,
+) -> Tensor:
+    """Return the input gradient of :func:`max_pool2d`."""
+    stencil = stencil_of(kernel, stride, padding, dilation)
+    size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
+    chosen = body(pool_call("max_pool2d_grad", grad, size, stencil), backend)
+    return packed_like(chosen.max_pool2d_grad(grad, tap, slot, coords, size, stencil))
+
+
+@max_pool2d_grad.register_fake
+def _(grad, tap, slot, coords, kernel, stride, padding, dilation, backend):
+    return _at_the_input(grad, stride)
+
+
+@custom_op("patchsparse::avg_pool2d", mutates_args=())
+def avg_pool2d(
+    x: Tensor,
+    slot: Tensor,
+    coords: Tensor,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    divisor: int,
+    count_include_pad: bool,
+    backend: str,
+) -> Tensor:
+    """Return the sum over each stencil by ``divisor``, or by its pixels in the image without ``count_include_pad``."""
+    stencil = stencil_of(kernel, stride, padding, (1, 1))
+    chosen = body(pool_call("avg_pool2d", x, x.shape[2:], stencil), backend)
+    return packed_like(chosen.avg_pool2d(x, slot, coords, stencil, divisor, count_include_pad))
+
+
+@avg_pool2d.register_fake
+def _(x, slot, coords, kernel, stride, padding, divisor, count_include_pad, backend):
+    return packed_empty(x, x.shape[0], x.shape[1], x.shape[2] // stride[0], x.shape[3] // stride[1])
+
+
+@custom_op("patchsparse::avg_pool2d_grad", mutates_args=())
+def avg_pool2d_grad(
+    grad: Tensor,
+    slot: Tensor,
+    coords: Tensor,
+    kernel: Ints,
+    stride: Ints,
+    padding: Ints,
+    divisor: int,
+    count_include_pad: bool,
+    backend: str,
+) -> Tensor:
+    """Return the input gradient of :func:`avg_pool2d`, its adjoint."""
+    stencil = stencil_of(kernel, stride, padding, (1, 1))
+    size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
+    chosen = body(pool_call("avg_pool2d_grad", grad, size, stencil), backend)
+    return packed_like(chosen.avg_pool2d_grad(grad, slot, coords, size, stencil, divisor, count_include_pad))
+
+
+@avg_pool2d_grad.register_fake
+def _(grad, slot, coords, kernel, stride, padding, divisor, count_include_pad, backend):
+    return _at_the_input(grad, stride)
+
+
+def _at_the_input(grad: Tensor, stride: Ints) -> Tensor:
+    """Return an uninitialised gradient at the input of a pooling."""
+    return packed_empty(grad, grad.shape[0], grad.shape[1], grad.shape[2] * stride[0], grad.shape[3] * stride[1])
+
+
+def _max_pool2d_context(ctx, inputs, output):
+    _, slot, coords, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], slot, coords)
+
+
+def _max_pool2d_backward(ctx, grad, _):
+    grad_x = max_pool2d_grad(grad, *ctx.saved_tensors, *ctx.options)
+    return grad_x, None, None, *(None for _ in ctx.options)
+
+
+def _avg_pool2d_context(ctx, inputs, output):
+    _, slot, coords, *ctx.options = inputs
+    ctx.save_for_backward(slot, coords)
+
+
+def _avg_pool2d_backward(ctx, grad):
+    return avg_pool2d_grad(grad, *ctx.saved_tensors, *ctx.options), None, None, *(None for _ in ctx.options)
+
+
+def _avg_pool2d_grad_backward(ctx, grad):
+    return avg_pool2d(grad, *ctx.saved_tensors, *ctx.options), None, None, *(None for _ in ctx.options)
+
+
+max_pool2d.register_autograd(_max_pool2d_backward, setup_context=_max_pool2d_context)
+avg_pool2d.register_autograd(_avg_pool2d_backward, setup_context=_avg_pool2d_context)
+avg_pool2d_grad.register_autograd(_avg_pool2d_grad_backward, setup_context=_avg_pool2d_context)
