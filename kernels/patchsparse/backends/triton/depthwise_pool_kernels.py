@@ -116,7 +116,7 @@ def patch_max_pool2d_grad_kernel(
     p_g, p_tap, p_y, p_slot, p_coords, count, rows, columns, channels,
     V: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``y[r, c] = sum over t of g[s(r, t), c] where tap[s(r, t), c] = t``: a pixel asks its windows."""
+    """Compute ``y[r, c] = sum over t of g[s(r, t), c] where tap[s(r, t), c] = t``: a pixel asks its stencils."""
     tiles_c = tl.cdiv(channels, BLOCK_C)
     row = (tl.program_id(0) // tiles_c) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = (tl.program_id(0) % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
