@@ -1,6 +1,11 @@
-"""What can be chosen by name in the models, once each. Nothing heavy is imported, so that ``--help`` is quick."""
+"""What can be chosen by name in the models, and the rules of the mask ratio: once each, and without torch.
+
+Options are read from here, so that ``--help`` is quick.
+"""
 
 from typing import Literal
+
+from spatspark_fast.common.options import check_choice, need
 
 __all__ = [
     "DecoderKind",
@@ -11,6 +16,7 @@ __all__ = [
     "MaskStrategy",
     "OutputNorm",
     "TranslationKind",
+    "check_mask_ratios",
 ]
 
 DecoderKind = Literal["unet", "light"]
@@ -36,3 +42,17 @@ OutputNorm = Literal["persistence", "none", "input_patch", "input_smooth"]
 
 Freeze = Literal["none", "encoder", "decoder", "both"]
 """The parts of a forecaster that stay as they are: see `spatspark_fast.models.spatspark.SpatSpark.freeze`."""
+
+
+def check_mask_ratios(ratio: float, ratio_end: float | None, schedule: MaskSchedule) -> None:
+    """Raise `UserError` unless a schedule can go from ``ratio`` to ``ratio_end``, both masked shares in [0, 1)."""
+    check_choice("mask.schedule", schedule, MaskSchedule)
+    share = "give a share of hidden patches of at least 0 and below 1, for example 0.6"
+    need(0 <= ratio < 1, "mask.ratio", ratio, share)
+    need(ratio_end is None or 0 <= ratio_end < 1, "mask.ratio_end", ratio_end, share)
+    if schedule == "constant":
+        need(ratio_end in (None, ratio), "mask.ratio_end", ratio_end, "choose a --mask.schedule for it")
+        return
+    need(ratio_end is not None, "mask.ratio_end", None, f"the schedule {schedule} needs it")
+    ordered = schedule != "interval" or (ratio_end is not None and ratio <= ratio_end)
+    need(ordered, "mask.ratio_end", ratio_end, f"an interval needs ratio <= ratio_end, and --mask.ratio is {ratio}")

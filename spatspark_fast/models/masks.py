@@ -16,7 +16,7 @@ from torch import Tensor
 from patchsparse import PatchGrid
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import check_choice
-from spatspark_fast.models.choices import MaskSchedule, MaskStrategy
+from spatspark_fast.models.choices import MaskSchedule, MaskStrategy, check_mask_ratios
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.patch_loss import patchify
 from spatspark_fast.models.spark import SparK
@@ -82,8 +82,8 @@ class MaskSampler:
         patch: int = 32,
         seed: int = 0,
     ) -> None:
-        _check_ratios(ratio, ratio_end, schedule)
-        check_choice("mask strategy", strategy, MaskStrategy)
+        check_mask_ratios(ratio, ratio_end, schedule)
+        check_choice("mask.strategy", strategy, MaskStrategy)
         if not math.isfinite(strength) or strength < 0:
             raise UserError(f"mask strength must be a number of at least 0, got {strength}")
         if seed < 0:
@@ -180,16 +180,3 @@ def _generator(*key: int) -> torch.Generator:
     """Return a CPU generator whose stream depends on the whole key; neighbouring keys are unrelated."""
     state = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(state)
-
-
-def _check_ratios(ratio: float, ratio_end: float | None, schedule: str) -> None:
-    check_choice("mask schedule", schedule, MaskSchedule)
-    for name, value in (("ratio", ratio), ("ratio_end", ratio_end)):
-        if value is not None and not 0 <= value < 1:
-            raise UserError(f"mask {name} is the masked share and must be in [0, 1), got {value}")
-    if schedule == "constant" and ratio_end not in (None, ratio):
-        raise UserError("mask ratio_end needs a schedule: set it to linear, cosine or interval")
-    if schedule != "constant" and ratio_end is None:
-        raise UserError(f"mask schedule {schedule!r} needs ratio_end beside ratio")
-    if schedule == "interval" and ratio_end is not None and ratio_end < ratio:
-        raise UserError(f"mask schedule 'interval' needs ratio <= ratio_end, got {ratio} and {ratio_end}")

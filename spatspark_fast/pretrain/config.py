@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from spatspark_fast.common.options import check_least, need
-from spatspark_fast.models.choices import LossOn, MaskSchedule, MaskStrategy
+from spatspark_fast.models.choices import LossOn, MaskSchedule, MaskStrategy, check_mask_ratios
 from spatspark_fast.training.options import DataOptions, ModelOptions, OptimOptions, TrainerOptions, check_training
 
 __all__ = ["MaskConfig", "ModelConfig", "PretrainConfig", "TrainerConfig", "validate"]
@@ -75,15 +75,9 @@ def validate(config: PretrainConfig) -> None:
     check_least(config, ("model.dense_decoder_blocks",), 1)
     check_least(config, ("mask.strength", "trainer.picture_every"), 0)
     mask, model = config.mask, config.model
-    share = "give a share of hidden patches of at least 0 and below 1, for example 0.6"
-    need(0 <= mask.ratio < 1, "mask.ratio", mask.ratio, share)
-    need(mask.ratio_end is None or 0 <= mask.ratio_end < 1, "mask.ratio_end", mask.ratio_end, share)
-    if mask.schedule == "constant":
-        need(mask.ratio > 0, "mask.ratio", mask.ratio, "with nothing hidden there is nothing to learn from")
-        same = mask.ratio_end in (None, mask.ratio)
-        need(same, "mask.ratio_end", mask.ratio_end, "choose a --mask.schedule for it")
-    else:
-        need(mask.ratio_end is not None, "mask.ratio_end", None, f"the schedule {mask.schedule} needs it")
+    check_mask_ratios(mask.ratio, mask.ratio_end, mask.schedule)
+    hidden = mask.ratio > 0 or mask.schedule != "constant"
+    need(hidden, "mask.ratio", mask.ratio, "with nothing hidden there is nothing to learn from")
     need(0 < model.decode_ratio <= 1, "model.decode_ratio", model.decode_ratio, "give a share above 0, at most 1")
     crop, patch = config.data.crop, model.patch
     need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")

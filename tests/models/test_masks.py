@@ -119,9 +119,9 @@ def test_interval_is_uniform_and_shared_by_ranks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"ratio": 1.0}, "mask ratio"),
-        ({"ratio": -0.1}, "mask ratio"),
-        ({"ratio": math.nan}, "mask ratio"),
+        ({"ratio": 1.0}, r"mask\.ratio is"),
+        ({"ratio": -0.1}, r"mask\.ratio is"),
+        ({"ratio": math.nan}, r"mask\.ratio is"),
         ({"schedule": "linear"}, "ratio_end"),
         ({"ratio_end": 0.2}, "schedule"),
         ({"schedule": "sine", "ratio_end": 0.2}, "'sine'"),
