@@ -1,0 +1,1 @@
+"""Repeat the paper's ablations."""

@@ -1,0 +1,1 @@
+"""Finetune forecasters on whole images."""

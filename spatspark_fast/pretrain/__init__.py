@@ -1,0 +1,1 @@
+"""Pretrain encoders by masked image modelling."""

@@ -1,0 +1,1 @@
+"""What trainings share: their options, plan, stream of batches, checkpoints and records."""

@@ -151,16 +151,24 @@ class TrainingConfig(Protocol):
     """Say which groups of options every training has."""
 
     @property
-    def data(self) -> DataOptions: ...
+    def data(self) -> DataOptions:
+        """Say which windows are read."""
+        ...
 
     @property
-    def model(self) -> ModelOptions: ...
+    def model(self) -> ModelOptions:
+        """Say what is trained."""
+        ...
 
     @property
-    def optim(self) -> OptimOptions: ...
+    def optim(self) -> OptimOptions:
+        """Say how weights move."""
+        ...
 
     @property
-    def trainer(self) -> TrainerOptions: ...
+    def trainer(self) -> TrainerOptions:
+        """Say how long, where and with what record."""
+        ...
 
 
 AT_LEAST_ONE = (

@@ -10,17 +10,16 @@ LONGEST_WARMUP = 0.25  # of the training; more would leave no time at the peak w
 
 
 def cosine(start: float, end: float, progress: float) -> float:
-    """Go from `start` (progress 0) to `end` (progress 1) along half a cosine; outside, stay at the ends."""
+    """Go from ``start`` (progress 0) to ``end`` (progress 1) along half a cosine; stay at the ends outside."""
     progress = min(max(progress, 0.0), 1.0)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def warmup_cosine(step: int, peak: float, warmup: float, total: int, final: float) -> float:
-    """Return the learning rate of a step: linear to `peak` over `warmup` steps, then a cosine to ``final *
-    peak``.
+    """Return the learning rate of a step: a line up to ``peak``, then half a cosine down to ``final * peak``.
 
-    ``step`` counts from 0 to ``total - 1``; the last step has exactly the final rate.
-    Source: SparK's `lr_wd_annealing` (arXiv 2301.03580).
+    The line takes ``warmup`` steps. ``step`` counts from 0 to ``total - 1``, and the last step has exactly the final
+    rate. Source: SparK's `lr_wd_annealing` (arXiv 2301.03580).
     """
     if step < warmup:
         return peak * (FIRST_LR + (1.0 - FIRST_LR) * step / warmup)

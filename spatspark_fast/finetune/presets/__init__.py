@@ -1,0 +1,1 @@
+"""Presets of finetune, one YAML file each."""

@@ -1,0 +1,1 @@
+"""Presets of pretrain, one YAML file each."""
