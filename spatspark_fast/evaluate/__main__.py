@@ -16,6 +16,7 @@ from spatspark_fast import __version__
 from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_folder, make_folder
+from spatspark_fast.common.options import need
 from spatspark_fast.common.progress import track
 from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
 
@@ -100,9 +101,9 @@ def _parser() -> ArgumentParser:
         default="observed",
         help="; ".join(f"{name}: {words}" for name, words in REGIONS.items()),
     )
-    add("--lead_times", type=int, help="frames of 5 minutes to score (default: all that models and file have)")
+    add("--steps", type=int, help="frames of 5 minutes to forecast (default: all that models and file have)")
     add("--max_windows", type=int, help="score only so many windows, spread evenly over the file (default: all)")
-    add("--batch_size", type=int, default=4, help="windows forecast at once; memory grows with it")
+    add("--data.batch_size", type=int, default=4, help="windows forecast at once; memory grows with it")
     add("--panels", type=int, default=3, help="windows of which maps are drawn, spread evenly over the file")
     add("--tile", type=int, help="side in pixels of tiles for images too large for memory (default: no tiles)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -123,11 +124,9 @@ def _load(
     from spatspark_fast.evaluate.scoring import ScoringOptions
     from spatspark_fast.forecast.predictors import PersistencePredictor, choose_device, load_predictor
 
-    for name in ("batch_size", "max_windows", "lead_times"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}: give a number of at least 1")
-    if options.panels < 0:
-        raise UserError(f"--panels is {options.panels}: give a number of at least 0")
+    for name in ("data.batch_size", "max_windows", "steps"):
+        need(options[name] is None or options[name] >= 1, name, options[name], "give a number of at least 1")
+    need(options.panels >= 0, "panels", options.panels, "give a number of at least 0")
     device = choose_device(options.device)
     predictors: list[Predictor] = []
     for word in checkpoints:
@@ -148,8 +147,8 @@ def _load(
         options.fss_scales,
         options.spectrum,
         options.region,
-        options.lead_times,
-        options.batch_size,
+        options.steps,
+        options.data.batch_size,
         options.max_windows,
         device,
     )

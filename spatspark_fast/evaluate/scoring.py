@@ -38,7 +38,7 @@ class ScoringOptions:
         spectrum: compute power spectra.
         region: "observed" scores every pixel with data; where a method says nothing it says dry. "common" scores
             only the pixels of which every method says something.
-        lead_times: frames to score; None = as many as all predictors and the file have.
+        steps: frames to forecast and score; None = as many as all predictors and the file have.
         batch_size: windows forecast at once.
         max_windows: score only so many, spread evenly over the file; None = all.
         device: where models run and scores add up.
@@ -48,7 +48,7 @@ class ScoringOptions:
     fss_scales: Sequence[int] = FSS_SCALES
     spectrum: bool = True
     region: Literal["observed", "common"] = "observed"
-    lead_times: int | None = None
+    steps: int | None = None
     batch_size: int = 4
     max_windows: int | None = None
     device: str = "cpu"
@@ -226,11 +226,9 @@ def _lead_times(predictors: Sequence[Predictor], windows: Windows, options: Scor
             f"the windows hold no frame after the {windows.input_length} of the input, so there is nothing to "
             "compare a forecast with; python -m spatspark_fast.forecast needs none"
         )
-    if options.lead_times is not None and not 1 <= options.lead_times <= most:
-        raise UserError(
-            f"--lead_times {options.lead_times} must be from 1 to {most}: the models and the file have that"
-        )
-    return options.lead_times or most
+    if options.steps is not None and not 1 <= options.steps <= most:
+        raise UserError(f"--steps {options.steps} must be from 1 to {most}: the models and the file have that")
+    return options.steps or most
 
 
 def _read(windows: Windows, indices: Sequence[int], leads: int, device: str) -> tuple[Tensor, Tensor]:

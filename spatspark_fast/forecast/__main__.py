@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_file, check_folder, make_folder
+from spatspark_fast.common.options import need
 
 if TYPE_CHECKING:
     from spatspark_fast.forecast.predictors import ModelPredictor
@@ -34,8 +35,7 @@ def forecast(argv: Sequence[str]) -> None:
     """Read the command line, then forecast or export; raise `UserError` for what is wrong with the input."""
     options = _parser().parse_args(list(argv))
     for name in ("steps", "stride", "tile"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}: give a number of at least 1")
+        need(options[name] is None or options[name] >= 1, name, options[name], "give a number of at least 1")
     if options.data.path is None and options.export is None:
         raise UserError("nothing to do: give --data.path and --out to forecast, or --export FILE.onnx")
     if options.data.path is not None and options.out is None:

@@ -1,21 +1,23 @@
 """Say what this installation can do: ``python -m spatspark_fast.info``.
 
-Versions, devices, the CPU's instruction set, which engine of `patchsparse` a convolution would take and why
-not the others, and with ``--model NAME`` what pretraining that encoder costs: multiply-adds of every block,
-dense and on the patches that it runs on, and memory.
+Versions, devices, the CPU's instruction set, which engine of `patchsparse` a convolution would take and why not the
+others. With ``--model.encoder NAME`` also what pretraining that encoder costs: multiply-adds of every block, dense and
+on the patches that it runs on, and memory. The options are those of `pretrain`.
 """
 
 import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Literal, cast
 
 from jsonargparse import ArgumentParser
 
 from spatspark_fast.common.cli import program, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import package_versions
+from spatspark_fast.common.options import need
+from spatspark_fast.models.choices import DecoderKind
+from spatspark_fast.training.options import DataOptions, ModelOptions, Precision, TrainerOptions
 
 __all__ = ["main"]
 
@@ -24,6 +26,11 @@ STAGES = ((64, 8), (128, 4), (256, 2), (512, 1))
 # Instruction sets that matter for the engines.
 INSTRUCTIONS = ("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
+AT_LEAST_ONE = (
+    *("model.patch", "model.levels", "model.decoder_width"),
+    *("data.input_length", "data.crop", "data.batch_size"),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -31,24 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def info(argv: Sequence[str]) -> None:
-    """Write the report to standard output."""
+    """Write the report to standard output; raise `UserError` for options that mean nothing."""
     options = _parser().parse_args(list(argv))
-    if not 0 < options.ratio < 1:
-        raise UserError(f"--ratio is {options.ratio}: give the hidden share, strictly between 0 and 1")
-    if min(options.size, options.patch, options.frames, options.decoder_width, options.batch) < 1:
-        raise UserError("--size, --patch, --frames, --decoder-width and --batch must be at least 1")
-    if not 0 < options.decode_ratio <= 1:
-        raise UserError(f"--decode-ratio is {options.decode_ratio}: give a share above 0, at most 1")
+    for name in AT_LEAST_ONE:
+        need(options[name] >= 1, name, options[name], "give a number of at least 1")
+    ratio, decoded = options.mask.ratio, options.model.decode_ratio
+    need(0 < ratio < 1, "mask.ratio", ratio, "give the hidden share, strictly between 0 and 1")
+    need(0 < decoded <= 1, "model.decode_ratio", decoded, "give a share above 0, at most 1")
     sections = [
         ("Versions", list(_versions())),
         ("Devices", list(_devices())),
         ("Engines of patchsparse", list(_engines())),
     ]
-    if options.model is not None:
-        title = f"{options.model}, {options.frames} x {options.size} x {options.size}, {options.ratio:.0%} hidden"
-        from spatspark_fast.info.costs import CostOptions, model_costs
+    if options.model.encoder is not None:
+        from spatspark_fast.info.costs import model_costs
 
-        sections.append((title, list(model_costs(cast(CostOptions, options)))))
+        title = "{0.model.encoder}, {0.data.input_length} x {0.data.crop} x {0.data.crop}, {0.mask.ratio:.0%} hidden"
+        sections.append((title.format(options), list(model_costs(options))))
     for title, lines in sections:
         sys.stdout.write("\n".join([title, *(f"  {line}".rstrip() for line in lines), "", ""]))
 
@@ -56,21 +62,22 @@ def info(argv: Sequence[str]) -> None:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog=program("info"),
-        description="Report versions, devices and engines; with --model also what pretraining costs.",
+        description="Report versions, devices and engines; with --model.encoder also what pretraining costs.",
         exit_on_error=False,
     )
-    parser.add_argument("--model", type=str, help="timm name of an encoder whose costs are counted")
-    parser.add_argument("--frames", type=int, default=12, help="frames of a window, the input channels")
-    parser.add_argument("--size", type=int, default=288, help="side of the square image in pixels")
-    parser.add_argument("--patch", type=int, default=32, help="side of a patch in pixels")
-    parser.add_argument("--decoder", type=Literal["unet", "light"], default="unet", help="the published one, or light")
-    names = ("--decoder_width", "--decoder-width")
-    parser.add_argument(*names, type=int, default=768, help="channels of the decoder's first block")
-    parser.add_argument("--ratio", "--mask_ratio", type=float, default=0.6, help="share of hidden patches")
-    names = ("--decode_ratio", "--decode-ratio")
-    parser.add_argument(*names, type=float, default=1.0, help="share of patches that a U-Net reconstructs")
-    parser.add_argument("--batch", type=int, default=128, help="windows of a step on one device")
-    parser.add_argument("--precision", type=Literal["fp32", "bf16"], default="fp32", help="of the training step")
+    add = parser.add_argument
+    add("--model.encoder", type=str, help="timm name of an encoder whose costs are counted")
+    add("--model.patch", type=int, default=ModelOptions.patch, help="side of a patch in pixels")
+    add("--model.levels", type=int, default=ModelOptions.levels, help="feature maps used, at strides 4, 8, 16, 32")
+    add("--model.decoder", type=DecoderKind, default=ModelOptions.decoder, help="the published one, or light")
+    width = "channels of the decoder's first block"
+    add("--model.decoder_width", type=int, default=ModelOptions.decoder_width, help=width)
+    add("--model.decode_ratio", type=float, default=1.0, help="share of patches that are reconstructed")
+    add("--mask.ratio", type=float, default=0.6, help="share of patches that is hidden")
+    add("--data.input_length", type=int, default=DataOptions.input_length, help="frames of a window, the channels")
+    add("--data.crop", type=int, default=288, help="side in pixels of the square images that are trained on")
+    add("--data.batch_size", type=int, default=DataOptions.batch_size, help="windows of a step on one device")
+    add("--trainer.precision", type=Precision, default=TrainerOptions.precision, help="of the training step")
     return parser
 
 

@@ -138,7 +138,7 @@ def test_what_cannot_be_scored_is_refused(file: Path) -> None:
     cases: tuple[tuple[list[Any], dict[str, Any], str], ...] = (
         ([], {}, "nothing to score"),
         ([ModelPredictor(loaded(Shift(6)))], {}, "reads 6 frames"),
-        ([PersistencePredictor()], {"lead_times": 5}, "from 1 to 4"),
+        ([PersistencePredictor()], {"steps": 5}, "from 1 to 4"),
         ([PersistencePredictor(), PersistencePredictor()], {}, "must differ"),
     )
     for predictors, options, word in cases:

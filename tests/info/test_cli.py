@@ -23,7 +23,7 @@ def test_versions_devices_and_engines_are_reported(capsys: pytest.CaptureFixture
 
 
 def test_multiply_adds_of_the_paper_s_encoder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model=resnet18"]) == 0
+    assert main(["--model.encoder=resnet18"]) == 0
     report = capsys.readouterr().out
     costs = {line.split()[0]: [float(n) for n in re.findall(r"\d+\.\d+", line)] for line in report.splitlines() if line}
     dense, visible, pairs = costs["encoder"]
@@ -34,8 +34,8 @@ def test_multiply_adds_of_the_paper_s_encoder(capsys: pytest.CaptureFixture[str]
 
 
 def test_blocks_and_memory_of_sparse_decoding(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--model=resnet18", "--decoder-width=768", "--mask-ratio=0.5", "--decode-ratio=0.25", "--size=128"]
-    assert main([*argv, "--batch=16"]) == 0
+    argv = ["--model.encoder=resnet18", "--model.decoder-width=768", "--model.decode-ratio=0.25", "--mask.ratio=0.5"]
+    assert main([*argv, "--data.crop=128", "--data.batch-size=16"]) == 0
     report = capsys.readouterr().out
     numbers = {
         line.split()[0]: [float(n) for n in re.findall(r"\d+\.\d+", line)] for line in report.splitlines() if line
@@ -65,12 +65,12 @@ def test_an_instruction_set_that_cannot_run_is_not_named_as_if_it_ran(
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["--model=resnet19"], "unknown encoder"),
-        (["--ratio=1"], "--ratio"),
-        (["--model=resnet18", "--size=100"], "100 x 100"),
-        (["--size=0"], "at least 1"),
-        (["--decode-ratio=0"], "--decode-ratio"),
-        (["--decoder=dense"], "unet"),
+        (["--model.encoder=resnet19"], "unknown encoder"),
+        (["--mask.ratio=1"], "--mask.ratio"),
+        (["--model.encoder=resnet18", "--data.crop=100"], "100 x 100"),
+        (["--data.crop=0"], "at least 1"),
+        (["--model.decode_ratio=0"], "--model.decode_ratio"),
+        (["--model.decoder=dense"], "unet"),
         (["--colour=red"], "colour"),
     ],
 )
