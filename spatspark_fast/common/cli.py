@@ -62,7 +62,7 @@ def _complain(text: str) -> None:
 def _sentence(error: BaseException) -> str:
     """Bring a message into one line; say the parser's type errors in words."""
     text = " ".join(str(error.message if isinstance(error, ArgumentError) else error).split())
-    text = re.sub(r'Parser key "([\w.]+)": ', r"--\1: ", text)
+    text = re.sub(r'Parser key "([\w.]+)"(?: element \d+)?: ', r"--\1: ", text)
     text = re.sub(
         r"Does not validate .* Subtypes: \[(.*?)\] Errors: .* Given value: (.*)",
         r"Expected a \1. Got value: \2",

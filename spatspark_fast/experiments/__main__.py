@@ -9,23 +9,27 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from spatspark_fast.common.cli import program, run_command
+from spatspark_fast.common.cli import program, run_command, underscored
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.files import atomic_path, package_versions
+from spatspark_fast.common.options import need
 from spatspark_fast.experiments.tables import Results, markdown
 from spatspark_fast.finetune.cli import parse_finetune
+from spatspark_fast.finetune.config import ModelConfig
 from spatspark_fast.models.choices import TranslationKind
+from spatspark_fast.pretrain.config import MaskConfig
+from spatspark_fast.training.options import ModelOptions
 
 __all__ = ["Arm", "arms_of", "main"]
 
-STUDIES = ("pretraining", "translation", "mask_ratio", "smaat")
-TRANSLATIONS: tuple[str, ...] = get_args(TranslationKind)
+Study = Literal["pretraining", "translation", "mask_ratio", "smaat"]
+USUAL_STUDIES = ["pretraining", "translation", "mask_ratio"]
 FIXED = ("--trainer.patience=0",)  # all arms take as many steps, so that only one thing differs
 SCORES = ("pmse", "csi@0.5", "csi@1", "hss@0.5", "bias@0.5")
 
@@ -70,29 +74,21 @@ def experiments(argv: Sequence[str]) -> None:
 
 
 def arms_of(options: Namespace) -> tuple[list[Arm], list[tuple[str, str]]]:
-    """Return what is trained, each once, and which pairs of names are compared (the second is the reference).
+    """Return what is trained, each once, and which pairs of names are compared (the second is the reference)."""
+    mask_ratio, translation = options.mask.ratio, options.model.translation
+    translations = [translation, *options.model.translations]
 
-    Raises UserError for a study or a network that does not exist.
-    """
-    translations = [options.translation, *options.translations]
-    for asked, known, what in ((options.studies, STUDIES, "studies"), (translations, TRANSLATIONS, "translations")):
-        for name in asked:
-            if name not in known:
-                raise UserError(f"--{what} {name} is unknown; there are {', '.join(known)}")
-
-    def arm(ratio: float | None, kind: str = options.translation) -> Arm:
+    def arm(ratio: float | None, kind: str = translation) -> Arm:
         start = "from scratch" if ratio is None else f"pretrained, {ratio:g} masked"
         return Arm(f"{start}, {kind}", ratio, (f"--model.translation={kind}",))
 
-    usual, scratch = arm(options.ratio), arm(None)
+    usual, scratch = arm(mask_ratio), arm(None)
     compared = [(usual, scratch)] if "pretraining" in options.studies else []
     if "translation" in options.studies:
-        reference = arm(options.ratio, "identity")
-        compared += [
-            (arm(options.ratio, kind), reference) for kind in dict.fromkeys(translations) if kind != "identity"
-        ]
+        reference = arm(mask_ratio, "identity")
+        compared += [(arm(mask_ratio, kind), reference) for kind in dict.fromkeys(translations) if kind != "identity"]
     if "mask_ratio" in options.studies:
-        compared += [(arm(ratio), usual) for ratio in options.ratios if ratio != options.ratio]
+        compared += [(arm(ratio), usual) for ratio in options.mask.ratios if ratio != mask_ratio]
     if "smaat" in options.studies:
         compared.append((Arm("SmaAt-UNet", None, ("--model.kind=smaat",)), scratch))
     arms = {one.name: one for pair in compared for one in reversed(pair)}
@@ -110,11 +106,13 @@ def _parser() -> ArgumentParser:
     add("--data.path", required=True, help="HDF5 file in the NL-50 layout with the splits train and test")
     add("--out", required=True, help="folder for all runs and the table; a stopped experiment goes on in it")
     add("--seeds", type=int, default=3, help="runs of each kind, with seeds 0, 1, ... in pretraining and finetuning")
-    add("--studies", nargs="+", default=list(STUDIES[:3]), help=f"of {', '.join(STUDIES)}")
-    add("--ratio", type=float, default=0.6, help="masked share of the usual pretraining")
-    add("--ratios", type=float, nargs="+", default=[0.3, 0.75], help="masked shares that are compared with it")
-    add("--translation", default="conv_tanh", help="translation network of all models outside that study")
-    add("--translations", nargs="*", default=[], help=f"others to compare with identity, of {', '.join(TRANSLATIONS)}")
+    add("--studies", type=Study, nargs="+", default=USUAL_STUDIES, help="what is compared")
+    add("--mask.ratio", type=float, default=MaskConfig.ratio, help="masked share of the usual pretraining")
+    add("--mask.ratios", type=float, nargs="+", default=[0.3, 0.75], help="masked shares that are compared with it")
+    usual = ModelConfig.translation
+    add("--model.translation", type=TranslationKind, default=usual, help="network of all models outside that study")
+    others = "other networks to compare with identity"
+    add("--model.translations", type=TranslationKind, nargs="*", default=[], help=others)
     add("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="options of pretrain, such as trainer.epochs=50")
     add("--finetune", nargs="*", default=[], metavar="KEY=VALUE", help="options of finetune, such as trainer.epochs=20")
     add("--baselines", nargs="*", default=["persistence"], help="of persistence, extrapolation (optical flow, pysteps)")
@@ -129,15 +127,13 @@ def _plan(options: Namespace) -> dict[str, Any]:
 
 def _lengths(options: Namespace) -> tuple[int, int | None]:
     """Return how many frames are seen and forecast, by the options of finetune."""
-    words = [f"--{word}" for word in options.finetune]
-    argv = [f"--data.path={options.data.path}", *FIXED, *words]
+    argv = [f"--data.path={options.data.path}", *FIXED, *_spelled(options.finetune)]
     data = parse_finetune(argv).config.data
     return data.input_length, data.output_length
 
 
 def _check(options: Namespace, out: Path, data: Path, plan: dict[str, Any]) -> None:
-    if options.seeds < 1:
-        raise UserError(f"--seeds is {options.seeds}: give a number of at least 1")
+    need(options.seeds >= 1, "seeds", options.seeds, "give a number of at least 1")
     for word in (*options.pretrain, *options.finetune):
         if "=" not in word or word.startswith("-"):
             raise UserError(f"{word} is no option: write it as in --pretrain trainer.epochs=50 optim.name=adamw")
@@ -212,8 +208,13 @@ def _finetuned(options: Namespace, run: Path, data: Path, arm: Arm, init: Path |
 
 def _of_weights(word: str) -> bool:
     """Tell whether pretrained weights decide an option, which is then for models from scratch only."""
-    names = ("encoder", "patch", "levels", "decoder", "decoder_width", "input_scaling")
-    return word.split("=")[0] in {"data.input_length", *(f"model.{name}" for name in names)}
+    names = {"data.input_length", *(f"model.{field.name}" for field in fields(ModelOptions))}
+    return _spelled([word])[0].split("=")[0].removeprefix("--") in names
+
+
+def _spelled(words: Sequence[str]) -> list[str]:
+    """Return options such as ``trainer.epochs=50`` as they stand on a command line."""
+    return underscored([f"--{word}" for word in words])
 
 
 def _train(
@@ -225,8 +226,7 @@ def _train(
     words: Sequence[str],
 ) -> None:
     """Run a training command in this process, or go on with it; end this command where that one ends badly."""
-    asked = [f"--{word}" for word in words]
-    argv = [f"--data.path={data}", f"--out={run}", "--trainer.tensorboard=false", *fixed, *asked]
+    argv = [f"--data.path={data}", f"--out={run}", "--trainer.tensorboard=false", *fixed, *_spelled(words)]
     code = command([*argv, f"--trainer.seed={seed}", "--resume"])
     if code > 128:
         raise RunStopped(code - 128, f"stopped; the same command goes on with {run}")

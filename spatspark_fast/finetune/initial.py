@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from spatspark_fast.models.backbones import load_encoder
 from spatspark_fast.models.forecaster import Forecaster
 from spatspark_fast.models.registry import AVERAGE_PREFIX, DESCRIPTION, forecaster_weights
 from spatspark_fast.models.spatspark import HEAD, SpatSpark
+from spatspark_fast.training.options import ModelOptions
 
 __all__ = ["Initial", "read_initial"]
 
 SPARK_PREFIX = "spark."
 # Options of pretraining that a finetuned model has to share, by their place in the configuration.
-SHARED = ("encoder", "patch", "levels", "decoder", "decoder_width", "input_scaling")
+SHARED = tuple(option.name for option in fields(ModelOptions))
 FORECASTER = (*SHARED, "kind", "translation", "output_norm", "base_width")
 
 

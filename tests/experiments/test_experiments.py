@@ -30,7 +30,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     model = ["model.encoder=test_resnet", "model.decoder=light", "model.decoder_width=16", "data.input_length=3"]
     options = [*model, "trainer.max_steps=2", "data.batch_size=2", "trainer.threads=1", "data.num_workers=0"]
     held = ["data.validation_fraction=0.2", "optim.base_lr=0.1"]
-    fixed = [f"--data.path={data}", f"--out={out}", "--seeds=2", "--ratio=0.5", *more]
+    fixed = [f"--data.path={data}", f"--out={out}", "--seeds=2", "--mask.ratio=0.5", *more]
     return [*fixed, "--pretrain", *options, "data.resident=off", "--finetune", *options, *held]
 
 
@@ -83,13 +83,13 @@ def test_models_that_studies_share_are_trained_once() -> None:
         ("pretrained, 0.75 masked, conv_tanh", usual),
     ]
     assert "SmaAt-UNet" in names("--studies", "smaat")[0]
-    arms, pairs = names("--studies", "translation", "--translations", "attention", "recurrent")
+    arms, pairs = names("--studies", "translation", "--model.translations", "attention", "recurrent")
     assert len(arms) == 4
     assert all(theirs.endswith("identity") for _, theirs in pairs)
 
 
 def test_nothing_needs_to_be_held_out_since_nothing_stops_early() -> None:
-    words = ["--finetune", "data.validation_fraction=0", "data.input_length=4", "data.output_length=3"]
+    words = ["--finetune", "data.validation-fraction=0", "data.input-length=4", "data.output_length=3"]
     assert _lengths(_parser().parse_args(["--data.path=a.h5", "--out=b", *words])) == (4, 3)
 
 
@@ -109,8 +109,11 @@ def test_the_table_has_means_spreads_and_wins_at_equal_seeds() -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--studies", "colour"], "--studies colour is unknown; there are pretraining"),
-        (["--translations", "gru"], "--translations gru is unknown"),
+        (
+            ["--studies", "colour"],
+            "'mask_ratio', 'smaat'], got colour",
+        ),
+        (["--model.translations", "gru"], "--model.translations: expected value of ['conv_tanh', 'identity'"),
         (["--seeds=0"], "--seeds is 0"),
         (["--data.path=/no/such.h5"], "/no/such.h5 does not exist"),
         (["--baselines", "climate"], "--baselines climate is unknown"),
