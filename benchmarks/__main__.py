@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .reports.roofline import roofline
 
         return roofline(options.encoder, options.scale)
-    from .gpu.plan import gpu
+    from .gpu.stages import gpu
 
     return gpu(options)
 

@@ -3,8 +3,8 @@
 Plain dense is oneDNN on whole channels_last images; it gets its masking for free. ``limit`` is the ratio if every
 product with an inactive pixel were left out of direct convolution and nothing else cost anything. 60 % masked.
 
-malloc gives memory back to the system after each freed result and faults it in again, which costs either side up to a
-fifth: set ``MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000`` for steady figures.
+malloc on Linux gives memory back after each freed result and faults it in again, which costs either side up to a fifth:
+set ``MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000`` for steady figures.
 """
 
 from __future__ import annotations
@@ -16,21 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchsparse import PatchGrid
 from patchsparse.geometry import Stencil
 from patchsparse.pointwise import local_conv2d
 from patchsparse.processor import lacks
 
-from .measure.contenders import Case, contenders, peer_rows
-from .measure.roofline import ceilings, conv_work
-from .measure.scales import device
+from .measure.ceilings import ceilings
+from .measure.scales import MASKED, device
 from .measure.timing import check_parity, in_turn
 from .peers import Packed, peers
-from .subjects.convolutions import GROUPS, RESULTS, SIDES, Shape, operators, problem, reference
+from .peers.contenders import Case, contenders, peer_rows
+from .subjects.convolutions import GROUPS, LIMITS, RESULTS, SIDES, Shape, fresh, operators, problem, reference
 from .subjects.encoders import DENSE
 
-MASKED = 0.6
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 POINTWISE = ((8, 64, 256), (4, 512, 128), (2, 256, 1024), (1, 512, 2048))
 
 pytestmark = pytest.mark.skipif(
@@ -63,29 +60,27 @@ def layer_rows(record, shape: Shape, dtypes: tuple[torch.dtype, ...], scale) -> 
             timing = timing.summed(f"{engine} {dtype} all", [f"{engine} {dtype} {side}" for side in SIDES])
         for side in (*SIDES, "all"):
             passes = SIDES if side == "all" else (side,)
-            floor = ceilings("cpu").floor(conv_work(p, passes), dtype) * 1e3
+            floor = ceilings(scale).floor(p.work(passes), dtype) * 1e3
             for rival in _runnable((DENSE, *(("gather",) if side == "all" else ())), dtype):
-                pair = f"auto {dtype} {side}", f"{rival} {dtype} {side}"
-                values = tuple(seconds * 1e3 for seconds in timing.medians(*pair))
+                compared = timing.compare(f"auto {dtype} {side}", f"{rival} {dtype} {side}", "ms")
                 limit = p.limit if rival == DENSE else None
                 details = {"masked": MASKED, "limit": limit, "floor": floor}
-                record("conv", f"{named} {side}", "auto", rival, timing.ratio(*reversed(pair)), values, "ms", **details)
+                record("conv", f"{named} {side}", "auto", rival, *compared, **details)
     if len(problems) == 2:
-        pair = f"auto {dtypes[1]} all", f"auto {dtypes[0]} all"
-        values = tuple(seconds * 1e3 for seconds in timing.medians(*pair))
-        record(
-            "conv", f"{shape} all", "bfloat16", "float32", timing.ratio(*reversed(pair)), values, "ms", masked=MASKED
-        )
+        compared = timing.compare(f"auto {dtypes[1]} all", f"auto {dtypes[0]} all", "ms")
+        record("conv", f"{shape} all", "bfloat16", "float32", *compared, masked=MASKED)
     return ways[f"auto {dtypes[0]} fwd"]
 
 
 @pytest.mark.parametrize("shape", GROUPS["3x3"], ids=str)
 def test_conv3x3(benchmark, record, scale, shape):
+    """3x3 layers of all stages of a ResNet-18, in float32 and bfloat16."""
     benchmark.pedantic(layer_rows(record, shape, (torch.float32, torch.bfloat16), scale), rounds=1)
 
 
 @pytest.mark.parametrize("shape", [*GROUPS["depthwise"], GROUPS["stride2"][0], *GROUPS["stem"]], ids=str)
-def test_other_windows(benchmark, record, scale, shape):
+def test_other_stencils(benchmark, record, scale, shape):
+    """7x7 depthwise of a ConvNeXt, a stride of 2, the stem of a ResNet."""
     benchmark.pedantic(layer_rows(record, shape, (torch.float32,), scale), rounds=1)
 
 
@@ -125,9 +120,8 @@ def test_pointwise(benchmark, record, scale, size, inputs, outputs):
     for ours, theirs in zip(ways["product"](), ways["conv2d"](), strict=True):
         check_parity("1x1", ours, theirs, 1e-5)
     timing = in_turn(ways, scale.layer_rounds, warmup=1)
-    values = tuple(seconds * 1e3 for seconds in timing.medians("product", "conv2d"))
     case = f"1x1 p{size} C{inputs}-{outputs} float32 step"
-    record("conv", case, "product", "conv2d", timing.ratio("conv2d", "product"), values, "ms")
+    record("conv", case, "product", "conv2d", *timing.compare("product", "conv2d", "ms"))
     benchmark.pedantic(ways["product"], rounds=1)
 
 
@@ -138,8 +132,7 @@ def test_a_new_mask(benchmark, record, scale, shape):
     p = problem(shape, MASKED, scale.layer_batch, torch.float32, "cpu", (scale.layer_side,) * 2)
 
     def anew() -> list[Tensor]:
-        grid = PatchGrid(p.grid.active, p.grid.coords, p.grid.slot.clone())
-        return operators(p._replace(grid=grid), "auto")["fwd"]()
+        return operators(p._replace(grid=fresh(p.grid)), "auto")["fwd"]()
 
     ways = {"known mask": operators(p, "auto")["fwd"], "new mask": anew}
     with torch.enable_grad():
@@ -147,7 +140,6 @@ def test_a_new_mask(benchmark, record, scale, shape):
     for name, run in ways.items():
         check_parity(f"{shape} {name}", run()[0], expected, 1e-4)
     timing = in_turn(ways, 2 * scale.layer_rounds)
-    values = tuple(seconds * 1e3 for seconds in timing.medians("known mask", "new mask"))
-    ratio = timing.ratio("new mask", "known mask")
-    record("conv", f"{shape} float32 fwd", "known mask", "new mask", ratio, values, "ms", masked=MASKED)
+    compared = timing.compare("known mask", "new mask", "ms")
+    record("conv", f"{shape} float32 fwd", "known mask", "new mask", *compared, masked=MASKED)
     benchmark.pedantic(anew, rounds=1)

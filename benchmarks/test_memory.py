@@ -6,10 +6,10 @@ import torch
 
 from spatspark_fast.info.memory import StepMemory, estimate_memory
 
+from .measure.scales import MASKED
 from .measure.timing import Ratio, peak_bytes
-from .subjects.encoders import DENSE, MASKED, encoders
+from .subjects.encoders import DENSE, DENSE_AND_MASK, encoders
 from .subjects.step_ways import DECODE_RATIO, OURS, RIVALS, case_of, check_equal, make_step
-from .subjects.steps import MASKED as SHARE
 from .subjects.steps import Step
 
 MIB, GIB = 2**20, 2**30
@@ -18,15 +18,15 @@ CARDS, SPARE = (16, 24, 80), 1.5  # GiB, and what is left of them for CUDA and t
 
 def test_encoder_memory(benchmark, record, scale):
     """Peak bytes of forward + backward above the parameters and their gradients, which all ways share."""
-    ways = encoders(scale.encoders[0], ("auto", "gather"), SHARE, scale)
+    ways = encoders(scale.encoders[0], ("auto", "gather"), MASKED, scale)
     ways.check()
     for step in ways.steps.values():
         step()  # allocate the weight gradients, which stay
     peaks = {name: peak_bytes(step, scale.device) / MIB for name, step in ways.steps.items()}
     for engine in ("auto", "gather"):
-        for rival in (DENSE, MASKED):
+        for rival in (DENSE, DENSE_AND_MASK):
             ratio, values = Ratio.exact(peaks[rival] / peaks[engine]), (peaks[engine], peaks[rival])
-            record("encoder_memory", ways.case, engine, rival, ratio, values, "MiB", masked=SHARE)
+            record("encoder_memory", ways.case, engine, rival, ratio, values, "MiB", masked=MASKED)
     benchmark.pedantic(ways.steps["auto"], rounds=1)
 
 
@@ -48,12 +48,12 @@ def test_step_memory(benchmark, record, scale, step_encoder):
         step = make_step(way, step_encoder, scale)
         own = peak(step, scale.device)
         for rival, theirs in rivals.items():
-            record("step_memory", case, way, rival, Ratio.exact(theirs / own), (own, theirs), "MiB", masked=SHARE)
+            record("step_memory", case, way, rival, Ratio.exact(theirs / own), (own, theirs), "MiB", masked=MASKED)
         ratio, size = DECODE_RATIO if way == OURS[1] else 1.0, (scale.size, scale.size)
         samples = (scale.batch, max(32, 2 * scale.batch))
-        memory = estimate_memory(step.model, size, SHARE, ratio, scale.precision, samples)
+        memory = estimate_memory(step.model, size, MASKED, ratio, scale.precision, samples)
         estimate = max(memory.step + scale.batch * memory.window, memory.gradients + memory.scratch) / MIB
-        record("step_memory", case, way, "estimate", Ratio.exact(estimate / own), (own, estimate), "MiB", masked=SHARE)
+        record("step_memory", case, way, "estimate", Ratio.exact(estimate / own), (own, estimate), "MiB", masked=MASKED)
         _record_largest(record, case, way, memory)
     benchmark.pedantic(lambda: None, rounds=1)
 
@@ -64,4 +64,4 @@ def _record_largest(record, case: str, way: str, memory: StepMemory) -> None:
     for card, batch in zip(CARDS, fits, strict=True):
         ratio = Ratio.exact(batch / max(fits[0], 1))
         name = f"{case.split(' batch')[0]} largest batch on {card} GB"
-        record("step_memory", name, way, f"{CARDS[0]} GB", ratio, (batch, fits[0]), "windows", masked=SHARE)
+        record("step_memory", name, way, f"{CARDS[0]} GB", ratio, (batch, fits[0]), "windows", masked=MASKED)

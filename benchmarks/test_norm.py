@@ -15,18 +15,16 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack, patch_batch_norm_act, unpack
 
+from .measure.scales import MASKED
 from .measure.timing import check_parity, in_turn
-from .subjects.convolutions import GROUPS
-from .subjects.encoders import DENSE, MASKED
-
-MASKED_SHARE = 0.6
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+from .subjects.convolutions import GROUPS, LIMITS
+from .subjects.encoders import DENSE, DENSE_AND_MASK
 
 
 @pytest.mark.parametrize("shape", [GROUPS["3x3"][0], GROUPS["3x3"][2]], ids=str)
 def test_norm(benchmark, record, scale, shape):
     generator = torch.Generator().manual_seed(0)
-    grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED_SHARE, generator=generator)
+    grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED, generator=generator)
     grid, channels = grid.to(scale.device), shape.c_in
     pixels = grid.pixels([patches * shape.p for patches in grid.shape])
 
@@ -61,17 +59,16 @@ def test_norm(benchmark, record, scale, shape):
         return patch_batch_norm_act(x, weight, bias, None, None, True, activation="relu", residual=r)
 
     ours = {"packed": step(plain, packed), "packed, fused": step(fused, packed)}
-    rivals = {DENSE: step(plain, [image, residual, g]), MASKED: step(masked_norm, zeroed)}
+    rivals = {DENSE: step(plain, [image, residual, g]), DENSE_AND_MASK: step(masked_norm, zeroed)}
     names = ("output", "input gradient", "residual gradient", "weight gradient", "bias gradient")
     for way, run in ours.items():
-        for name, own, whole in zip(names, run(), rivals[MASKED](), strict=True):
+        for name, own, whole in zip(names, run(), rivals[DENSE_AND_MASK](), strict=True):
             expected = pack(whole.detach(), grid) if whole.ndim == 4 else whole
             check_parity(f"norm {way} p{shape.p} {name}", own, expected, LIMITS[scale.precision])
     timing = in_turn({**ours, **rivals}, scale.layer_rounds)
     case = f"batch norm + residual + ReLU p{shape.p} C{channels} batch {scale.layer_batch} step"
     for way in ours:
         for rival in rivals:
-            values = tuple(seconds * 1e3 for seconds in timing.medians(way, rival))
-            details = {"masked": MASKED_SHARE, "limit": 1 / (1 - MASKED_SHARE) if rival == DENSE else None}
-            record("norm", case, way, rival, timing.ratio(rival, way), values, "ms", **details)
+            limit = 1 / (1 - MASKED) if rival == DENSE else None
+            record("norm", case, way, rival, *timing.compare(way, rival, "ms"), masked=MASKED, limit=limit)
     benchmark.pedantic(ours["packed"], rounds=1)

@@ -1,4 +1,4 @@
-"""The whole training step: data, forward, backward, clipping and LAMB; ours against two rivals (`step_ways.py`)."""
+"""The whole training step, from data to LAMB: ours against two rivals (`subjects/step_ways.py`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import statistics
 
 import torch
 
-from .measure.roofline import ceilings, counted, optimiser_seconds
+from .measure.ceilings import ceilings, optimiser_seconds
+from .measure.scales import MASKED
 from .measure.timing import Ratio, in_turn
+from .measure.work import counted
 from .subjects.step_ways import OURS, RIVALS, WAYS, case_of, check_equal, make_step
-from .subjects.steps import MASKED, PARTS, split
+from .subjects.steps import PARTS, split
 
 
 def test_step(benchmark, record, scale, step_encoder):
@@ -21,7 +23,7 @@ def test_step(benchmark, record, scale, step_encoder):
     for way, step in steps.items():
         assert math.isfinite(float(step())), way
     timing = in_turn(steps, rounds=scale.step_rounds, warmup=1)
-    case, machine = case_of(step_encoder, scale), ceilings(scale.device.type)
+    case, machine = case_of(step_encoder, scale), ceilings(scale)
     layers = {way: counted(step) for way, step in steps.items() if way not in scale.compiled}
     macs = {way: sum(layer.work.macs for layer in ran) for way, ran in layers.items()}
     for way in OURS:
@@ -31,11 +33,8 @@ def test_step(benchmark, record, scale, step_encoder):
             limit = macs["published"] / macs[way]
         for rival in RIVALS:
             details = {"masked": MASKED, "floor": floor, "limit": limit if rival == "published" else None}
-            record("step", case, way, rival, timing.ratio(rival, way), timing.medians(way, rival), "s", **details)
-    record(
-        "step", case, "dense", "published", timing.ratio("published", "dense"),
-        timing.medians("dense", "published"), "s", masked=MASKED,
-    )  # fmt: skip
+            record("step", case, way, rival, *timing.compare(way, rival), **details)
+    record("step", case, "dense", "published", *timing.compare("dense", "published"), masked=MASKED)
     splits = [{way: split(step) for way, step in steps.items()} for _ in range(scale.step_rounds)]
     for way in steps:
         _record_split(record, case, way, [found[way] for found in splits])
@@ -61,5 +60,5 @@ def test_optimizer(benchmark, record, scale):
         step()
     timing = in_turn({"ours": own.optimizer.step, "timm": theirs.optimizer.step}, 3 * scale.step_rounds, warmup=2)
     case = f"LAMB {encoder} unet {scale.width}"
-    record("step", case, "ours", "timm", timing.ratio("timm", "ours"), timing.medians("ours", "timm"), "s")
+    record("step", case, "ours", "timm", *timing.compare("ours", "timm"))
     benchmark.pedantic(own.optimizer.step, rounds=1)

@@ -19,8 +19,9 @@ from patchsparse import (
 
 from ..measure.timing import check_parity
 from ..subjects.convolutions import GROUPS
+from .graphs import capture
 
-__all__ = ["capture", "check", "check_graphs"]
+__all__ = ["check", "check_graphs"]
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 Arguments = tuple[Tensor, ...]
@@ -86,16 +87,6 @@ def check(device: str) -> None:
                 what = f"gradient {number}" if number else "output"
                 check_parity(f"{name} {dtype} {what}", a, e, tolerance)
         sys.stdout.write(f"correct  {name}\n")
-
-
-def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """Return ``run`` as a CUDA graph, and the tensors that its replays write."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
 
 
 def check_graphs(device: str) -> None:

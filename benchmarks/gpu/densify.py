@@ -11,11 +11,11 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, patch_batch_norm_unpack, unpack
 
-from ..measure.contenders import say
 from ..measure.rows import Row, make_row
 from ..measure.timing import check_parity, in_turn
+from ..peers.contenders import say
 from ..subjects.convolutions import Run
-from .timing import CALLS, graphed
+from .graphs import CALLS, graphed
 
 __all__ = ["LEVELS", "densify_rows"]
 
@@ -59,8 +59,7 @@ def densify_rows(level: tuple[int, int], masked: float, batch: int, rounds: int,
         "step": {ours: step(fused), parts: step(apart)},
     }.items():
         timing = in_turn(graphed(runs, must=(ours, parts)), rounds)
-        values = tuple(seconds / CALLS * 1e3 for seconds in timing.medians(ours, parts))
         case = f"norm + unpack p{p} C{channels} {kind}"
-        ratio = timing.ratio(parts, ours)
-        found.append(say(make_row("norm", case, ours, parts, ratio, (values[0], values[1]), "ms", masked=masked)))
+        compared = timing.compare(ours, parts, "ms", CALLS)
+        found.append(say(make_row("norm", case, ours, parts, *compared, masked=masked)))
     return found

@@ -20,13 +20,15 @@ from pathlib import Path
 
 import torch
 
-from ..measure.contenders import Case, contenders, peak_rows, peer_rows
 from ..measure.machine import RESULTS, folder_name
 from ..measure.rows import Row, merge
 from ..peers import Packed, peers
+from ..peers.contenders import Case, contenders, peak_rows, peer_rows
 from ..subjects.convolutions import GROUPS, Shape, problem
 from .densify import LEVELS, densify_rows
-from .timing import CALLS, graph_rows
+from .graphs import CALLS, graph_rows
+
+COMMAND = "python -m benchmarks.gpu.kernels"
 
 
 def save(rows: list[Row], folder: Path) -> None:
@@ -79,7 +81,9 @@ def _named(shape: Shape | tuple[int, int]) -> str:
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     groups = [*GROUPS, "densify"]
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = argparse.ArgumentParser(
+        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     result.add_argument("--batch", type=int, default=128, help="images (default: 128)")
     result.add_argument("--rounds", type=int, default=7, help="rounds of each timing (default: 7)")
     result.add_argument(
@@ -100,11 +104,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     arguments = parser().parse_args(argv)
     if not torch.cuda.is_available():
-        sys.stderr.write("gpu_kernels needs a CUDA device; on a CPU run pytest tests/kernels/test_triton.py\n")
+        sys.stderr.write(f"{COMMAND} needs a CUDA device; on a CPU run pytest tests/kernels/test_triton.py\n")
         return 2
     reason = Packed("triton").why_not()
     if reason is not None:
-        sys.stderr.write(f"gpu_kernels cannot run the triton engine: {reason}\n")
+        sys.stderr.write(f"{COMMAND} cannot run the triton engine: {reason}\n")
         return 2
     from .checks import check, check_graphs
 

@@ -43,7 +43,7 @@ def make_row(
         values: medians of ``way`` and ``against``, in ``unit``.
         masked: hidden share of the patches.
         limit: the ratio if every product with an inactive pixel were left out of direct convolution.
-        floor: the least that ``way`` could take on this machine, in ``unit`` (:mod:`~benchmarks.measure.roofline`).
+        floor: the least that ``way`` could take on this machine, in ``unit`` (:mod:`~benchmarks.measure.ceilings`).
 
     Raises:
         AssertionError: if no parity check has passed: no figure of an unchecked result.

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["NAMES", "Scale", "device", "scale_of"]
+__all__ = ["MASKED", "NAMES", "Scale", "device", "scale_of"]
 
 NAMES = ("tiny", "quick", "full")
+MASKED = 0.6  # hidden share of the patches where a suite does not vary it
 
 
 def device() -> torch.device:
@@ -30,6 +31,8 @@ class Scale:
         rounds, step_rounds, sweep_rounds: of encoders, steps and the sweep.
         levels: the first stages of a ResNet that layers are taken from.
         compiled: ways of the step that run compiled.
+        copy_bytes, matrix_side: of the copy and the square product that measure the ceilings of the device; the copy
+            is several times as large as the last cache.
     """
 
     device: torch.device
@@ -44,24 +47,27 @@ class Scale:
     light: int = 512
     encoders: tuple[str, ...] = ("resnet18", "resnet50", "convnext_tiny")
     step_encoders: tuple[str, ...] = ("resnet18",)
-    masked: tuple[float, ...] = (0.6,)
+    masked: tuple[float, ...] = (MASKED,)
     sweep: tuple[float, ...] = (0.0, 0.3, 0.6, 0.75, 0.9)
     rounds: int = 3
     step_rounds: int = 3
     sweep_rounds: int = 3
     compiled: tuple[str, ...] = ()
+    copy_bytes: int = 2**28
+    matrix_side: int = 1536
 
     @property
     def cuda(self) -> bool:
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     def for_encoder(self, encoder: str) -> Scale:
-        """Return the scale with half the batch for what is larger than a ResNet-18, on a GPU."""
+        """Return the scale of one encoder: on a GPU, half the batch for those larger than a ResNet-18."""
         return replace(self, batch=self.batch // 2) if self.cuda and encoder != "resnet18" else self
 
     @property
     def precision(self) -> torch.dtype:
-        """Of our steps; the published way is float32."""
+        """Type that our steps compute in; the published way is float32."""
         return torch.bfloat16 if self.cuda else torch.float32
 
 
@@ -72,15 +78,16 @@ def scale_of(name: str, where: torch.device | None = None) -> Scale:
         raise ValueError(f"scale {name!r} is unknown; choose one of {', '.join(NAMES)}")
     if name == "tiny":
         return Scale(
-            where, 1, 3, 2, 1, batch=2, size=96, frames=2, width=32, light=32, encoders=("resnet10t",),
-            step_encoders=("resnet10t",), sweep=(0.0, 0.6), rounds=2, step_rounds=2, sweep_rounds=2,
+            where, 1, 3, 2, 1, batch=2, size=96, frames=2, width=32, light=32, encoders=("test_resnet",),
+            step_encoders=("test_resnet",), sweep=(0.0, 0.6), rounds=2, step_rounds=2, sweep_rounds=2,
+            copy_bytes=2**22, matrix_side=128,
         )  # fmt: skip
     found = Scale(where)
     if where.type == "cuda":
         found = replace(
             found, layer_batch=128, layer_rounds=11, batch=128, rounds=11, step_rounds=7, sweep_rounds=7,
             encoders=("resnet18", "resnet50", "convnext_base"), step_encoders=("resnet18", "resnet50", "convnext_base"),
-            compiled=("dense",),
+            compiled=("dense",), copy_bytes=2**32, matrix_side=8192,
         )  # fmt: skip
     if name == "full":
         found = replace(

@@ -66,6 +66,20 @@ class Timing:
         low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
         return Ratio(median, low, high)
 
+    def compare(
+        self, way: str, against: str, unit: str = "s", calls: int = 1
+    ) -> tuple[Ratio, tuple[float, float], str]:
+        """Return what a row says of two ways: how many times longer ``against`` takes, both medians, and their unit.
+
+        Args:
+            way: the one that the ratio speaks for.
+            against: its rival.
+            unit: ``"s"`` or ``"ms"``.
+            calls: how many calls were timed as one.
+        """
+        factor = {"s": 1.0, "ms": 1e3}[unit] / calls
+        return self.ratio(against, way), (self.median(way) * factor, self.median(against) * factor), unit
+
     def summed(self, way: str, parts: Sequence[str]) -> Timing:
         """Return a timing with ``way`` besides, the sum of its ``parts`` round by round."""
         sums = [float(sum(seconds)) for seconds in zip(*(self.seconds[part] for part in parts), strict=True)]
@@ -75,7 +89,7 @@ class Timing:
 class Gate:
     """Remember which parity checks have passed; nothing is timed and no row is made before one has.
 
-    ``close`` begins anew, which each benchmark does, so that no check serves for another's figures.
+    Each benchmark calls ``close`` first, so that no check serves for another's figures.
     """
 
     def __init__(self) -> None:

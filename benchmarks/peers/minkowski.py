@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchsparse import PatchGrid
 from patchsparse.backends.minkowski.loading import library, module
@@ -17,7 +17,7 @@ from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer, to_packed, to_rows
 from .sites import rows_at, sites
 
-__all__ = ["Minkowski", "MinkowskiResNet", "minkowski_weight"]
+__all__ = ["Minkowski", "begin", "in_order", "minkowski_weight", "order_of"]
 
 
 def minkowski_weight(weight: Tensor, depthwise: bool = False, stride: int = 1) -> Tensor:
@@ -28,9 +28,33 @@ def minkowski_weight(weight: Tensor, depthwise: bool = False, stride: int = 1) -
     return matrices[0] if len(matrices) == 1 and stride == 1 else matrices
 
 
-def _manager(device: torch.device) -> Any:
+def begin(grid: PatchGrid, p: int) -> tuple[Any, Any]:
+    """Return a new manager of coordinates and the key of the sites of active patches of ``p`` pixels."""
     kinds = module().CoordinateMapType
-    return module().CoordinateManager(D=2, coordinate_map_type=kinds.CUDA if device.type == "cuda" else kinds.CPU)
+    kind = kinds.CUDA if grid.device.type == "cuda" else kinds.CPU
+    manager = module().CoordinateManager(D=2, coordinate_map_type=kind)
+    return manager, manager.insert_and_map(sites(grid, p), [1, 1], "")[0]
+
+
+def order_of(grid: PatchGrid, where: Tensor, p: int, spacing: int) -> Tensor:
+    """Return the packed row of each row of a sparse tensor, which MinkowskiEngine may reorder.
+
+    Args:
+        grid: active patches.
+        where: sites ``(M, 3)`` (image, y, x), in pixels of the input.
+        p: pixels along a patch of the sparse tensor.
+        spacing: pixels of the input between two of its sites.
+    """
+    here = where.to(torch.long, copy=True)
+    here[:, 1:] //= spacing
+    return rows_at(grid, p, here).long()
+
+
+def in_order(rows: Tensor, order: Tensor, p: int) -> Tensor:
+    """Return rows ``(N * p * p, C)`` of a sparse tensor as packed ``(N, C, p, p)``; NaN where none came."""
+    out = torch.full_like(rows, torch.nan)
+    out[order] = rows
+    return to_packed(out, p)
 
 
 class _MinkowskiLayer(Layer):
@@ -52,8 +76,7 @@ class _MinkowskiLayer(Layer):
 
     def build_map(self) -> None:
         """Take a new manager and give it the sites; the pairs are found in the first forward pass."""
-        self.manager = _manager(self.p.x.device)
-        self.key, _ = self.manager.insert_and_map(sites(self.p.grid, self.p.shape.p), [1, 1], "")
+        self.manager, self.key = begin(self.p.grid, self.p.shape.p)
 
     def forward(self, x: Tensor) -> Tensor:
         given = module().SparseTensor(x, coordinate_map_key=self.key, coordinate_manager=self.manager)
@@ -62,18 +85,13 @@ class _MinkowskiLayer(Layer):
         return y.F
 
     def _rows(self, key: Any, side: int, stride: int) -> Tensor:
-        """Return the packed row of each of its rows, which it may reorder."""
-        where = self.manager.get_coordinates(key).long()
-        where[:, 1:] //= stride
-        return rows_at(self.p.grid, side, where).long()
+        return order_of(self.p.grid, self.manager.get_coordinates(key), side, stride)
 
     def _given(self, packed: Tensor, key: Any, side: int, stride: int) -> Tensor:
         return to_rows(packed)[self._rows(key, side, stride)]
 
     def _taken(self, rows: Tensor, key: Any, side: int, stride: int) -> Tensor:
-        out = torch.full_like(rows, torch.nan)
-        out[self._rows(key, side, stride)] = rows
-        return to_packed(out, side)
+        return in_order(rows, self._rows(key, side, stride), side)
 
     def operand(self, packed: Tensor) -> Tensor:
         return self._given(packed, self.key, self.p.shape.p, 1)
@@ -110,57 +128,3 @@ class Minkowski(Peer):
 
     def build(self, p: Problem) -> Layer:
         return _MinkowskiLayer(p)
-
-
-class MinkowskiResNet(nn.Module):
-    """A timm ResNet of basic blocks in MinkowskiEngine's modules, with copies of its weights.
-
-    ``forward`` takes the features ``(rows, C)`` of active pixels, ``begin``'s manager and key, and returns the sparse
-    tensors of all levels. Max-pooling follows a ReLU, where leaving inactive pixels out or reading 0 is the same.
-    """
-
-    def __init__(self, plain: nn.Module) -> None:
-        super().__init__()
-        blocks = [getattr(plain, f"layer{level}") for level in range(1, 5)]
-        self.stem = nn.Sequential(*_conv_norm(plain.conv1, plain.bn1), module().MinkowskiReLU())
-        self.pool = module().MinkowskiMaxPooling(kernel_size=3, stride=2, dimension=2)
-        self.levels = nn.ModuleList(nn.Sequential(*map(_Block, level)) for level in blocks)  # pyright: ignore[reportArgumentType]
-
-    @staticmethod
-    def begin(grid: PatchGrid, p: int) -> tuple[Any, Any]:
-        """Return a new manager and the key of the sites of active patches of ``p`` pixels."""
-        manager = _manager(grid.device)
-        return manager, manager.insert_and_map(sites(grid, p), [1, 1], "")[0]
-
-    def forward(self, rows: Tensor, manager: Any, key: Any) -> list[Any]:
-        x = self.stem(module().SparseTensor(rows, coordinate_map_key=key, coordinate_manager=manager))
-        features = [x]
-        x = self.pool(x)
-        for level in self.levels:
-            x = level(x)
-            features.append(x)
-        return features
-
-
-def _conv_norm(conv: Any, norm: Any) -> tuple[nn.Module, nn.Module]:
-    kernel, stride = conv.kernel_size[0], conv.stride[0]
-    options = {"kernel_size": kernel, "stride": stride, "dimension": 2}
-    sparse = module().MinkowskiConvolution(conv.in_channels, conv.out_channels, **options)
-    sparse_norm = module().MinkowskiBatchNorm(norm.num_features, eps=norm.eps, momentum=norm.momentum)
-    with torch.no_grad():
-        sparse.kernel.copy_(minkowski_weight(conv.weight, stride=stride))
-    sparse_norm.bn.load_state_dict(norm.state_dict())
-    return sparse, sparse_norm
-
-
-class _Block(nn.Module):
-    def __init__(self, block: Any) -> None:
-        super().__init__()
-        relu = module().MinkowskiReLU
-        self.first = nn.Sequential(*_conv_norm(block.conv1, block.bn1), relu())
-        self.second = nn.Sequential(*_conv_norm(block.conv2, block.bn2))
-        self.last = relu()
-        self.shortcut = nn.Identity() if block.downsample is None else nn.Sequential(*_conv_norm(*block.downsample))
-
-    def forward(self, x: Any) -> Any:
-        return self.last(self.second(self.first(x)) + self.shortcut(x))

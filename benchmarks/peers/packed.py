@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsparse import PatchGrid, patch_conv2d
+from patchsparse import patch_conv2d
 from patchsparse.backends import why_not
 from patchsparse.geometry import Call, Stencil
 
-from ..subjects.convolutions import Problem, Shape
+from ..subjects.convolutions import Problem, Shape, fresh
 from .base import Layer, Peer
 
 __all__ = ["Packed"]
@@ -24,8 +24,7 @@ class _PackedLayer(Layer):
 
     def build_map(self) -> None:
         """Take new maps, so that orders of rows and lists of pairs, which are kept with them, are built again."""
-        given = self.p.grid
-        self.grid = PatchGrid(given.active, given.coords.clone(), given.slot.clone())
+        self.grid = fresh(self.p.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         stride, padding, dilation, groups = self.p.options

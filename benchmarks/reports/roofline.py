@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 
+from ..measure.ceilings import Ceilings, ceilings, optimiser_seconds
 from ..measure.machine import device_name
-from ..measure.roofline import ceilings, counted, lines, optimiser_seconds
 from ..measure.scales import scale_of
+from ..measure.work import Layer, counted
 from ..subjects.step_ways import WAYS, case_of, make_step
 
-__all__ = ["roofline"]
+__all__ = ["lines", "roofline"]
 
 
 def roofline(encoder: str, scale_name: str) -> int:
     """Print what every convolution and product of the exact step needs at least, and the sums of all ways."""
     scale = scale_of(scale_name)
-    found = ceilings(scale.device.type)
+    found = ceilings(scale)
     say = sys.stdout.write
     say(f"{device_name()}: copies {found.copy / 1e9:.1f} GB/s, multiply-adds ")
     rates = (f"{str(t).removeprefix('torch.')} {rate / 1e9:.0f} G/s" for t, rate in found.rate.items())
@@ -31,3 +33,13 @@ def roofline(encoder: str, scale_name: str) -> int:
         floor = found.total(layers) + optimiser_seconds(found, step.model)
         say(f"{way:18} {macs:9.1f} G multiply-adds {moved:8.2f} GiB  at least {floor:.4g} s\n")
     return 0
+
+
+def lines(found: Ceilings, layers: Sequence[Layer]) -> Iterator[str]:
+    """Yield a table of layers: multiply-adds, bytes, the floor and what it is bound by."""
+    for layer in layers:
+        bound = "products" if layer.work.macs / found.rate[layer.dtype] > layer.work.bytes / found.copy else "bytes"
+        yield (
+            f"{layer.name:22}{layer.work.macs / 1e9:9.3f} G {layer.work.bytes / 2**20:9.1f} MiB "
+            f"{found.floor(layer.work, layer.dtype) * 1e3:9.3f} ms by {bound:8} {layer.shapes}"
+        )

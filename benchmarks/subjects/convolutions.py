@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchsparse import PatchGrid, pack, unpack
-from patchsparse.backends import tables
 from patchsparse.geometry import Stencil
 
 from ..measure.timing import exact_float32
+from ..measure.work import Work, count_pairs
 
 __all__ = [
     "GROUPS",
+    "LIMITS",
     "RESULTS",
     "SIDES",
     "Problem",
     "Run",
     "Shape",
-    "count_pairs",
     "dense_and_mask",
+    "fresh",
     "operators",
     "problem",
     "reference",
@@ -31,6 +32,8 @@ __all__ = [
 
 SIDES = ("fwd", "dgrad", "wgrad")
 RESULTS: dict[str, str] = {"fwd": "y", "dgrad": "x", "wgrad": "w"}  # of each side, as `reference` names them
+# Relative error against dense-and-mask in float32 up to which a result counts as the same.
+LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
 Run = Callable[[], list[Tensor]]
 
 
@@ -46,6 +49,7 @@ class Shape(NamedTuple):
 
     @property
     def depthwise(self) -> bool:
+        """Whether each channel is convolved alone."""
         return self.groups == self.c_in == self.c_out
 
     @property
@@ -101,14 +105,20 @@ class Problem(NamedTuple):
         (rows, columns), s = self.grid.shape, self.shape
         return self.grid.batch_size * rows * columns * (s.out_p * s.k) ** 2 / self.pairs
 
+    def work(self, passes: Sequence[str] = SIDES) -> Work:
+        """Return the work of some passes on packed patches; each has as many products as the others."""
+        macs = self.pairs * self.weight.numel() / (self.shape.k**2)
+        moved = sum(t.nbytes for t in (self.x, self.weight, self.g))
+        return Work(macs * len(passes), float(moved) * len(passes))
+
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the same numbers rounded to ``dtype``."""
         return Problem(self.shape, self.grid, *(t.to(dtype) for t in (self.x, self.weight, self.g)))
 
 
-def count_pairs(slot: Tensor, coords: Tensor, size: tuple[int, int], stencil: Stencil) -> int:
-    """Count the (active output pixel, active input pixel) pairs of a stencil on patches of ``size`` pixels."""
-    return int((tables.tap_rows(slot, coords, size, stencil) >= 0).sum())
+def fresh(grid: PatchGrid) -> PatchGrid:
+    """Return the same mask as one that was never met: whatever engines keep with a grid is built again."""
+    return PatchGrid(grid.active, grid.coords.clone(), grid.slot.clone())
 
 
 def problem(

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from patchsparse import PatchGrid, bind, pack, sparsify, unpack
 from spatspark_fast.pretrain.savings import DenseAndMask
 
-from ..measure.roofline import ceilings, counted
+from ..measure.ceilings import ceilings
 from ..measure.scales import Scale
 from ..measure.timing import check_parity, exact_float32
+from ..measure.work import counted
 
-__all__ = ["DENSE", "MASKED", "Encoders", "encoders"]
+__all__ = ["DENSE", "DENSE_AND_MASK", "FEATURES", "GRADIENTS", "Encoders", "encoders"]
 
 PATCH = 32
-DENSE, MASKED = "dense", "dense-and-mask"
+DENSE, DENSE_AND_MASK = "dense", "dense-and-mask"
 CHECKED = 8  # images of a batch that are compared, at most
 FEATURES = 1e-4  # relative difference up to which features in float32 count as the same
 # Of gradients: where rounding turns the sign at a ReLU or the winner of a pool, single entries differ wholly, which
@@ -41,18 +42,19 @@ class Encoders:
         case: encoder and batch, for tables.
         steps: forward + backward by name: one for each engine asked for, ``dense`` and ``dense-and-mask``.
         check: compare all engines with dense-and-mask, which opens the gate.
+        scale: sizes of the batch.
     """
 
     case: str
     steps: dict[str, Callable[[], object]]
     check: Callable[[], None]
-    device: str
+    scale: Scale
 
     def bounds(self, way: str) -> tuple[float, float]:
         """Return how many times fewer products ``way`` has than plain dense, and its floor in seconds."""
         ours, dense = (counted(self.steps[name]) for name in (way, DENSE))
         products = [sum(layer.work.macs for layer in layers) for layers in (ours, dense)]
-        return products[1] / products[0], ceilings(self.device).total(ours)
+        return products[1] / products[0], ceilings(self.scale).total(ours)
 
 
 def _backward(features: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
@@ -93,9 +95,9 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
     steps: dict[str, Callable[[], object]] = {
         **{b: timed(lambda model=model: _packed(model, last, grid), directions) for b, model in ours.items()},
         DENSE: timed(lambda: plain(last), noise),
-        MASKED: timed(lambda: masking(frames), images),
+        DENSE_AND_MASK: timed(lambda: masking(frames), images),
     }
-    return Encoders(f"{name} batch {scale.batch}", steps, check, device.type)
+    return Encoders(f"{name} batch {scale.batch}", steps, check, scale)
 
 
 def _packed(model: nn.Module, frames: Tensor, grid: PatchGrid) -> list[Tensor]:

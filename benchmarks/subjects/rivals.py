@@ -11,7 +11,7 @@ import torch
 from timm.optim.lamb import Lamb as TimmLamb
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, image_conv2d
+from patchsparse import PatchGrid
 from spatspark_fast.models.choices import LossOn
 from spatspark_fast.models.decoder import UNetBlock, UNetDecoder
 from spatspark_fast.models.densify import DensifyLevel
@@ -21,7 +21,7 @@ from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain.savings import DenseAndMask
 from spatspark_fast.training.optim import parameter_groups, set_rates
 
-from .steps import BETAS, CLIP, RATES, Marks, OurStep, no_mark
+from .steps import BETAS, CLIP, RATES, Marks, OurStep, Step, no_mark
 
 __all__ = ["DenseStep", "Published", "PublishedStep"]
 
@@ -71,7 +71,7 @@ class Published(nn.Module):
         return level.proj(whole.permute(0, 3, 1, 2).contiguous())
 
 
-class PublishedStep:
+class PublishedStep(Step):
     """Step `Published` with per-parameter LAMB and PyTorch's clipping, on frames that are float32 already."""
 
     def __init__(self, model: Published, frames: Tensor, masks: MaskSampler) -> None:
@@ -95,17 +95,9 @@ class PublishedStep:
         features = marks("encoder", self.model.encode(frames, grid))
         return self.model.decode(features, frames, grid)
 
-    def __call__(self, marks: Marks = no_mark) -> Tensor:
-        """Train one step; return its loss."""
-        loss = self.loss(marks)
-        marks("decoder")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        marks("encoder")
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-        self.optimizer.step()
-        marks("optimiser")
-        return loss.detach()
+    def clip(self) -> None:
+        """Clip the gradients as PyTorch does."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
 
 
 class DenseStep(OurStep):
@@ -130,6 +122,4 @@ class DenseStep(OurStep):
         active = grid.pixels(features.shape[2:]).unsqueeze(1)
         normed = level.norm(features)
         image = torch.where(active, normed, level.mask_token.to(normed.dtype)[:, None, None])
-        if isinstance(level.proj, nn.Identity):
-            return image
-        return image_conv2d(image, level.proj.weight, level.proj.bias, self.model.backend)
+        return level.project(image, self.model.backend)

@@ -28,12 +28,12 @@ from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain.savings import DenseAndMask
 from spatspark_fast.training.lamb import clip_gradients
 
-from ..measure.scales import Scale
+from ..measure.scales import MASKED, Scale
 from ..measure.timing import GATE, exact_float32
 from .rivals import DenseStep, Published, PublishedStep
-from .steps import MASKED, OurStep, Step, build, compiled, no_mark, windows_on
+from .steps import OurStep, Step, build, compiled, no_mark, windows_on
 
-__all__ = ["OURS", "RIVALS", "WAYS", "case_of", "check_equal", "make_step"]
+__all__ = ["OURS", "RIVALS", "WAYS", "case_of", "check_equal", "forget", "make_step"]
 
 DECODE_RATIO = 0.25
 OURS = ("exact", f"decode_ratio={DECODE_RATIO}", "light")
@@ -74,6 +74,11 @@ def check_equal(encoder: str, scale: Scale) -> None:
     """
     for what, error, limit in _differences(encoder, replace(scale, batch=min(scale.batch, CHECKED))):
         GATE.let(f"{encoder} {what}", error, limit)
+
+
+def forget() -> None:
+    """Compare again, whatever was compared before in this process."""
+    _differences.cache_clear()
 
 
 @cache

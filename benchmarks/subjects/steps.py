@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -21,11 +22,10 @@ from spatspark_fast.training.optim import parameter_groups, set_rates
 
 from ..measure.timing import wait
 
-__all__ = ["MASKED", "PARTS", "Marks", "OurStep", "Step", "build", "compiled", "no_mark", "split", "windows_on"]
+__all__ = ["PARTS", "Marks", "OurStep", "Step", "build", "compiled", "no_mark", "split", "windows_on"]
 
 RATES = (2e-4, 0.04)  # learning rate and weight decay
 BETAS, CLIP = (0.9, 0.95), 5.0
-MASKED = 0.6
 PARTS = ("data", "encoder", "decoder", "optimiser")  # backward passes included
 
 
@@ -36,21 +36,6 @@ class Marks(Protocol):
     """
 
     def __call__(self, part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]: ...
-
-
-class Step(Protocol):
-    """Train one step and return its loss."""
-
-    model: Any
-    optimizer: Any
-    masks: Any
-    frames: Any
-
-    def loss(self, marks: Marks = ...) -> Tensor: ...
-
-    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor: ...
-
-    def __call__(self, marks: Marks = ...) -> Tensor: ...
 
 
 def no_mark(part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
@@ -68,7 +53,47 @@ class _Marked(Observer):
         return list(self.marks("encoder", features))
 
 
-class OurStep:
+class Step(ABC):
+    """Train one step at a time.
+
+    Attributes:
+        model: what is trained.
+        optimizer: LAMB of the model's parameters.
+        masks: what draws the visible patches.
+        frames: the windows, as the step takes them.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    masks: MaskSampler
+    frames: Any
+
+    @abstractmethod
+    def loss(self, marks: Marks = no_mark) -> Tensor:
+        """Return the loss of the next step."""
+
+    @abstractmethod
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
+        """Return the loss of ``frames`` ``(B, T, H, W)``."""
+
+    @abstractmethod
+    def clip(self) -> None:
+        """Clip the gradients."""
+
+    def __call__(self, marks: Marks = no_mark) -> Tensor:
+        """Train one step; return its loss."""
+        loss = self.loss(marks)
+        marks("decoder")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        marks("encoder")
+        self.clip()
+        self.optimizer.step()
+        marks("optimiser")
+        return loss.detach()
+
+
+class OurStep(Step):
     """Step a `SparK` model as `python -m spatspark_fast.pretrain` does, from 16 bits a pixel to the new weights."""
 
     def __init__(
@@ -104,17 +129,9 @@ class OurStep:
         self.model.observer = Observer() if marks is no_mark else _Marked(marks)
         return self.model(frames, grid, decoded).loss
 
-    def __call__(self, marks: Marks = no_mark) -> Tensor:
-        """Train one step; return its loss."""
-        loss = self.loss(marks)
-        marks("decoder")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        marks("encoder")
+    def clip(self) -> None:
+        """Clip the gradients in fused operations."""
         clip_gradients(self.model.parameters(), CLIP)
-        self.optimizer.step()
-        marks("optimiser")
-        return loss.detach()
 
 
 def _endless(place: Place, batch: int) -> Iterator[Tensor]:

@@ -49,12 +49,18 @@ class DensifyLevel(nn.Module):
         whole image, so that they have the values they would have there. ``backend`` as in `patchsparse.image_conv2d`.
         """
         image = self._filled(features, grid)
-        if isinstance(self.proj, nn.Identity):
-            return image if decoded is None else pack(image, decoded)
         if decoded is None:
-            return image_conv2d(image, self.proj.weight, self.proj.bias, backend)
+            return self.project(image, backend)
+        if isinstance(self.proj, nn.Identity):
+            return pack(image, decoded)
         halo = self.proj.kernel_size[0] // 2
         return F.conv2d(_pack_with_halo(image, decoded, halo), self.proj.weight, self.proj.bias)
+
+    def project(self, image: Tensor, backend: str = "dense") -> Tensor:
+        """Map whole images of normed features and tokens ``(B, C, H, W)`` to ``(B, width, H, W)``."""
+        if isinstance(self.proj, nn.Identity):
+            return image
+        return image_conv2d(image, self.proj.weight, self.proj.bias, backend)
 
     def _filled(self, features: Tensor, grid: PatchGrid | None) -> Tensor:
         """Return the norm of the features as whole images, tokens at masked patches."""

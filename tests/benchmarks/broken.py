@@ -1,4 +1,4 @@
-"""A pytest plugin that makes every engine forget one patch of a convolution's output."""
+"""Make every engine forget one patch of a convolution's output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,3 @@ def break_engines(patch: pytest.MonkeyPatch) -> None:
             return y
 
         patch.setattr(engine, "conv2d", wrong)
-
-
-def pytest_configure() -> None:
-    break_engines(pytest.MonkeyPatch())

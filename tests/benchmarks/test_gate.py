@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,8 @@ from benchmarks.measure.timing import GATE, Gate, Ratio, check_close, check_pari
 from benchmarks.subjects.convolutions import Shape
 
 from .broken import break_engines
+from .inline import run_suites
 
-ROOT = Path(__file__).parents[2]
 TINY = scale_of("tiny", torch.device("cpu"))
 SHAPE = Shape(2, 16, 16)
 
@@ -100,12 +97,11 @@ def test_a_right_kernel_is_measured_and_a_broken_one_is_not(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("suite", ["test_encoder.py", "test_step.py"])
-def test_a_broken_kernel_makes_a_suite_refuse(suite: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", f"benchmarks/{suite}", "-q", "-p", "no:cacheprovider"]
-    options = ["-p", "tests.benchmarks.broken", "--scale", "tiny", "--results", str(tmp_path)]
-    run = subprocess.run([*command, *options], cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-    assert run.returncode == 1, run.stdout + run.stderr
-    assert "no figure is given" in run.stdout
-    assert " passed" not in run.stdout.splitlines()[-1]
-    assert "measured ratios" not in run.stdout
+def test_a_broken_kernel_makes_a_suite_refuse(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_engines(monkeypatch)
+    status, printed = run_suites([f"benchmarks/{suite}"], tmp_path)
+    assert status == 1, printed
+    assert "no figure is given" in printed
+    assert " passed" not in printed.splitlines()[-1]
+    assert "measured ratios" not in printed
     assert not list(tmp_path.iterdir())

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from benchmarks.gpu import densify as gpu_densify
+from benchmarks.gpu import graphs
 from benchmarks.gpu import kernels as gpu_kernels
-from benchmarks.gpu import timing as gpu_timing
-from benchmarks.gpu.timing import graph_rows
-from benchmarks.measure.contenders import Case, contenders, peak_rows, peer_rows
 from benchmarks.measure.rows import COLUMNS, read
 from benchmarks.peers import Dense, DenseAndMask, Layer, Packed, Spconv, base
+from benchmarks.peers.contenders import Case, contenders, peak_rows, peer_rows
 from benchmarks.peers.dense import _DenseLayer
 from benchmarks.subjects.convolutions import GROUPS, Problem, Shape, problem
 from patchsparse import unpack
 
 ROOT = Path(__file__).parents[2]
+COMMAND = "python -m benchmarks.gpu.kernels"
 
 
 def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
@@ -31,14 +31,17 @@ def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stdout == ""
-    assert run.stderr == "gpu_kernels needs a CUDA device; on a CPU run pytest tests/kernels/test_triton.py\n"
+    assert (
+        run.stderr
+        == "python -m benchmarks.gpu.kernels needs a CUDA device; on a CPU run pytest tests/kernels/test_triton.py\n"
+    )
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(Packed, "why_not", lambda *_: "Triton is not installed")
     assert gpu_kernels.main([]) == 2
-    assert capsys.readouterr().err == "gpu_kernels cannot run the triton engine: Triton is not installed\n"
+    assert capsys.readouterr().err == f"{COMMAND} cannot run the triton engine: Triton is not installed\n"
 
 
 def test_the_first_masked_share_is_timed_for_all_shapes_first() -> None:
@@ -98,7 +101,7 @@ def test_peers_are_timed_only_if_they_agree(
 
 
 def test_densifying_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_timing, "capture", lambda run: (SimpleNamespace(replay=run), run()))
+    monkeypatch.setattr(graphs, "capture", lambda run: (SimpleNamespace(replay=run), run()))
     rows = gpu_densify.densify_rows((2, 8), 0.6, 1, 2, "cpu")
     assert [row["case"] for row in rows] == [f"norm + unpack p2 C8 {kind}" for kind in ("fwd", "step")]
     assert all(tuple(row) == COLUMNS and row["against"] == "batch_norm, unpack" for row in rows)
@@ -109,7 +112,7 @@ def test_densifying_is_compared_before_it_is_timed(monkeypatch: pytest.MonkeyPat
 
 def test_layers_are_compared_before_their_graphs_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, where a captured run is run again and ``gather`` stands for Triton."""
-    operators = gpu_timing.operators
+    operators = graphs.operators
 
     def replayed(run):
         return SimpleNamespace(replay=run), run()
@@ -118,19 +121,19 @@ def test_layers_are_compared_before_their_graphs_are_timed(monkeypatch: pytest.M
         found = operators(p, "gather" if name == "triton" else name)
         return {side: lambda run=run: [run()[0] * 1.1] for side, run in found.items()} if name == "triton" else found
 
-    monkeypatch.setattr(gpu_timing, "capture", replayed)
-    monkeypatch.setattr(gpu_timing, "operators", lambda p, name: operators(p, "gather" if name == "triton" else name))
+    monkeypatch.setattr(graphs, "capture", replayed)
+    monkeypatch.setattr(graphs, "operators", lambda p, name: operators(p, "gather" if name == "triton" else name))
     case = Case(problem(Shape(2, 8, 8), 0.6, 2, torch.bfloat16, "cpu", (3, 3)), 0.6, rounds=2, calls=3)
     found = contenders(case, Packed("gather", "cpu"), (DenseAndMask(),), set())
-    rows = [*graph_rows(case, found), *peak_rows(case, found)]
+    rows = [*graphs.graph_rows(case, found), *peak_rows(case, found)]
     layers = [(row["case"].split()[-1], row["way"], row["against"]) for row in rows if row["against"] == "dense"]
     assert layers == [(side, way, "dense") for side in ("fwd", "dgrad", "wgrad") for way in ("gather", "triton")]
     assert all(float(row["limit"]) > 1 for row in rows if row["against"] == "dense")
     others = [(row["suite"], row["case"].split("bfloat16 ")[1]) for row in rows if row["against"] != "dense"]
     assert others == [("conv", "fwd graph"), ("conv", "step graph"), ("layer_memory", "peak of a step")]
-    monkeypatch.setattr(gpu_timing, "operators", wrong)
+    monkeypatch.setattr(graphs, "operators", wrong)
     with pytest.raises(AssertionError, match="fwd 3x3 s1 p2 C8-8 g1 differs by"):
-        graph_rows(case, found)
+        graphs.graph_rows(case, found)
 
 
 def test_our_engine_must_agree() -> None:

@@ -22,9 +22,9 @@ from benchmarks.peers import (
     passes,
     peers,
 )
+from benchmarks.peers.minkowski_resnet import ResNets
 from benchmarks.peers.sites import image_offsets, neighbours, pixel_rows, rows_at, sites
 from benchmarks.subjects.convolutions import Problem, Shape, problem, reference
-from benchmarks.test_minkowski import Encoders
 from patchsparse import PatchGrid, pack
 from patchsparse.backends import tables
 from patchsparse.backends.minkowski import loading as minkowski_loading
@@ -189,7 +189,7 @@ def test_minkowski_agrees_on_the_cpu(shape: Shape) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_resnet_of_minkowski_is_that_of_dense_and_mask() -> None:
     """The same check as opens the gate of the benchmark, on small images."""
-    ways = Encoders(replace(scale_of("tiny", torch.device("cpu")), layer_batch=2))
+    ways = ResNets(replace(scale_of("tiny", torch.device("cpu")), layer_batch=2))
     ways.check()
     for step in ways.steps().values():
         step()

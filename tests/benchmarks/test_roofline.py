@@ -6,16 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.measure.roofline import (
-    Ceilings,
-    Layer,
-    Work,
-    conv_work,
-    counted,
-    lines,
-    measure_ceilings,
-    optimiser_seconds,
-)
+from benchmarks.measure.ceilings import Ceilings, measure_ceilings, optimiser_seconds
+from benchmarks.measure.work import Layer, Work, counted
+from benchmarks.reports.roofline import lines
 from benchmarks.subjects.convolutions import Problem, Shape, operators, problem
 
 CEILINGS = Ceilings("cpu", copy=1e9, rate={torch.float32: 1e10})
@@ -35,11 +28,11 @@ def test_active_pairs_are_counted_in_all_passes(shape: Shape) -> None:
     pairs = int((taps * active).sum())
     macs = pairs * shape.c_out * shape.c_in // shape.groups
     assert p.pairs == pairs
-    assert conv_work(p, ("fwd",)).macs == macs
+    assert p.work(("fwd",)).macs == macs
     for run in operators(p, "gather").values():
         (layer,) = counted(run)
         assert layer.work.macs == macs
-        assert layer.work.bytes == conv_work(p, ("fwd",)).bytes
+        assert layer.work.bytes == p.work(("fwd",)).bytes
 
 
 def test_everything_visible_leaves_out_the_padding_alone() -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks.gpu import plan as gpu_script
+from benchmarks.gpu import stages as gpu_stages
 from benchmarks.measure.rows import COLUMNS, Row, merge
 from benchmarks.measure.scales import NAMES, scale_of
 from benchmarks.reports import headline as headline_command
@@ -22,7 +20,8 @@ from benchmarks.reports.headline import headlines
 from benchmarks.reports.report import HEADLINE, MEASURED, devices, fill, markers, newest, read_folder, report
 from benchmarks.subjects import steps
 
-ROOT = Path(__file__).parents[2]
+from .inline import ROOT, run_suites
+
 CHOSEN = (
     "benchmarks/test_conv.py::test_conv3x3[3x3 s1 p1 C512-512 g1]",
     "benchmarks/test_conv.py::test_peers[3x3 s1 p1 C512-512 g1]",
@@ -34,11 +33,10 @@ CHOSEN = (
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    """Return the rows of all suites, at a tiny scale and in a process of their own."""
+    """Return the rows of all suites, at a tiny scale."""
     folder = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "-m", "pytest", *CHOSEN, "--scale", "tiny", "--results", str(folder), "-q"]
-    run = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
+    status, printed = run_suites(list(CHOSEN), folder)
+    assert status == 0, printed
     return read_folder(folder)
 
 
@@ -88,8 +86,8 @@ def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Pat
     assert "older-machine" not in readme  # the newest CPU and the newest GPU
     assert readme.index("nvidia-h200") < readme.index("this-machine")
     for what in (
-        "resnet10t encoder",
-        "resnet10t training step, exact decoder",
+        "test_resnet encoder",
+        "test_resnet training step, exact decoder",
         "peak memory of the step, `light` decoder",
     ):
         assert readme.count(f"| {what} |") == 2
@@ -144,7 +142,7 @@ def test_the_committed_pages_are_those_of_the_committed_results() -> None:
 
 def test_headlines_are_ratios_of_the_rows(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = headlines(rows)
-    name = "encoder: resnet10t, 60% masked, auto over dense"
+    name = "encoder: test_resnet, 60% masked, auto over dense"
     assert {"ratio", "low", "high", "config"} == set(found[name])
     assert "torch" in str(found[name]["config"])
     assert any(name.startswith("step: ") and name.endswith("light over published") for name in found)
@@ -179,7 +177,7 @@ def test_the_gpu_script_stops_where_kernels_are_wrong(
         assert all("{" not in part for part in command)
         return name != fails
 
-    monkeypatch.setattr(gpu_script, "_run", run)
+    monkeypatch.setattr(gpu_stages, "_run", run)
     rehearsal = ["gpu", "--scale", "tiny", "--out", str(tmp_path)]
     fails = "kernels-right"
     assert commands.main(rehearsal) == 1

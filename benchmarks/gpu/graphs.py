@@ -1,7 +1,7 @@
 """Time one convolution on a GPU as replayed CUDA graphs, without any time of the host.
 
 This project's engines, dense cuDNN on whole images and those peers whose passes can be captured, in turn and on the
-same active patches. Peers that synchronise with the host cannot be; `benchmarks.measure.contenders` times them as
+same active patches. Peers that synchronise with the host cannot be; `benchmarks.peers.contenders` times them as
 they are called, and this project beside them.
 """
 
@@ -10,16 +10,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from ..measure.contenders import Case, Contender, row
+import torch
+from torch import Tensor
+
 from ..measure.rows import Row
 from ..measure.timing import check_parity, in_turn
+from ..peers.contenders import Case, Contender, row
 from ..subjects.convolutions import RESULTS, SIDES, Run, operators, reference
-from .checks import capture
 
-__all__ = ["CALLS", "graph_rows", "graphed"]
+__all__ = ["CALLS", "capture", "graph_rows", "graphed"]
 
 CALLS = 10  # of one timed replay
 LIMIT = 2e-2  # relative error of 16-bit results against float32
+
+
+def capture(run: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """Return ``run`` as a CUDA graph, and the tensors that its replays write."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
 
 
 def graphed(runs: dict[str, Run], must: tuple[str, ...], calls: int = CALLS) -> dict[str, Callable[[], None]]:

@@ -13,14 +13,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..peers import Packed, Peer, check, passes
-from ..subjects.convolutions import Problem, Run, reference
-from .rows import Row, line, make_row
-from .timing import GATE, Ratio, Timing, in_turn, peak_bytes
+from ..measure.rows import Row, line, make_row
+from ..measure.timing import GATE, Ratio, Timing, in_turn, peak_bytes
+from ..subjects.convolutions import LIMITS, Problem, Run, reference
+from .base import Peer, check, passes
+from .packed import Packed
 
 __all__ = ["Case", "Contender", "contenders", "peak_rows", "peer_rows", "row", "say"]
 
-LIMITS = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}  # relative error against float32
 KINDS = ("fwd", "dgrad", "wgrad", "bwd", "step", "fwd + map", "step + map")
 
 
@@ -59,10 +59,9 @@ def say(row: Row) -> Row:
 
 def row(case: Case, kind: str, way: str, against: str, timing: Timing) -> Row:
     """Return a row of the table: how many times longer ``against`` takes than ``way``, and milliseconds of a call."""
-    values = tuple(seconds / case.calls * 1e3 for seconds in timing.medians(way, against))
-    ratio = timing.ratio(against, way)
-    details = {"masked": case.masked, "limit": case.p.limit if against == "dense" else None}
-    return say(make_row("conv", case.named(kind), way, against, ratio, (values[0], values[1]), "ms", **details))
+    found = timing.compare(way, against, "ms", case.calls)
+    limit = case.p.limit if against == "dense" else None
+    return say(make_row("conv", case.named(kind), way, against, *found, masked=case.masked, limit=limit))
 
 
 def repeated(run: Run, calls: int) -> Callable[[], None]:
