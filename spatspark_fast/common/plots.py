@@ -5,11 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from spatspark_fast.common.units import FRAME_MINUTES, mm_per_hour
 
@@ -18,6 +17,9 @@ __all__ = [
     "RAIN_LEVELS",
     "add_rain_scale",
     "draw_rain",
+    "finish_panel",
+    "map_panel",
+    "new_figure",
     "rain_colours",
     "reconstruction_figure",
     "save_figure",
@@ -65,22 +67,16 @@ def draw_rain(axes: Axes, rate: ArrayLike, active: ArrayLike | None = None) -> N
 def reconstruction_figure(
     frames: ArrayLike, active: ArrayLike, reconstruction: ArrayLike, scale: float, title: str = ""
 ) -> Figure:
-    """Draw a window, what the encoder saw of it, and what the model made of that: first, middle and last
-    frame.
+    """Draw a window, what the encoder saw of it, and what the model made of that.
 
-    ``frames`` and ``reconstruction`` are ``(T, H, W)`` in data units, ``scale`` mm per 5 min per unit;
-    ``active`` is
-    ``(Gh, Gw)`` bool, True where a patch was seen.
+    The rows are the first, a middle and the last frame. ``frames`` and ``reconstruction`` are ``(T, H, W)`` in data
+    units, ``scale`` mm per 5 min per unit; ``active`` is ``(Gh, Gw)`` bool, True where a patch was seen.
     """
     rates = mm_per_hour(np.asarray(frames, dtype=np.float32), scale)
     made = mm_per_hour(np.asarray(reconstruction, dtype=np.float32), scale)
     seen = np.asarray(active, dtype=bool)
     times = _some_frames(len(rates))
-    height, width = rates.shape[1:]
-    side = 2.3
-    figure = Figure(figsize=(3 * side + 1.5, len(times) * side * height / width + 0.9), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(times), 3, squeeze=False)
+    figure, grid = map_panel(len(times), 3, rates.shape[1:], side=2.3, margins=(1.5, 0.9))
     for row, time in zip(grid, times, strict=True):
         draw_rain(row[0], rates[time])
         draw_rain(row[1], rates[time], seen)
@@ -90,14 +86,40 @@ def reconstruction_figure(
     headings = ("input", f"visible to the encoder ({100 * seen.mean():.0f} %)", "reconstruction")
     for axes, heading in zip(grid[0], headings, strict=True):
         axes.set_title(heading, fontsize=10)
-    add_rain_scale(figure, grid.ravel().tolist())
-    if title:
-        figure.suptitle(title, fontsize=10)
+    finish_panel(figure, title)
     return figure
 
 
 def _some_frames(count: int) -> Sequence[int]:
     return sorted({0, (count - 1) // 2, count - 1})
+
+
+def new_figure(width: float, height: float, dpi: int = 130) -> Figure:
+    """Make an empty figure of that size in inches."""
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def map_panel(
+    rows: int,
+    columns: int,
+    shape: tuple[int, ...],
+    side: float = 2.0,
+    margins: tuple[float, float] = (1.3, 0.7),
+) -> tuple[Figure, NDArray[np.object_]]:
+    """Make a figure with axes ``(rows, columns)`` for maps of ``shape`` ``(H, W)`` pixels.
+
+    A map is ``side`` inches wide; ``margins`` are inches in width and height for the colour scale and titles.
+    """
+    height, width = shape
+    figure = new_figure(side * columns + margins[0], rows * side * height / width + margins[1])
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def finish_panel(figure: Figure, title: str = "") -> None:
+    """Put the colour scale beside the maps of a panel, and a title above them."""
+    add_rain_scale(figure, figure.axes)
+    if title:
+        figure.suptitle(title, fontsize=10)
 
 
 def add_rain_scale(figure: Figure, axes: list[Axes]) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from spatspark_fast.common.plots import add_rain_scale, draw_rain
+from spatspark_fast.common.plots import draw_rain, finish_panel, map_panel, new_figure
 from spatspark_fast.common.units import FRAME_MINUTES
 from spatspark_fast.evaluate.scoring import Kept
 from spatspark_fast.scores.spectrum import SMALL_SCALE
@@ -41,7 +40,7 @@ def lead_time_figure(scores: Scores) -> Figure:
     keys = [key for key in panels if key in first["by_lead_time"]]
     columns = min(4, len(keys))
     rows = math.ceil(len(keys) / columns)
-    figure = _figure(3.2 * columns, 2.5 * rows + 0.5)
+    figure = new_figure(3.2 * columns, 2.5 * rows + 0.5)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, key in zip(grid, keys, strict=False):
         for number, (model, found) in enumerate(scores.items()):
@@ -82,7 +81,7 @@ def spectra_figure(scores: Scores) -> Figure | None:
         return None
     leads = first["lead_minutes"]
     chosen = sorted({0, (len(leads) - 1) // 2, len(leads) - 1})
-    figure = _figure(3.8 * len(chosen), 3.9)
+    figure = new_figure(3.8 * len(chosen), 3.9)
     grid = figure.subplots(1, len(chosen), squeeze=False, sharey=True).ravel()
     wavelengths, observed = np.asarray(first["spectrum"]["wavelength_pixels"])[1:], first["spectrum"]["observed"]
     # By the observation alone: a forecast without any structure would squeeze the others.
@@ -118,10 +117,7 @@ def panel_figure(kept: Kept, interval: float = FRAME_MINUTES, title: str = "") -
     count = len(kept.observed)
     chosen = sorted({0, *(round(count * part) - 1 for part in (0.25, 0.5, 0.75, 1.0) if round(count * part) >= 1)})
     rows = {"observed": kept.observed, **kept.forecasts}
-    height, width = kept.now.shape
-    side = 2.0
-    figure = _figure(side * (len(chosen) + 1) + 1.3, side * len(rows) * height / width + 0.7)
-    grid = figure.subplots(len(rows), len(chosen) + 1, squeeze=False)
+    figure, grid = map_panel(len(rows), len(chosen) + 1, kept.now.shape)
     for number, (name, frames) in enumerate(rows.items()):
         if number == 0:
             draw_rain(grid[0, 0], kept.now.numpy())
@@ -133,9 +129,7 @@ def panel_figure(kept: Kept, interval: float = FRAME_MINUTES, title: str = "") -
                 axes.set_title(f"+{interval * (lead + 1):g} min", fontsize=9)
         grid[number, 1].set_ylabel(_wrapped(name), fontsize=8)
     grid[0, 0].set_title("now", fontsize=9)
-    add_rain_scale(figure, grid.ravel().tolist())
-    if title:
-        figure.suptitle(title, fontsize=10)
+    finish_panel(figure, title)
     return figure
 
 
@@ -154,9 +148,3 @@ def _line(number: int) -> dict[str, Any]:
         "linestyle": STYLES[number // len(COLOURS) % len(STYLES)],
         "linewidth": 1.4,
     }
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

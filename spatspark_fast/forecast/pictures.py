@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from spatspark_fast.common.files import atomic_path
-from spatspark_fast.common.plots import add_rain_scale, draw_rain
+from spatspark_fast.common.plots import add_rain_scale, draw_rain, finish_panel, map_panel, new_figure
 from spatspark_fast.forecast.result import Forecast
 from spatspark_fast.forecast.starts import Start
 
@@ -26,11 +26,7 @@ def forecast_figure(forecast: Forecast) -> Figure:
     past = _spread(len(start.rates), 6)
     future = _spread(count, 6)
     columns = max(len(past), len(future))
-    height, width = start.rates.shape[1:]
-    side = 2.0
-    figure = Figure(figsize=(side * columns + 1.3, 2 * side * height / width + 1.1), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, columns, squeeze=False)
+    figure, grid = map_panel(2, columns, start.rates.shape[1:], margins=(1.3, 1.1))
     for axes in grid.ravel():
         axes.set_axis_off()
     for axes, index in zip(grid[0, columns - len(past) :], past, strict=True):
@@ -43,9 +39,8 @@ def forecast_figure(forecast: Forecast) -> Figure:
         axes.set_title(_future_title(forecast, index), fontsize=8, color=_FUTURE)
     grid[0, columns - len(past)].set_ylabel("observed", fontsize=9)
     grid[1, 0].set_ylabel("forecast", fontsize=9)
-    add_rain_scale(figure, grid.ravel().tolist())
     day = f", {start.times[-1]:%Y-%m-%d %H:%M} UTC" if start.times else ""
-    figure.suptitle(f"{forecast.model}{day}, {start.origin}", fontsize=10)
+    finish_panel(figure, f"{forecast.model}{day}, {start.origin}")
     return figure
 
 
@@ -66,12 +61,12 @@ def write_animation(forecast: Forecast, path: Path) -> None:
 
 def _draw(rates: np.ndarray, title: str, colour: str) -> np.ndarray:
     height, width = rates.shape
-    figure = Figure(figsize=(5.2, 4.3 * height / width + 0.4), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(5.2, 4.3 * height / width + 0.4, dpi=100)
     axes = figure.subplots()
     draw_rain(axes, rates)
     axes.set_title(title, fontsize=10, color=colour)
     add_rain_scale(figure, [axes])
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
