@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -18,6 +18,7 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_folder, make_folder
 from spatspark_fast.common.options import need
 from spatspark_fast.common.progress import track
+from spatspark_fast.forecast.baselines import BASELINES_HELP, Baseline, load_baselines
 from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-BASELINES = ("persistence", "extrapolation")
 REGIONS = {
     "observed": "every pixel with data counts, and a method that says nothing of it says dry",
     "common": "a pixel counts where it has data and every method says something of it",
@@ -43,12 +43,11 @@ def evaluate(argv: Sequence[str]) -> None:
     """Read the command line, score, and write the reports; raise `UserError` for what is wrong with the input."""
     options = _parser().parse_args(list(argv))
     checkpoints = [word for words in options.checkpoint or [] for word in words]
-    baselines = _checked_baselines(options.baselines)
-    if not checkpoints and not baselines:
+    if not checkpoints and not options.baselines:
         raise UserError("nothing to score: give a --checkpoint of finetune, or --baselines persistence")
     out = Path(options.out)
     check_folder(out, options.overwrite)
-    settings, predictors, windows = _load(options, checkpoints, baselines)
+    settings, predictors, windows = _load(options, checkpoints)
     from spatspark_fast.evaluate.scoring import evaluate_predictors, spread
 
     keep = spread(len(windows), options.panels) if options.panels else []
@@ -80,12 +79,7 @@ def _parser() -> ArgumentParser:
     add("--data.split", default="test", help="group of the file to score on")
     add("--out", required=True, help="folder for the results, new or empty")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
-    add(
-        "--baselines",
-        nargs="*",
-        default=["persistence"],
-        help="forecasts to compare with: persistence (the newest frame again), extrapolation (optical flow by pysteps)",
-    )
+    add("--baselines", type=Baseline, nargs="*", default=["persistence"], help=BASELINES_HELP)
     add("--thresholds", type=float, nargs="+", default=list(THRESHOLDS), help="rain rates in mm/h; wet is above")
     add(
         "--fss_scales",
@@ -110,19 +104,10 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _checked_baselines(names: Sequence[str]) -> list[str]:
-    for name in names:
-        if name not in BASELINES:
-            raise UserError(f"--baselines {name} is unknown; there are {', '.join(BASELINES)}")
-    return list(dict.fromkeys(names))
-
-
-def _load(
-    options: Namespace, checkpoints: Sequence[str], baselines: Sequence[str]
-) -> tuple[ScoringOptions, list[Predictor], NowcastDataset]:
+def _load(options: Namespace, checkpoints: Sequence[str]) -> tuple[ScoringOptions, list[Predictor], NowcastDataset]:
     """Open everything that can be wrong before the work starts."""
     from spatspark_fast.evaluate.scoring import ScoringOptions
-    from spatspark_fast.forecast.predictors import PersistencePredictor, choose_device, load_predictor
+    from spatspark_fast.forecast.predictors import choose_device, load_predictor
 
     for name in ("data.batch_size", "max_windows", "steps"):
         need(options[name] is None or options[name] >= 1, name, options[name], "give a number of at least 1")
@@ -133,13 +118,7 @@ def _load(
         name, path = _split_checkpoint(word)
         predictors.append(load_predictor(path, device, name, options.tile))
     _name_apart(predictors, [_split_checkpoint(word)[1] for word in checkpoints])
-    for name in baselines:
-        if name == "persistence":
-            predictors.append(PersistencePredictor())
-        else:
-            from spatspark_fast.forecast.extrapolation import ExtrapolationPredictor
-
-            predictors.append(ExtrapolationPredictor())
+    predictors += load_baselines(options.baselines)
     needed = max(predictor.in_length for predictor in predictors)
     windows = _open_windows(options.data.path, options.data.split, needed)
     settings = ScoringOptions(
@@ -187,7 +166,7 @@ def _name_apart(predictors: Sequence[Any], paths: Sequence[str]) -> None:
             folder = Path(path).absolute().parent
             run = folder.parent.name if folder.name == "checkpoints" else folder.name
             predictor.name = f"{predictor.name} [{run}]"
-    taken: set[str] = set(BASELINES)
+    taken: set[str] = set(get_args(Baseline))
     for predictor in predictors:
         name, number = predictor.name, 1
         while predictor.name in taken:

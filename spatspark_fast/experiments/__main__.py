@@ -22,6 +22,7 @@ from spatspark_fast.common.options import need
 from spatspark_fast.experiments.tables import Results, markdown
 from spatspark_fast.finetune.cli import parse_finetune
 from spatspark_fast.finetune.config import ModelConfig
+from spatspark_fast.forecast.baselines import BASELINES_HELP, Baseline, load_baselines
 from spatspark_fast.models.choices import TranslationKind
 from spatspark_fast.pretrain.config import MaskConfig
 from spatspark_fast.training.options import ModelOptions
@@ -115,7 +116,7 @@ def _parser() -> ArgumentParser:
     add("--model.translations", type=TranslationKind, nargs="*", default=[], help=others)
     add("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="options of pretrain, such as trainer.epochs=50")
     add("--finetune", nargs="*", default=[], metavar="KEY=VALUE", help="options of finetune, such as trainer.epochs=20")
-    add("--baselines", nargs="*", default=["persistence"], help="of persistence, extrapolation (optical flow, pysteps)")
+    add("--baselines", type=Baseline, nargs="*", default=["persistence"], help=BASELINES_HELP)
     add("--device", default="auto", help="device for scoring: auto, cpu, cuda or cuda:N")
     return parser
 
@@ -156,23 +157,13 @@ def _baselines(options: Namespace, data: Path) -> dict[str, dict[str, float]]:
     """Score what needs no training."""
     from spatspark_fast.data.nl50 import NowcastDataset
     from spatspark_fast.evaluate.scoring import ScoringOptions, evaluate_predictors
-    from spatspark_fast.forecast.predictors import PersistencePredictor, Predictor, choose_device
+    from spatspark_fast.forecast.predictors import choose_device
 
-    predictors: list[Predictor] = []
-    for name in options.baselines:
-        if name == "persistence":
-            predictors.append(PersistencePredictor())
-        elif name == "extrapolation":
-            from spatspark_fast.forecast.extrapolation import ExtrapolationPredictor
-
-            predictors.append(ExtrapolationPredictor())
-        else:
-            raise UserError(f"--baselines {name} is unknown; there are persistence, extrapolation")
-    if not predictors:
+    if not options.baselines:
         return {}
     settings = ScoringOptions(fss_scales=(), spectrum=False, device=choose_device(options.device))
     windows = NowcastDataset(data, "test", *_lengths(options), include_valid=True)
-    found = evaluate_predictors(predictors, windows, settings).scores
+    found = evaluate_predictors(load_baselines(options.baselines), windows, settings).scores
     return {name: _kept(scores) for name, scores in found.items()}
 
 

@@ -87,7 +87,7 @@ def test_wrong_options(file: Path, checkpoint: Path, tmp_path: Path, capsys: pyt
     base = ["--data.path", str(file), "--out", str(tmp_path / "out")]
     for more, word in (
         (["--baselines"], "nothing to score"),
-        (["--baselines", "radar"], "--baselines radar is unknown"),
+        (["--baselines", "radar"], "--baselines: expected value of ['persistence', 'extrapolation'], got radar"),
         (["--data.split", "train"], "no split 'train'"),
         (["--thresholds", "-1"], "--thresholds"),
         (["--fss_scales", "0"], "--fss_scales"),

@@ -116,7 +116,7 @@ def test_the_table_has_means_spreads_and_wins_at_equal_seeds() -> None:
         (["--model.translations", "gru"], "--model.translations: expected value of ['conv_tanh', 'identity'"),
         (["--seeds=0"], "--seeds is 0"),
         (["--data.path=/no/such.h5"], "/no/such.h5 does not exist"),
-        (["--baselines", "climate"], "--baselines climate is unknown"),
+        (["--baselines", "climate"], "--baselines: expected value of ['persistence', 'extrapolation'], got climate"),
     ],
 )
 def test_wrong_options_end_in_one_sentence(
