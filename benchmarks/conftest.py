@@ -18,6 +18,7 @@ _rows = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--results`` and ``--scale``."""
     parser.addoption(
         "--results", metavar="DIR", help="write a CSV per suite into DIR; 'auto': benchmarks/results/<this device>"
     )
@@ -26,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Begin with no rows."""
     config.stash[_rows] = []
 
 
@@ -50,7 +52,7 @@ def scale(pytestconfig: pytest.Config) -> Scale:
 
 @pytest.fixture(autouse=True)
 def gate():
-    """Let no parity check serve for the figures of another benchmark."""
+    """Close the gate, so that no check serves for the figures of another benchmark."""
     GATE.close()
     yield
     GATE.close()
@@ -58,7 +60,7 @@ def gate():
 
 @pytest.fixture(autouse=True)
 def tf32():
-    """Give float32 on a GPU its fast matrix units, to all ways alike."""
+    """Let float32 use the fast matrix units of a GPU, in all ways alike."""
     before = torch.get_float32_matmul_precision()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
@@ -73,9 +75,11 @@ class Recorder:
         self._rows = rows
 
     def __call__(self, *what: Any, **details: Any) -> None:
+        """Note a ratio."""
         self._rows.append(make_row(*what, **details))
 
     def row(self, row: Row) -> None:
+        """Note a whole row."""
         self._rows.append(row)
 
 
@@ -86,6 +90,7 @@ def record(request: pytest.FixtureRequest) -> Recorder:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Print all rows, and write them where they were asked for."""
     rows = config.stash[_rows]
     if not rows:
         return

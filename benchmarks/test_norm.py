@@ -1,9 +1,9 @@
 """Batch norm + ReLU + residual over visible positions, forward + backward: packed against whole images.
 
-Packed rows hold visible positions alone, so that PyTorch's own norm is the sparse one; ``fused`` is one operator for
-all three (one pass over memory on a GPU, plain PyTorch elsewhere). SparK gathers visible positions out of the whole
-image by ``nonzero`` and puts them back. Plain dense norms whole images, which is another result: its statistics
-are those of hidden positions too; it is the cost of a layer that ignores the mask.
+Packed rows hold visible positions alone, so that PyTorch's own norm is the sparse one. ``fused`` is one operator for
+all three: one pass over memory on a GPU, plain PyTorch elsewhere. SparK gathers visible positions out of the whole
+image by ``nonzero`` and puts them back. Plain dense norms whole images. Its result is another one, since its statistics
+take in hidden positions; it shows the cost of a layer that ignores the mask.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .subjects.encoders import DENSE, DENSE_AND_MASK
 
 @pytest.mark.parametrize("shape", [GROUPS["3x3"][0], GROUPS["3x3"][2]], ids=str)
 def test_norm(benchmark, record, scale, shape):
+    """Packed rows and the fused operator over whole images, plain and masked."""
     generator = torch.Generator().manual_seed(0)
     grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED, generator=generator)
     grid, channels = grid.to(scale.device), shape.c_in

@@ -1,0 +1,1 @@
+"""What needs a GPU: the stages of a call, checks of the Triton kernels, replayed graphs, tuning."""

@@ -1,0 +1,1 @@
+"""Clocks, the parity gate, rows, scales, the machine and its ceilings; imports no other folder of benchmarks."""

@@ -37,10 +37,13 @@ def make_row(
     """Return a row of the table.
 
     Args:
-        suite, case: what was measured; a suite is a file.
-        way, against: the two ways compared.
+        suite: name of the file that the row is written to.
+        case: what was measured.
+        way: the way that the ratio speaks for.
+        against: its rival.
         ratio: of ``against`` to ``way``: above 1 ``way`` is faster, or smaller.
         values: medians of ``way`` and ``against``, in ``unit``.
+        unit: of the values and the floor.
         masked: hidden share of the patches.
         limit: the ratio if every product with an inactive pixel were left out of direct convolution.
         floor: the least that ``way`` could take on this machine, in ``unit`` (:mod:`~benchmarks.measure.ceilings`).

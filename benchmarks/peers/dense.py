@@ -23,12 +23,10 @@ class _DenseLayer(Layer):
         self.weight = p.weight.detach().clone(memory_format=torch.channels_last).requires_grad_()
 
     def build_map(self) -> None:
-        """Enlarge the active patches to pixels of the output."""
-        self.active = self.p.grid.active
+        """Spread the active patches to pixels of the output."""
         if self.masks:
-            side = self.p.shape.out_p
-            pixels = self.p.grid.pixels([patches * side for patches in self.p.grid.shape])
-            self.active = pixels[:, None].to(self.weight.dtype)
+            size = [patches * self.p.shape.out_p for patches in self.p.grid.shape]
+            self.active = self.p.grid.pixels(size)[:, None].to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         stride, padding, dilation, groups = self.p.options
@@ -61,9 +59,11 @@ class Dense(Peer):
     graphs = True
 
     def why_not(self, shape: Shape | None = None) -> str | None:
+        """Return why it cannot run at all, or not this shape; None if it can."""
         return None
 
     def build(self, p: Problem) -> Layer:
+        """Return the convolution of a problem."""
         return _DenseLayer(p, masks=False)
 
 
@@ -74,4 +74,5 @@ class DenseAndMask(Dense):
     note = "convolves whole channels_last images and multiplies with the mask: SparK's way"
 
     def build(self, p: Problem) -> Layer:
+        """Return the convolution of a problem."""
         return _DenseLayer(p, masks=True)

@@ -122,9 +122,11 @@ class Minkowski(Peer):
     parts = False
 
     def why_not(self, shape: Shape | None = None) -> str | None:
+        """Return why it cannot run at all, or not this shape; None if it can."""
         if shape is not None and shape.groups != 1 and not shape.depthwise:
             return "minkowski has no grouped convolution other than depthwise"
         return library().problem
 
     def build(self, p: Problem) -> Layer:
+        """Return the convolution of a problem."""
         return _MinkowskiLayer(p)

@@ -54,6 +54,7 @@ class Ocnn(Peer):
     graphs = True
 
     def why_not(self, shape: Shape | None = None) -> str | None:
+        """Return why it cannot run at all, or not this shape; None if it can."""
         if shape is not None and shape.groups != 1:
             return "ocnn has no Triton kernel for grouped or depthwise convolution"
         if shape is not None and shape.stride != 1:
@@ -67,4 +68,5 @@ class Ocnn(Peer):
         return reason
 
     def build(self, p: Problem) -> Layer:
+        """Return the convolution of a problem."""
         return _OcnnLayer(p, import_module(_MODULE))

@@ -59,6 +59,7 @@ class Packed(Peer):
         self._device = device
 
     def why_not(self, shape: Shape | None = None) -> str | None:
+        """Return why it cannot run at all, or not this shape; None if it can."""
         if self.name == "auto":
             return None
         s = shape or Shape(1, 64, 64)
@@ -68,4 +69,5 @@ class Packed(Peer):
         )
 
     def build(self, p: Problem) -> Layer:
+        """Return the convolution of a problem."""
         return _PackedLayer(p, self.name)

@@ -92,9 +92,11 @@ class Spconv(Peer):
     parts = False
 
     def why_not(self, shape: Shape | None = None) -> str | None:
+        """Return why it cannot run at all, or not this shape; None if it can."""
         if shape is not None and shape.groups != 1:
             return "spconv has no grouped or depthwise convolution"
         return missing(_MODULE, "pip install spconv-cu126==2.3.8 'cumm-cu126<0.8'")
 
     def build(self, p: Problem) -> Layer:
+        """Return the convolution of a problem."""
         return _SpconvLayer(p, import_module(_MODULE))

@@ -75,6 +75,7 @@ class WarpConvNet(Peer):
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
 
     def why_not(self, shape: Shape | None = None) -> str | None:
+        """Return why it cannot run at all, or not this shape; None if it can."""
         if shape is not None and shape.groups != 1 and not shape.depthwise:
             return "warpconvnet is compared for plain and depthwise convolution only"
         remedy = "pip install --no-build-isolation warpconvnet==1.8.2, which compiles for about ten minutes"
@@ -82,6 +83,7 @@ class WarpConvNet(Peer):
         return missing(_MODULES[depthwise], remedy)
 
     def build(self, p: Problem) -> Layer:
+        """Return the convolution of a problem."""
         if p.grid.batch_size > 512:
             raise ValueError(f"warpconvnet takes at most 512 images, got {p.grid.batch_size}; use a smaller --batch")
         return _WarpConvNetLayer(p)

@@ -1,0 +1,1 @@
+"""What is made of rows: tables, pictures, the README's table, the headline file; and the roofline in words."""

@@ -1,0 +1,1 @@
+"""What is measured: convolutions, encoders and training steps, each with what it is compared with."""

@@ -1,4 +1,4 @@
-"""Whole training steps to compare: data, forward, backward, clipping and LAMB; ours, and what they are made of."""
+"""Whole training steps to compare: data, forward, backward, clipping and LAMB; what they share, and ours."""
 
 from __future__ import annotations
 
@@ -30,16 +30,19 @@ PARTS = ("data", "encoder", "decoder", "optimiser")  # backward passes included
 
 
 class Marks(Protocol):
-    """Say that a part of a step ends here; return the encoder's ``features`` for the decoder to read.
+    """What a step calls where its parts end."""
 
-    These are aliases, whose gradient is the decoder's alone; that of the features comes from deeper stages too.
-    """
+    def __call__(self, part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        """Note that ``part`` ends here; return the encoder's ``features`` for the decoder to read.
 
-    def __call__(self, part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]: ...
+        What is returned are aliases: their gradient is the decoder's alone, while that of the features comes from
+        deeper stages too.
+        """
+        ...
 
 
 def no_mark(part: str, features: Sequence[Tensor] = ()) -> Sequence[Tensor]:
-    """Do nothing: a step that is timed as a whole."""
+    """Return the features as they are, for a step that is timed as a whole."""
     return features
 
 

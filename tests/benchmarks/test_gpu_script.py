@@ -25,10 +25,11 @@ ROOT = Path(__file__).parents[2]
 COMMAND = "python -m benchmarks.gpu.kernels"
 
 
-def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+def test_without_a_gpu_it_says_so_in_one_sentence(tmp_path: Path) -> None:
+    """From another directory, and from a checkout that is not installed."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "benchmarks.gpu.kernels"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert run.stdout == ""
     assert (

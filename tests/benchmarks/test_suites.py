@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from benchmarks import __main__ as commands
 from benchmarks.gpu import stages as gpu_stages
-from benchmarks.measure.rows import COLUMNS, Row, merge
+from benchmarks.measure.rows import COLUMNS, Row, merge, read
 from benchmarks.measure.scales import NAMES, scale_of
 from benchmarks.reports import headline as headline_command
 from benchmarks.reports import report as report_command
@@ -99,6 +101,46 @@ def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Pat
             assert (tmp_path / "docs" / target).exists()
 
 
+def test_headlines_are_ratios_of_the_rows(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = headlines(rows)
+    name = "encoder: test_resnet, 60% masked, auto over dense"
+    assert {"ratio", "low", "high", "config"} == set(found[name])
+    assert "torch" in str(found[name]["config"])
+    assert any(name.startswith("step: ") and name.endswith("light over published") for name in found)
+    assert any(name.startswith("step_memory: ") for name in found)
+    assert all(not name.startswith("conv") or " all, " in name for name in found)
+
+    def suites(command: list[str], **_) -> argparse.Namespace:
+        merge(rows, Path(command[command.index("--results") + 1]))
+        return argparse.Namespace(returncode=status)
+
+    monkeypatch.setattr(headline_command.subprocess, "run", suites)
+    target, status = tmp_path / "headline.json", 1
+    assert commands.main(["headline", "--json", str(target)]) == 1
+    assert not target.exists()  # a parity check failed
+    status = 0
+    assert commands.main(["headline", "--json", str(target)]) == 0
+    assert json.loads(target.read_text()) == found
+
+
+def test_a_suite_runs_in_a_process_of_its_own_from_any_directory(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"{ROOT}/benchmarks/test_pool.py",
+        "-k",
+        "auto",
+        "-p",
+        "no:cacheprovider",
+    ]
+    options = ["--scale", "tiny", "--results", "rows"]
+    run = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (row, *_) = read(tmp_path / "rows" / "pool.csv")
+    assert row["command"] == "pytest benchmarks/test_pool.py -k auto -p no:cacheprovider --scale tiny --results rows"
+
+
 def test_markers_must_be_there() -> None:
     begin, end = markers(HEADLINE)
     assert fill(f"a\n{begin}\nold\n{end}\nb", HEADLINE, "new") == f"a\n{begin}\n\nnew\n\n{end}\nb"
@@ -138,28 +180,6 @@ def test_the_committed_pages_are_those_of_the_committed_results() -> None:
         assert block in docs, f"run python -m benchmarks report: docs/benchmarks.md is not that of {name}"
     for name, block in report_command.summaries(newest(found)).items():
         assert block in readme, f"run python -m benchmarks report: README.md is not that of {name}"
-
-
-def test_headlines_are_ratios_of_the_rows(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = headlines(rows)
-    name = "encoder: test_resnet, 60% masked, auto over dense"
-    assert {"ratio", "low", "high", "config"} == set(found[name])
-    assert "torch" in str(found[name]["config"])
-    assert any(name.startswith("step: ") and name.endswith("light over published") for name in found)
-    assert any(name.startswith("step_memory: ") for name in found)
-    assert all(not name.startswith("conv") or " all, " in name for name in found)
-
-    def suites(command: list[str], **_) -> argparse.Namespace:
-        merge(rows, Path(command[command.index("--results") + 1]))
-        return argparse.Namespace(returncode=status)
-
-    monkeypatch.setattr(headline_command.subprocess, "run", suites)
-    target, status = tmp_path / "headline.json", 1
-    assert commands.main(["headline", "--json", str(target)]) == 1
-    assert not target.exists()  # a parity check failed
-    status = 0
-    assert commands.main(["headline", "--json", str(target)]) == 0
-    assert json.loads(target.read_text()) == found
 
 
 def test_the_gpu_script_stops_where_kernels_are_wrong(
