@@ -21,7 +21,7 @@ from patchsparse.processor import lacks
 
 from .scales import Scale
 from .timing import wait
-from .work import Layer, Work
+from .work import Counted, Work
 
 __all__ = ["Ceilings", "ceilings", "measure_ceilings", "optimiser_seconds"]
 
@@ -44,7 +44,7 @@ class Ceilings:
         """Return the seconds that ``work`` takes at least."""
         return max(work.macs / self.rate[dtype], work.bytes / self.copy)
 
-    def total(self, layers: Sequence[Layer]) -> float:
+    def total(self, layers: Sequence[Counted]) -> float:
         """Return the seconds that layers take at least, one after the other."""
         return sum(self.floor(layer.work, layer.dtype) for layer in layers)
 

@@ -1,4 +1,4 @@
-"""Time several ways of doing the same thing in turn, and compare them pair by pair; but only what was checked."""
+"""Time several ways of doing the same thing in turn, and compare them round by round; but only what was checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median and quartiles of the ratio of two ways, pair by pair; above 1 the first is slower."""
+    """Median and quartiles of the ratio of two ways, round by round; above 1 the first is slower."""
 
     median: float
     low: float
@@ -46,17 +46,13 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every way in every round, measured in turn so that a drift of the machine meets all alike."""
+    """Seconds of every way in every round; measured in turn, so that a drift of the machine meets all alike."""
 
     seconds: dict[str, list[float]]
 
     def median(self, way: str) -> float:
         """Return the median seconds of one way."""
         return statistics.median(self.seconds[way])
-
-    def medians(self, way: str, against: str) -> tuple[float, float]:
-        """Return the median seconds of two ways."""
-        return self.median(way), self.median(against)
 
     def ratio(self, slow: str, fast: str) -> Ratio:
         """Return how many times longer ``slow`` takes than ``fast``."""
@@ -69,7 +65,7 @@ class Timing:
     def compare(
         self, way: str, against: str, unit: str = "s", calls: int = 1
     ) -> tuple[Ratio, tuple[float, float], str]:
-        """Return what a row says of two ways: how many times longer ``against`` takes, both medians, and their unit.
+        """Return what a row says of two ways: the ratio of ``against`` to ``way``, both medians, and their unit.
 
         Args:
             way: the one that the ratio speaks for.
@@ -81,7 +77,7 @@ class Timing:
         return self.ratio(against, way), (self.median(way) * factor, self.median(against) * factor), unit
 
     def summed(self, way: str, parts: Sequence[str]) -> Timing:
-        """Return a timing with ``way`` besides, the sum of its ``parts`` round by round."""
+        """Return a timing that has ``way`` too, the sum of its ``parts`` in each round."""
         sums = [float(sum(seconds)) for seconds in zip(*(self.seconds[part] for part in parts), strict=True)]
         return Timing(self.seconds | {way: sums})
 
@@ -132,7 +128,7 @@ def check_close(name: str, actual: float, expected: float, tolerance: float) -> 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Compute float32 in float32 on a GPU, without TF32: for comparing, not for timing."""
+    """Switch TF32 off on a GPU, so that float32 is exact: for comparing, not for timing."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -1,8 +1,7 @@
 """Count the work of what runs: multiply-adds and bytes of every convolution and matrix product.
 
-The work of a layer or of a whole step is counted by watching the operators that run: every convolution and matrix
-product, with the bytes of its operands and results, each once. What lies between them (norms, activations, sums) is
-left out, as if it were fused into them.
+The operators are watched while they run. Each tensor that one reads or writes counts once. What lies between them
+(norms, activations, sums) is left out, as if it were fused into them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from patchsparse.backends import tables
 from patchsparse.geometry import Stencil
 
-__all__ = ["Layer", "Work", "count_pairs", "counted"]
+__all__ = ["Counted", "Work", "count_pairs", "counted"]
 
 aten = torch.ops.aten
 PACKED = ("conv2d", "conv2d_dgrad", "conv2d_wgrad")  # operators of patchsparse
@@ -35,7 +34,7 @@ class Work(NamedTuple):
         return Work(self.macs + other.macs, self.bytes + other.bytes)
 
 
-class Layer(NamedTuple):
+class Counted(NamedTuple):
     """One operator that ran: its name, the shapes of its operands, its type and its work."""
 
     name: str
@@ -49,10 +48,10 @@ def count_pairs(slot: Tensor, coords: Tensor, size: tuple[int, int], stencil: St
     return int((tables.tap_rows(slot, coords, size, stencil) >= 0).sum())
 
 
-def counted(run: Callable[[], object]) -> list[Layer]:
+def counted(run: Callable[[], object]) -> list[Counted]:
     """Run a function and return all convolutions and matrix products in it, those of its backward pass included.
 
-    Of engines of patchsparse the active pairs are counted, of PyTorch's convolutions every tap of every output.
+    The engines of patchsparse count with their active pairs, PyTorch's convolutions with every tap of every output.
     """
     with _Counter() as counter:
         run()
@@ -64,7 +63,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers: list[Layer] = []
+        self.layers: list[Counted] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -84,7 +83,7 @@ class _Counter(TorchDispatchMode):
         results = [r for r in (result if isinstance(result, list | tuple) else [result]) if isinstance(r, Tensor)]
         moved = sum(t.nbytes for t in (*operands, *results))
         shapes = " ".join("x".join(map(str, t.shape)) for t in operands)
-        self.layers.append(Layer(name, shapes, operands[0].dtype, Work(macs, float(moved))))
+        self.layers.append(Counted(name, shapes, operands[0].dtype, Work(macs, float(moved))))
 
 
 def _packed_macs(name: str, args: Sequence[Any], result: Any) -> float:

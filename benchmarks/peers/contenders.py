@@ -1,7 +1,7 @@
 """Our engine and its peers on one convolution: each checked, then timed beside ours on the same active patches.
 
-They are called as their users call them, through autograd; ``fwd + map`` and ``step + map`` build the kernel map anew,
-as a new mask in every step needs it.
+All are called as their users call them, through autograd. ``fwd + map`` and ``step + map`` build the kernel map anew,
+as training needs it, where every step has a new mask.
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ KINDS = ("fwd", "dgrad", "wgrad", "bwd", "step", "fwd + map", "step + map")
 
 
 class Case(NamedTuple):
-    """A problem, the masked share it was drawn with, how often to time it, and how many calls make one time.
+    """A problem and how to time it.
 
-    Several calls count as one so that the start of a replay or the wait at its end does not count.
+    Attributes:
+        p: the convolution.
+        masked: share of the patches that were hidden when it was drawn.
+        rounds: how often to time it.
+        calls: how many calls make one time, so that the start of a replay or the wait at its end does not count.
+        tuned: whether to time tuned kernels too.
     """
 
     p: Problem

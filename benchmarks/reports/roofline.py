@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ..measure.ceilings import Ceilings, ceilings, optimiser_seconds
 from ..measure.machine import device_name
 from ..measure.scales import scale_of
-from ..measure.work import Layer, counted
+from ..measure.work import Counted, counted
 from ..subjects.step_ways import WAYS, case_of, make_step
 
 __all__ = ["lines", "roofline"]
@@ -35,7 +35,7 @@ def roofline(encoder: str, scale_name: str) -> int:
     return 0
 
 
-def lines(found: Ceilings, layers: Sequence[Layer]) -> Iterator[str]:
+def lines(found: Ceilings, layers: Sequence[Counted]) -> Iterator[str]:
     """Yield a table of layers: multiply-adds, bytes, the floor and what it is bound by."""
     for layer in layers:
         bound = "products" if layer.work.macs / found.rate[layer.dtype] > layer.work.bytes / found.copy else "bytes"

@@ -1,7 +1,7 @@
 """A whole encoder, forward + backward: packed against plain dense and against dense-and-mask.
 
-Plain dense (channels_last) convolves the whole image once and gets its masking for free: the honest rival.
-Dense-and-mask is SparK's way. All have the same weights, and packed features and gradients are compared with those of
+Plain dense (channels_last) convolves the whole image once and gets its masking for free: it is the honest rival.
+Dense-and-mask is SparK's way. All have the same weights. Packed features and gradients are compared with those of
 dense-and-mask before anything is timed.
 """
 
@@ -29,8 +29,8 @@ PATCH = 32
 DENSE, DENSE_AND_MASK = "dense", "dense-and-mask"
 CHECKED = 8  # images of a batch that are compared, at most
 FEATURES = 1e-4  # relative difference up to which features in float32 count as the same
-# Of gradients: where rounding turns the sign at a ReLU or the winner of a pool, single entries differ wholly, which
-# moves the gradient of a ResNet by up to 2e-3, also that of dense-and-mask itself from float32 to float64.
+# The same for gradients. Rounding may turn the sign at a ReLU or the winner of a pool, and single entries then differ
+# completely. That moves the gradient of a ResNet by up to 2e-3, even between dense-and-mask in float32 and in float64.
 GRADIENTS = 1e-2
 
 
@@ -77,7 +77,7 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
 
     with torch.no_grad():
         directions = _directions(_packed(next(iter(ours.values())), last, grid))
-    images = [unpack(d, grid).contiguous() for d in directions]  # gradients in the layout of the features, each way
+    images = [unpack(d, grid).contiguous() for d in directions]  # gradients in the layout of the features
     noise = [torch.randn_like(image, memory_format=torch.channels_last) for image in images]  # no zeros that save power
 
     def timed(run: Callable[[], Sequence[Tensor]], directions: Sequence[Tensor]) -> Callable[[], None]:

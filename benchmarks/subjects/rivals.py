@@ -104,9 +104,9 @@ class DenseStep(OurStep):
     """Step the same model with a dense encoder: the best that whole images allow.
 
     Everything else is ours: frames in 16 bits, channels_last, the exact decoder with its composed convolutions, fused
-    LAMB. The frames are zeroed where masked and nothing is masked after that, so that the masking is free; hence the
+    LAMB. The frames are set to 0 where they are masked, and nothing is masked after that: the masking is free. So the
     features at the rims of visible patches are not SparK's, and norms see masked positions too. With every patch
-    visible the step is exactly ours, by which it is checked.
+    visible the step is exactly ours; that is how it is checked.
     """
 
     def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:

@@ -1,12 +1,12 @@
 """The ways of taking a training step, and the checks that they train the same model before any of them is timed.
 
-===================  =================================================================================================
-``published``        dense-and-mask, NCHW, eager, per-parameter LAMB, the whole image decoded; float32 (TF32 on a GPU)
-``dense``            the best dense step of our own: whole images, channels_last, masking for free (`rivals.py`)
-``exact``            ours: packed encoder, exact decoder
+=====================  =============================================================================================
+``published``          dense-and-mask, NCHW, eager, LAMB per parameter, whole image decoded; float32 (TF32 on a GPU)
+``dense``              the best dense step of our own: whole images, channels_last, masking for free (`rivals.py`)
+``exact``              ours: packed encoder, exact decoder
 ``decode_ratio=0.25``  ours, sparse decoding
-``light``            ours, light decoder
-===================  =================================================================================================
+``light``              ours, light decoder
+=====================  =============================================================================================
 
 Ours and ``dense`` run in bfloat16 on a GPU, in float32 on a CPU. Sparse decoding and the light decoder train other
 objectives, which docs/decoding.md compares by what they learn.
@@ -68,16 +68,16 @@ def make_step(way: str, encoder: str, scale: Scale, precision: torch.dtype | Non
 def check_equal(encoder: str, scale: Scale) -> None:
     """Open the gate if all ways train the same, in float32; else raise AssertionError.
 
-    ``exact`` has the loss and the gradient of ``published``. With everything visible ``dense`` has those of ``exact``,
-    and sparse decoding of every patch too. ``light`` has those of the same model on the features of a dense-and-mask
-    encoder. What was compared once in a process counts for all its benchmarks.
+    ``exact`` must have the loss and the gradient of ``published``. With everything visible, ``dense`` and the sparse
+    decoding of every patch must have those of ``exact``. ``light`` must have those of the same model on the features
+    of a dense-and-mask encoder. What was compared once in a process counts for all its benchmarks.
     """
     for what, error, limit in _differences(encoder, replace(scale, batch=min(scale.batch, CHECKED))):
         GATE.let(f"{encoder} {what}", error, limit)
 
 
 def forget() -> None:
-    """Compare again, whatever was compared before in this process."""
+    """Forget what was compared in this process, so that it is compared again."""
     _differences.cache_clear()
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.measure.ceilings import Ceilings, measure_ceilings, optimiser_seconds
-from benchmarks.measure.work import Layer, Work, counted
+from benchmarks.measure.work import Counted, Work, counted
 from benchmarks.reports.roofline import lines
 from benchmarks.subjects.convolutions import Problem, Shape, operators, problem
 
@@ -64,7 +64,7 @@ def test_dense_layers_and_their_gradients_are_counted() -> None:
 def test_the_floor_is_the_larger_of_both_times() -> None:
     assert CEILINGS.floor(Work(1e10, 1e8), torch.float32) == 1.0
     assert CEILINGS.floor(Work(1e9, 1e9), torch.float32) == 1.0
-    layers = [Layer("conv2d", "1x1", torch.float32, Work(1e10, 1)), Layer("mm", "1x1", torch.float32, Work(1, 2e9))]
+    layers = [Counted("conv2d", "1x1", torch.float32, Work(1e10, 1)), Counted("mm", "1x1", torch.float32, Work(1, 2e9))]
     assert CEILINGS.total(layers) == 3.0
     table = list(lines(CEILINGS, layers))
     assert "1000.000 ms by products" in table[0]
