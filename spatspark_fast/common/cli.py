@@ -97,8 +97,6 @@ def config_first(argv: Sequence[str]) -> list[str]:
             files.append(f"--config={value}")
         else:
             (files if word.startswith("--config=") else others).append(word)
-    for file in files:
-        read_yaml(Path(file.split("=", 1)[1]))
     return files + others
 
 

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import yaml
 from jsonargparse import (
     ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
     ArgumentParser,
@@ -17,6 +18,7 @@ from jsonargparse import (
 from spatspark_fast.common.cli import asked, config_first, program, read_yaml
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import from_plain, groups_of, to_plain
+from spatspark_fast.training.options import under_new_names
 
 __all__ = ["Request", "TrainingCommand", "parse_training", "preset_names", "training_parser"]
 
@@ -99,14 +101,22 @@ def parse_training(
     if chosen is not None or base is None:
         base = _over(base or {}, read_yaml(preset_path(preset, command.presets)))
     groups = groups_of(command.config)
-    start = to_plain(from_plain(command.config, base))
+    start = to_plain(from_plain(command.config, under_new_names(base)))
     parser = training_parser(command)
     parser.set_defaults({**_flat(start, groups), **(demands or {})})
-    parsed = parser.parse_args(argv)
+    parsed = parser.parse_args([_under_new_names(word) for word in argv])
     values = {name: dict(vars(parsed[name])) if name in groups else parsed[name] for name in start}
     config = from_plain(command.config, values)
     command.validate(config)
     return Request(config, preset, parsed.out, parsed.resume)
+
+
+def _under_new_names(word: str) -> str:
+    """Return ``--config=FILE`` with what it holds in place of the file, if names in it are old."""
+    option, _, file = word.partition("=")
+    old = read_yaml(Path(file)) if option == "--config" else {}
+    new = under_new_names(old)
+    return word if new == old else f"--config={yaml.safe_dump(new)}"
 
 
 def _over(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:

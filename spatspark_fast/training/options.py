@@ -5,16 +5,17 @@ into YAML, into a checkpoint that loads with ``weights_only=True``, and back. No
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from spatspark_fast.common.options import check_least, need
 from spatspark_fast.models.choices import DecoderKind, InputScaling
 
 __all__ = [
-    "Accelerator",
     "Compile",
     "DataOptions",
+    "Device",
     "ModelOptions",
     "OptimOptions",
     "Optimiser",
@@ -23,13 +24,14 @@ __all__ = [
     "TrainerOptions",
     "TrainingConfig",
     "check_training",
+    "under_new_names",
 ]
 
 Resident = Literal["auto", "device", "host", "off"]
 Optimiser = Literal["lamb", "adamw"]
 Precision = Literal["fp32", "bf16"]
 Compile = Literal["off", "default", "reduce-overhead", "max-autotune"]
-Accelerator = Literal["auto", "cpu", "gpu"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass
@@ -125,7 +127,7 @@ class TrainerOptions:
         precision: "fp32", or "bf16" (autocast; weights stay in float32)
         compile: torch.compile of the model: "off", or its mode ("reduce-overhead" for small batches on a GPU)
         accumulate: forward passes for one optimiser step
-        accelerator: "auto", "cpu" or "gpu"
+        device: "auto", "cpu" or "cuda"
         devices: number of devices, or "auto" for all (one process on a CPU)
         threads: threads of one process on a CPU; 0 leaves torch's own choice
         log_every: optimiser steps between two rows of metrics.csv
@@ -139,7 +141,7 @@ class TrainerOptions:
     precision: Precision = "fp32"
     compile: Compile = "off"
     accumulate: int = 1
-    accelerator: Accelerator = "auto"
+    device: Device = "auto"
     devices: str = "auto"
     threads: int = 0
     log_every: int = 10
@@ -196,3 +198,13 @@ def check_training(config: TrainingConfig) -> None:
     need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)")
     need(devices == "auto" or devices.isdigit(), "trainer.devices", devices, 'give a number or "auto"')
     need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')
+
+
+def under_new_names(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run or file, nested dicts; ``trainer.accelerator`` became ``trainer.device``."""
+    trainer = plain.get("trainer")
+    if not isinstance(trainer, Mapping) or "accelerator" not in trainer:
+        return dict(plain)
+    others = {name: value for name, value in trainer.items() if name != "accelerator"}
+    device = "cuda" if trainer["accelerator"] == "gpu" else trainer["accelerator"]
+    return {**plain, "trainer": {**others, "device": device}}

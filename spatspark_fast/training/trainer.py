@@ -31,7 +31,7 @@ class TrainerOptions(Protocol):
     max_steps: int | None
     precision: Literal["fp32", "bf16"]
     accumulate: int
-    accelerator: Literal["auto", "cpu", "gpu"]
+    device: Literal["auto", "cpu", "cuda"]
     devices: str
     tensorboard: bool
 
@@ -70,7 +70,7 @@ def make_trainer(
         loggers.append(TensorBoardLogger(run.root, name="", version="tensorboard", **purge))
     try:
         return L.Trainer(
-            accelerator=options.accelerator,
+            accelerator=options.device,
             devices=options.devices if options.devices == "auto" else int(options.devices),
             precision=PRECISIONS[options.precision],
             max_epochs=options.epochs,
@@ -85,9 +85,7 @@ def make_trainer(
             default_root_dir=run.root,
         )
     except (MisconfigurationException, RuntimeError) as error:
-        raise UserError(
-            f"--trainer.accelerator {options.accelerator} with {options.devices} devices: {error}"
-        ) from error
+        raise UserError(f"--trainer.device {options.device} with {options.devices} devices: {error}") from error
 
 
 def plan_of(trainer: TrainerOptions, optim: OptimOptions, stream: BatchStream) -> Plan:

@@ -176,7 +176,7 @@ def test_the_summary_compares_epochs_also_when_rows_span_several(
 
 def test_two_processes_train_one_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(arguments(out, trainer__accelerator="cpu", trainer__devices=2, trainer__epochs=2), strict=False)
+    process = start(arguments(out, trainer__device="cpu", trainer__devices=2, trainer__epochs=2), strict=False)
     try:
         said, _ = process.communicate(timeout=200)
     except subprocess.TimeoutExpired:

@@ -17,7 +17,7 @@ from spatspark_fast.finetune.config import FinetuneConfig
 from spatspark_fast.pretrain.cli import COMMAND as PRETRAIN
 from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.training.command import Request, TrainingCommand, parse_training, training_parser
-from spatspark_fast.training.options import DataOptions, ModelOptions, OptimOptions, TrainerOptions
+from spatspark_fast.training.options import DataOptions, ModelOptions, OptimOptions, TrainerOptions, under_new_names
 from spatspark_fast.training.resume import begin, parse_resumed
 
 SHARED = {"data": DataOptions, "model": ModelOptions, "optim": OptimOptions, "trainer": TrainerOptions}
@@ -59,7 +59,7 @@ loss: {ssim_weight: 0.001, weighting: rain, spectral_weight: 0.1}
 optim: {name: lamb, base_lr: 0.25, betas: [0.9, 0.98], clip: 2.0, weight_decay: 0.05, weight_decay_end: 0.1,
   warmup_epochs: 1.0, final_lr: 0.02, ema: 0.99}
 trainer: {epochs: 7, max_steps: 9, validate_every: 2, score: csi, patience: 4, seed: 3, precision: bf16,
-  compile: 'off', accumulate: 2, accelerator: cpu, devices: '1', threads: 2, log_every: 5, keep_every: 2,
+  compile: 'off', accumulate: 2, accelerator: gpu, devices: '1', threads: 2, log_every: 5, keep_every: 2,
   tensorboard: false}
 """
 
@@ -128,8 +128,10 @@ def test_options_of_old_runs_load(command: Command, text: str, tmp_path: Path) -
     path.write_text(text)
     old = yaml.safe_load(text)
     config = parse_training(command, [f"--config={path}"]).config
+    assert config.trainer.device == {PRETRAIN.name: "cpu", FINETUNE.name: "cuda"}[command.name]
+    old = under_new_names(old)
     assert config == from_plain(command.config, old)
-    resumed = parse_training(command, [], base=old).config
+    resumed = parse_training(command, [], base=yaml.safe_load(text)).config
     assert config == resumed
     plain = to_plain(config)
     for group, values in old.items():
@@ -149,8 +151,9 @@ def test_a_checkpoint_of_the_other_command_is_refused(
     command: Command, other: Command, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "last.ckpt"
-    state = {"config": to_plain(other.config()), "position": 0, "state_dict": {}, "global_step": 0}
-    torch.save(state, path)
+    old = to_plain(other.config())
+    old["trainer"]["accelerator"] = old["trainer"].pop("device")
+    torch.save({"config": old, "position": 0, "state_dict": {}, "global_step": 0}, path)
     with pytest.raises(UserError, match=f"no checkpoint of {command.name}, as it has no options {words}"):
         parse_resumed(command, [], path)
     assert parse_resumed(other, [], path).config == other.config()
