@@ -1,4 +1,4 @@
-// Every function that the library exports. Nothing is thrown beyond this file: engine.h says what is returned instead.
+// Every function that the library exports. Where memory runs out, they return what engine.h says.
 #include "engine.h"
 
 #include <new>

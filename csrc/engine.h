@@ -21,7 +21,7 @@ typedef struct ps_plan ps_plan;
 
 // Instruction sets, each including those before it.
 enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AVX512_BF16 = 3, PS_AMX = 4 };
-enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: ps_conv and ps_wgrad from PS_AVX512_BF16 on, and Winograd's
+enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: by Winograd's method; direct, from PS_AVX512_BF16 on
 enum { PS_NO_LISTS = 0, PS_GROUPS = 1, PS_SQUARES = 2 };  // what a plan holds besides the halo
 
 // What is read by what. `adjoint` = 0: targets are the outputs of a stencil operation and sources its inputs;
@@ -46,7 +46,8 @@ typedef struct {
     int32_t weight_dtype, dtype, isa, threads;
 } ps_conv_args;
 
-// weight gradient[n, k, y, x] = sum over pairs of target[o, n] * source[i(o, tap), k]. One of the first two strides is 1.
+// weight gradient[n, k, y, x] = sum over pairs of target[o, n] * source[i(o, tap), k]. The first or the second stride
+// is 1.
 typedef struct {
     const ps_plan* plan;
     const void* source;
@@ -81,7 +82,7 @@ typedef struct {
 // Version of this interface; the loader refuses another one.
 PS_API int32_t ps_abi(void);
 
-// Whether this processor and this build can run an instruction set.
+// Return 1 if this processor and this build can run an instruction set, else 0.
 PS_API int32_t ps_isa_supported(int32_t isa);
 
 // Hand over the OpenMP runtime of the process: GOMP_parallel, omp_get_thread_num, omp_get_num_threads.
@@ -89,7 +90,8 @@ PS_API int32_t ps_isa_supported(int32_t isa);
 PS_API void ps_set_runtime(void* parallel, void* thread_num, void* num_threads);
 
 // Derive a plan from the slot map (B, Gh, Gw) and the coordinates (N, 3) of the packed patches. Null if out of memory.
-PS_API ps_plan* ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords, int32_t threads);
+PS_API ps_plan* ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords,
+                               int32_t threads);
 PS_API void ps_plan_destroy(ps_plan* plan);
 
 // Write five numbers: {target rows, source rows, active pairs, groups, groups whose rows are stored once}.

@@ -39,7 +39,7 @@ struct Sums {
         }
     }
 
-    // Add the products of all `depth` of each row, whose pairs lie NEXT apart; those of the next 32 begin `step` further.
+    // Add the products of all `depth` of each row. Its pairs lie NEXT apart; the next 32 begin `step` further.
     template <int NEXT>
     void add_rows(const Bf16* const (&row)[R], int64_t step, int64_t depth, const Bf16* right) {
         auto pair_at = [&](int64_t at) {

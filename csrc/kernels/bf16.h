@@ -26,7 +26,7 @@ inline uint16_t to_bf16(float x) {
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// The same for `count` elements of a vector type that has no instruction for it; the others of a loaded one are 0.
+// Load and store `count` elements, for a vector type without an instruction for it; the rest of a loaded vector is 0.
 template <class V>
 V load_bf16(const uint16_t* p, int count) {
     typename V::T cells[V::width] = {};

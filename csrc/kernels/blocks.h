@@ -10,8 +10,8 @@ namespace patchsparse {
 
 constexpr int64_t BF16_TILE = 32;  // rows, columns and depth of a step
 
-// The sum over taps j of the products of the source's rows in[j] with panel[taps[j]] (steps, 2, 16, 16, 2). It is stored
-// in the rows `out` of `target`, or added to those of `sum`. A step is 32 of `depth`.
+// The sum over taps j of the products of the source's rows in[j] with panel[taps[j]] (steps, 2, 16, 16, 2). It is
+// stored in the rows `out` of `target`, or added to those of `sum`. A step is 32 of `depth`.
 struct Bf16TileArgs {
     const Bf16* blocks;  // (tap_count, steps, 32 rows, 32): the rows gathered, where the table has a `gather`
     const Bf16* source;  // elsewhere they are read where they lie, `depth` apart

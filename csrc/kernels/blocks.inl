@@ -1,8 +1,8 @@
 // bfloat16 blocks of 32 x 32, for any Unit that multiplies them: packing, gathering, storing. Included once per
-// instruction set, inside namespace {}, after simd_avx512.h.
+// instruction set, inside a namespace, after simd_avx512.h.
 //
-// Both sides hold their depth (channels, or rows that are summed over) in pairs: a left block 32 rows of 32, a right one
-// two halves of 16 columns, each (16 pairs, 16 columns, 2).
+// Both sides hold their depth (channels, or rows that are summed over) in pairs. A left block has 32 rows of 32; a
+// right one has two halves of 16 columns, each (16 pairs, 16 columns, 2).
 
 constexpr int64_t HALF = 16, BLOCK = 512;  // rows or columns of half a block; elements of half a block
 
@@ -68,7 +68,8 @@ void gather(const GatherArgs<Bf16>& a) {
         const Bf16* from = a.source + a.at[r] * a.stride;
         Bf16* to = a.out + r * BF16_TILE;
         int64_t k = 0;
-        for (; k + BF16_TILE <= a.columns; k += BF16_TILE, to += 2 * BLOCK) _mm512_storeu_si512(to, _mm512_loadu_si512(from + k));
+        for (; k + BF16_TILE <= a.columns; k += BF16_TILE, to += 2 * BLOCK)
+            _mm512_storeu_si512(to, _mm512_loadu_si512(from + k));
         if (k < a.columns) _mm512_storeu_si512(to, load(from + k, static_cast<int>(a.columns - k)));
     }
 }
@@ -88,7 +89,8 @@ void tile(const Bf16TileArgs& a) {
     alignas(64) float sums[BF16_TILE * BF16_TILE];
     Unit::multiply(a, sums);
     if (a.sum != nullptr) {
-        for (int32_t r = 0; r < a.rows; ++r) add_rows(sums + r * BF16_TILE, a.sum + a.out[r] * a.target_stride, a.columns);
+        for (int32_t r = 0; r < a.rows; ++r)
+            add_rows(sums + r * BF16_TILE, a.sum + a.out[r] * a.target_stride, a.columns);
         return;
     }
     __m512 low = _mm512_setzero_ps(), high = low;
@@ -99,16 +101,17 @@ void tile(const Bf16TileArgs& a) {
     const __mmask32 mask = a.columns >= 32 ? ~0u : (1u << a.columns) - 1;
     for (int32_t r = 0; r < a.rows; ++r) {
         const float* row = sums + r * BF16_TILE;
-        const __m512bh packed =
-            _mm512_cvtne2ps_pbh(_mm512_add_ps(_mm512_load_ps(row + HALF), high), _mm512_add_ps(_mm512_load_ps(row), low));
+        const __m512 left = _mm512_add_ps(_mm512_load_ps(row), low);
+        const __m512 right = _mm512_add_ps(_mm512_load_ps(row + HALF), high);
+        const __m512bh packed = _mm512_cvtne2ps_pbh(right, left);
         _mm512_mask_storeu_epi16(a.target + a.out[r] * a.target_stride, mask, (__m512i)packed);
     }
 }
 
-// Pairs of rows, 32 columns of each: (steps, 2, 16 pairs, 16 columns, 2), or transposed (steps, 32 columns, 16 pairs, 2).
+// Pairs of rows, 32 columns of each: (steps, 2, 16 pairs, 16 columns, 2); transposed (steps, 32 columns, 16 pairs, 2).
 template <bool TRANSPOSED>
 void gather_pairs(const GatherArgs<Bf16>& a) {
-    alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2, 34, 3, 35, 4,  36, 5,  37, 6,  38, 7,  39,
+    alignas(64) static constexpr uint16_t LOW[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     auto row = [&](int64_t i) {
@@ -141,8 +144,10 @@ void outer(const Bf16OuterArgs& a) {
         if (a.accumulate) {
             add_rows(sums + r * BF16_TILE, to, a.columns);
         } else {
-            for (int n = 0; n < a.columns; n += 16)
-                _mm512_mask_storeu_ps(to + n, Avx512Vector::mask(clamp(a.columns - n, 16)), _mm512_load_ps(sums + r * BF16_TILE + n));
+            for (int n = 0; n < a.columns; n += 16) {
+                const __mmask16 mask = Avx512Vector::mask(clamp(a.columns - n, 16));
+                _mm512_mask_storeu_ps(to + n, mask, _mm512_load_ps(sums + r * BF16_TILE + n));
+            }
         }
     }
 }
@@ -157,6 +162,13 @@ void narrow(const float* from, Bf16* to, int64_t count) {
 
 template <class Unit>
 constexpr Bf16Kernels bf16_table() {
-    return {Unit::begin, Unit::end, pack, Unit::GATHERS ? gather : nullptr, tile<Unit>,
-            gather_pairs<Unit::GATHERS>, gather_pairs<false>, outer<Unit>, narrow};
+    return {Unit::begin,
+            Unit::end,
+            pack,
+            Unit::GATHERS ? gather : nullptr,
+            tile<Unit>,
+            gather_pairs<Unit::GATHERS>,
+            gather_pairs<false>,
+            outer<Unit>,
+            narrow};
 }

@@ -1,4 +1,4 @@
-// Register tiles of the indirect GEMM, for any vector type. Included once per instruction set, inside namespace {}.
+// Register tiles of the indirect GEMM, for any vector type. Included once per instruction set, inside a namespace.
 //
 // A tile holds ROWS x LANES vectors of the result in registers. Per tap its source rows are found by index, then each
 // channel costs LANES panel loads, ROWS broadcasts and ROWS * LANES multiply-adds: with 12 x 2 the multiply-add units
@@ -53,8 +53,8 @@ void tile(const TileArgs<typename V::T>& a) {
                 for (int n = 0; n < N; ++n) sum[r][n].add_product(x, b[n]);
             }
         };
-        // Few enough rounds for the processor to foresee the last: a wrong guess per tap costs a twentieth at 64 channels.
-        // One loop, unrolled by the compiler: with a second one for what is left it moves sums to memory and back.
+        // Unrolled by 4, the rounds are few enough for the processor to foresee the last: a wrong guess per tap costs a
+        // twentieth at 64 channels. One loop: with a second one for what is left, GCC moves sums to memory and back.
 #pragma GCC unroll 4
         for (int64_t k = 0; k < a.depth; ++k, panel += LANES * W) channel(k, panel);
     }
@@ -85,7 +85,7 @@ void outer(const OuterArgs<typename V::T>& a) {
     };
     const T *p = a.p, *panel = a.panel;
     if (a.offsets == nullptr) {
-        // Nothing but loads and products: where two threads share a core, its instructions are what a round costs.
+        // Nothing but loads and products: where two threads share a core, every other instruction costs time.
 #pragma GCC unroll 4
         for (int64_t i = 0; i < a.count; ++i, p += W, panel += LANES * W) pair(p, panel);
     } else {
@@ -129,7 +129,7 @@ void gather(const GatherArgs<typename V::T>& a) {
     }
 }
 
-// Choose the instance for the tile's rows: tiles at the end of a group are smaller, and cost as much less.
+// Choose the instance for the tile's rows: smaller tiles at the end of a group cost less.
 template <class V, int ROWS>
 void any_tile(const TileArgs<typename V::T>& a) {
     if constexpr (ROWS > 1) {

@@ -1,4 +1,4 @@
-// Packing of weights into panels. Included once per instruction set, inside namespace {}.
+// Packing of weights into panels. Included once per instruction set, inside a namespace.
 // Weights are stored as S, which is V's own type or bfloat16, and widened on the way.
 
 template <class T>
@@ -23,7 +23,8 @@ void pack_any(const PackArgs<typename V::T>& a) {
         const S* weight = weights_of<T, S>(a, tap);
         T* panel = a.panel + tap * a.depth * COLUMNS;
         for (int64_t k = 0; k < a.depth; ++k) {
-            for (int n = 0; n < a.columns; ++n) panel[k * COLUMNS + n] = widen(weight[k * a.stride[1] + n * a.stride[0]]);
+            for (int n = 0; n < a.columns; ++n)
+                panel[k * COLUMNS + n] = widen(weight[k * a.stride[1] + n * a.stride[0]]);
             for (int n = a.columns; n < COLUMNS; ++n) panel[k * COLUMNS + n] = 0;
         }
     }
@@ -42,7 +43,8 @@ void pack_rows(const PackArgs<typename V::T>& a) {
         for (int64_t k = 0; k < a.depth; ++k, panel += COLUMNS) {
             const S* row = weight + k * a.stride[1];
             const int64_t next = least(k + AHEAD, a.depth - 1);
-            for (int n = 0; n < COLUMNS; n += LINE / int(sizeof(S))) __builtin_prefetch(weight + next * a.stride[1] + n);
+            for (int n = 0; n < COLUMNS; n += LINE / int(sizeof(S)))
+                __builtin_prefetch(weight + next * a.stride[1] + n);
             if (a.columns == COLUMNS) {
                 for (int n = 0; n < LANES; ++n) V::load(row + n * W).store(panel + n * W);
             } else {
@@ -83,7 +85,8 @@ void pack(const PackArgs<typename V::T>& a) {
         for (int tap = 0; tap < taps; ++tap)
             pack_transposed<V>(a, weights_of<T, S>(a, tap), a.depth, [&](int64_t k) { return tap * a.depth + k; });
     } else if (a.stride[3] == 1 && a.stride[2] == a.kernel[1] && a.stride[1] == taps) {
-        pack_transposed<V>(a, weights_of<T, S>(a, 0), a.depth * taps, [&](int64_t j) { return j % taps * a.depth + j / taps; });
+        pack_transposed<V>(a, weights_of<T, S>(a, 0), a.depth * taps,
+                           [&](int64_t j) { return j % taps * a.depth + j / taps; });
     } else {
         pack_any<V, S>(a);
     }

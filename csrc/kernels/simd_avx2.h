@@ -18,7 +18,9 @@ struct Avx2Vector {
     }
     static Avx2Vector load(const T* p) { return {_mm256_loadu_ps(p)}; }
     static Avx2Vector load(const T* p, int count) { return {_mm256_maskload_ps(p, mask(count))}; }
-    static Avx2Vector widen(__m128i bf16) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16))}; }
+    static Avx2Vector widen(__m128i bf16) {
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16))};
+    }
     static Avx2Vector load(const uint16_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
     // There is no mask for 16 bits: whole pairs are loaded under one, and the last of an odd number by itself.
     static Avx2Vector load(const uint16_t* p, int count) {
@@ -39,10 +41,11 @@ struct Avx2Vector {
     }
     // Round to the nearest bfloat16, ties to even; NaN stays NaN.
     void store(uint16_t* p, int count) const {
-        const __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
         const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        const __m256 number = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)),
-                                               _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+        const __m256 number = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), nan, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
         const __m256i upper = _mm256_srli_epi32(_mm256_castps_si256(number), 16);
         const __m128i bf16 = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
         if (count == width) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bf16);
@@ -55,23 +58,25 @@ struct Avx2Vector {
     Avx2Vector half() const { return {_mm256_mul_ps(v, _mm256_set1_ps(0.5f))}; }
 
     // Pairs of rows, then of pairs, are interleaved within halves; then the halves are exchanged.
-    static void transpose(Avx2Vector* block) {
-        __m256 t[8], u[8];
-        for (int i = 0; i < 8; i += 2) {
-            t[i] = _mm256_unpacklo_ps(block[i].v, block[i + 1].v);
-            t[i + 1] = _mm256_unpackhi_ps(block[i].v, block[i + 1].v);
-        }
-        for (int i = 0; i < 8; i += 4) {
-            u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
-            u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
-            u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-            u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-        }
-        for (int i = 0; i < 4; ++i) {
-            block[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
-            block[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
-        }
-    }
+    static void transpose(Avx2Vector* block);
 };
+
+inline void Avx2Vector::transpose(Avx2Vector* block) {
+    __m256 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(block[i].v, block[i + 1].v);
+        t[i + 1] = _mm256_unpackhi_ps(block[i].v, block[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        block[i].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        block[i + 4].v = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
 
 }  // namespace

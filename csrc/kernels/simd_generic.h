@@ -14,7 +14,8 @@ struct GenericVector {
     typedef T Raw __attribute__((vector_size(16)));
     typedef uint32_t Bits __attribute__((vector_size(16)));
     typedef uint16_t Half __attribute__((vector_size(8)));
-    static constexpr bool SINGLE = sizeof(T) == sizeof(uint32_t);  // whole vectors of bfloat16 are widened and rounded at once
+    // float32: whole vectors of bfloat16 are widened and rounded at once.
+    static constexpr bool SINGLE = sizeof(T) == sizeof(uint32_t);
     Raw v;
 
     static GenericVector load(const T* p) {

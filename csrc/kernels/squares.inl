@@ -1,4 +1,4 @@
-// Depthwise convolution with stride 1 by pairs of squares. Included once per instruction set, inside namespace {}.
+// Depthwise convolution with stride 1 by pairs of squares. Included once per instruction set, inside a namespace.
 //
 // A square holds four vectors: 2x2 pixels of one vector of channels, or one pixel of four. A list names the pairs of a
 // source square and a target square that lie alike, hence meet the same taps:
@@ -71,8 +71,9 @@ void square_products(const SquarePair* pair, const SquarePair* last, const typen
                      const SquareTaps<const typename V::T>& weight, typename V::T* targets) {
     constexpr int W = V::width, D = DEPTH<SIDE>;
     V w[3][3][D];
-    for_taps<SIDE, ROWS, COLUMNS>(
-        [&](int j, int i, int n) { w[j + 1][i + 1][n] = load_some<V>(weight.at(j, i, n * W), weight.count(n * W, W)); });
+    for_taps<SIDE, ROWS, COLUMNS>([&](int j, int i, int n) {
+        w[j + 1][i + 1][n] = load_some<V>(weight.at(j, i, n * W), weight.count(n * W, W));
+    });
     for (; pair != last; ++pair) {
         const auto* source = sources + int64_t(pair->source) * (SQUARE * W);
         auto* target = targets + int64_t(pair->target) * (SQUARE * W);
@@ -96,7 +97,7 @@ void square_products(const SquarePair* pair, const SquarePair* last, const typen
     }
 }
 
-// With 32 registers every product has a sum of its own, so that none waits for another; with 16 every tap has.
+// With 32 registers every product has a sum of its own, so that none waits for another; with 16, every tap has one.
 template <class V, int SIDE, int ROWS, int COLUMNS>
 void square_wgrad(const SquarePair* pair, const SquarePair* last, const typename V::T* sources,
                   const SquareTaps<typename V::T>& gradient, const typename V::T* targets) {
@@ -118,8 +119,8 @@ void square_wgrad(const SquarePair* pair, const SquarePair* last, const typename
         for_products<SIDE, ROWS, COLUMNS>([&](int sy, int sx, int ty, int tx) {
 #pragma GCC unroll 4
             for (int n = 0; n < D; ++n)
-                sum[(sy * SIDE + sx) % SETS][sy - ty + 1][sx - tx + 1][n].add_product(
-                    value[vector_at<SIDE>(sy, sx, n)], g[vector_at<SIDE>(ty, tx, n)]);
+                sum[(sy * SIDE + sx) % SETS][sy - ty + 1][sx - tx + 1][n].add_product(value[vector_at<SIDE>(sy, sx, n)],
+                                                                                      g[vector_at<SIDE>(ty, tx, n)]);
         });
     }
     for_taps<SIDE, ROWS, COLUMNS>([&](int j, int i, int n) {
@@ -198,20 +199,24 @@ struct SquareBuffers {
 
     // Call f(Int<rows>, Int<columns>, first pair, last pair, taps) for each shift; taps are of (taps, channels).
     template <class Tap, class F>
-    void for_shifts(Tap* taps, F f) const {
-        const int64_t step = a.flip ? -a.channels : a.channels, row = a.kernel[1] * step;
-        Tap* first = taps + a.first + (a.flip ? (int64_t(a.kernel[0]) * a.kernel[1] - 1) * a.channels : 0);
-        for (int32_t s = 0; s < a.shift_count; ++s) {
-            const SquareShift& shift = a.shifts[s];
-            const SquareTaps<Tap> at{first + shift.tap[0] * row + shift.tap[1] * step, row, step, a.columns};
-            with_reach<SIDE>(shift.reach[0], [&](auto rows) {
-                with_reach<SIDE>(shift.reach[1], [&](auto columns) {
-                    f(rows, columns, a.pairs + a.start[s], a.pairs + a.start[s + 1], at);
-                });
-            });
-        }
-    }
+    void for_shifts(Tap* taps, F f) const;
 };
+
+template <class V, int SIDE>
+template <class Tap, class F>
+inline void SquareBuffers<V, SIDE>::for_shifts(Tap* taps, F f) const {
+    const int64_t step = a.flip ? -a.channels : a.channels, row = a.kernel[1] * step;
+    Tap* first = taps + a.first + (a.flip ? (int64_t(a.kernel[0]) * a.kernel[1] - 1) * a.channels : 0);
+    for (int32_t s = 0; s < a.shift_count; ++s) {
+        const SquareShift& shift = a.shifts[s];
+        const SquareTaps<Tap> at{first + shift.tap[0] * row + shift.tap[1] * step, row, step, a.columns};
+        with_reach<SIDE>(shift.reach[0], [&](auto rows) {
+            with_reach<SIDE>(shift.reach[1], [&](auto columns) {
+                f(rows, columns, a.pairs + a.start[s], a.pairs + a.start[s + 1], at);
+            });
+        });
+    }
+}
 
 template <class V, class Image, int SIDE>
 void squares_forward(const SquaresArgs<typename V::T>& a) {

@@ -1,7 +1,7 @@
-// Depthwise convolution and pooling: vectors run over channels. Included once per instruction set, inside namespace {}.
+// Depthwise convolution and pooling: vectors run over channels. Included once per instruction set, inside a namespace.
 
-// A column of rows of WIDTH targets, kernel WIDE columns: every source pixel is loaded once per kernel row and used by
-// up to WIDE targets, whose sums stay in registers.
+// Rows of WIDTH targets, kernels of WIDE columns: every source pixel is loaded once per kernel row and used by up to
+// WIDE targets, whose sums stay in registers.
 template <class V, int WIDTH, int WIDE>
 void depthwise_channels(const DepthwiseArgs<typename V::T>& a, int64_t c, int count) {
     using T = typename V::T;

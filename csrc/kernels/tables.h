@@ -1,4 +1,4 @@
-// The table of inner loops that each instruction set fills. Everything here runs on one thread.
+// The tables of inner loops that each instruction set fills. Each loop runs on one thread.
 #pragma once
 
 #include <cstdint>
@@ -51,13 +51,13 @@ struct Bf16Kernels {
     void (*pack)(const Bf16PackArgs&);
     void (*gather)(const GatherArgs<Bf16>&);  // rows -> (steps, 32 rows, 32), zero-filled; or null
     void (*tile)(const Bf16TileArgs&);
-    void (*gather_p)(const GatherArgs<Bf16>&);  // 32 columns of pairs of rows: left side of `outer`, laid out as it reads
-    void (*gather_q)(const GatherArgs<Bf16>&);  // (steps, 2, 16 pairs, 16 columns, 2): right side
+    void (*gather_p)(const GatherArgs<Bf16>&);  // left side of `outer`: 32 columns of pairs of rows
+    void (*gather_q)(const GatherArgs<Bf16>&);  // right side: (steps, 2, 16 pairs, 16 columns, 2)
     void (*outer)(const Bf16OuterArgs&);
     void (*narrow)(const float* from, Bf16* to, int64_t count);
 };
 
-// One function per file that is built for an instruction set; null where the compiler lacks it.
+// The tables of each file that is built for an instruction set; null where the compiler does not know its flags.
 const Bf16Kernels* kernels_avx512_bf16();
 const Bf16Kernels* kernels_amx();
 const Kernels<float>* kernels_portable_f32();

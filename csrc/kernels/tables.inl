@@ -25,13 +25,23 @@ template <class V, int ROWS, int OUTER, bool DEPTHWISE_PATCHES>
 constexpr Kernels<typename V::T> table() {
     static_assert(OUTER <= V::width, "a tile of gathered rows is one vector");
     using T = typename V::T;
-    Kernels<T> t{ROWS, OUTER, LANES * V::width, stored<V, T>(), stored<V, Bf16>(), any_tile<V, ROWS>, gather<V, LANES>, gather<V, 1>,
-                 any_outer<V, OUTER>, narrow<V>, winograd_weight<V>, nullptr, nullptr, depthwise_squares<V, T>, depthwise_squares_wgrad<V, T>,
-                 depthwise_pixel<V>, depthwise_pixel_wgrad<V>, pool_max<T>, pool_add<T>};
+    Kernels<T> t{ROWS, OUTER, LANES * V::width, stored<V, T>(), stored<V, Bf16>()};
+    t.tile = any_tile<V, ROWS>;
+    t.gather = gather<V, LANES>;
+    t.gather_left = gather<V, 1>;
+    t.outer = any_outer<V, OUTER>;
+    t.narrow = narrow<V>;
+    t.winograd_weight = winograd_weight<V>;
     if constexpr (DEPTHWISE_PATCHES) {
         t.depthwise_patch = depthwise_patch<V>;
         t.depthwise_patch_wgrad = depthwise_patch_wgrad<V>;
     }
+    t.depthwise_squares = depthwise_squares<V, T>;
+    t.depthwise_squares_wgrad = depthwise_squares_wgrad<V, T>;
+    t.depthwise_pixel = depthwise_pixel<V>;
+    t.depthwise_pixel_wgrad = depthwise_pixel_wgrad<V>;
+    t.pool_max = pool_max<T>;
+    t.pool_add = pool_add<T>;
     return t;
 }
 

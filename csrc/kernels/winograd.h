@@ -1,5 +1,5 @@
-// What the loops of winograd.inl are told. A tile is 2x2 targets from 4x4 sources, as 16 components of the same shape as
-// the taps of a kernel.
+// What the loops of winograd.inl are told. A tile is 2x2 targets from 4x4 sources, as 16 components of the same shape
+// as the taps of a kernel.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ struct WinogradSourceArgs {
     int64_t source_stride, channels;
     const int32_t* halo;  // of the tile's first pixel
     int64_t halo_row;
-    const void* zeros;  // a row for pixels that are not active
+    const void* zeros;    // a row for pixels that are not active
     int32_t first, last;  // rows of components
     T* out;
     int64_t component, group;

@@ -1,4 +1,4 @@
-// Winograd's minimal filtering F(2x2, 3x3), for any vector type. Included once per instruction set, inside namespace {}.
+// Winograd's minimal filtering F(2x2, 3x3), for any vector type. Included once per instruction set, inside a namespace.
 //
 //     y = A' [ (G g G') * (B' d B) ] A        d 4x4 sources, g 3x3 weights, y 2x2 targets, * element by element
 //
@@ -8,7 +8,8 @@
 //          0  1  0 -1           0   0   1
 //
 // 16 products instead of 36. The weight gradient is the same form read backwards: dg = G' [ (B' d B) * (A dy A') ] G.
-// Images and weights are stored as S, which is V's own type or bfloat16; all sums are V's. (Winograd 1980; as a convolution of images: Lavin and Gray, arXiv 1509.09308.)
+// Images and weights are stored as S, which is V's own type or bfloat16; all sums are V's. (Winograd 1980; for images:
+// Lavin and Gray, arXiv 1509.09308.)
 
 // Row R of B', of A and of G' times a column of values at(0), at(1), ...
 template <class V, int R, class At>
@@ -154,7 +155,8 @@ void winograd_gradient_row(const WinogradGradientArgs<typename V::T>& a) {
         V e[2];
         for (int x = 0; x < 2; ++x)
             e[x] = gradient_row<V, R>([&](int y) {
-                return V::load(static_cast<const S*>(a.target) + (a.at[i] + y * a.pitch + x) * a.target_stride, a.columns);
+                const int64_t row = a.at[i] + y * a.pitch + x;
+                return V::load(static_cast<const S*>(a.target) + row * a.target_stride, a.columns);
             });
         auto at = [&](int x) { return e[x]; };
         T* to = a.out + i * W;

@@ -20,7 +20,8 @@ void for_taps(const ps_plan& plan, int64_t patch, Begin begin, F f) {
             const int64_t target = (patch * v.target + y) * h.target + x;
             begin(target);
             for (int32_t tap = 0; tap < plan.taps(); ++tap) {
-                const int32_t hy = v.at[size_t(y) * v.taps + tap / h.taps], hx = h.at[size_t(x) * h.taps + tap % h.taps];
+                const int32_t hy = v.at[size_t(y) * v.taps + tap / h.taps];
+                const int32_t hx = h.at[size_t(x) * h.taps + tap % h.taps];
                 f(target, tap, hy < 0 || hx < 0 ? OUTSIDE : halo[int64_t(hy) * h.halo + hx]);
             }
         }
@@ -57,7 +58,8 @@ void backward(const ps_pool_args& args, const Kernels<T>& kernels) {
         auto begin = [&](int64_t row) { std::fill(target + row * channels, target + (row + 1) * channels, T(0)); };
         for_taps(*args.plan, patch, begin, [&](int64_t row, int32_t tap, int32_t from) {
             if (from >= 0)
-                kernels.pool_add(gradient + from * channels, args.tap + from * channels, tap, target + row * channels, channels);
+                kernels.pool_add(gradient + from * channels, args.tap + from * channels, tap, target + row * channels,
+                                 channels);
         });
     });
 }

@@ -1,5 +1,5 @@
-// Reads the weights that a thread packs next into the second-level cache while it computes, a few lines per tile:
-// deep layers have more weights than activations, and waiting for them would cost as much as a third of the work.
+// Reads the weights that a thread packs next into the second-level cache while it computes, a few lines per tile. Deep
+// layers have more weights than activations: waiting for them would cost as much as a third of the work.
 #pragma once
 
 #include <algorithm>
@@ -13,14 +13,15 @@ namespace patchsparse {
 class WeightPrefetch {
   public:
     // An element of the weights has `bytes`.
-    WeightPrefetch(const ps_conv_args& args, int64_t bytes) : args_(args), bytes_(bytes), wide_(args.plan->axis[1].taps) {}
+    WeightPrefetch(const ps_conv_args& args, int64_t bytes)
+        : args_(args), bytes_(bytes), wide_(args.plan->axis[1].taps) {}
 
     // Whether the weights of a tap lie in pieces worth asking for: rows of target or of source channels.
     static bool contiguous(const ps_conv_args& args) {
         return args.weight_stride[0] == 1 || args.weight_stride[1] == 1;
     }
 
-    // Ask for `columns` target channels from `column` of taps [tap, tap + taps), spread over `tiles` steps.
+    // Ask for `columns` target channels from `column` on, of taps [tap, tap + taps), spread over `tiles` steps.
     void begin(int64_t column, int64_t columns, int64_t tap, int64_t taps, int64_t tiles) {
         at_ = column * args_.weight_stride[0];
         by_column_ = args_.weight_stride[0] != 1;

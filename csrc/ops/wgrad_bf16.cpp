@@ -1,5 +1,5 @@
 // Weight gradient in bfloat16, summed in float32: both sides of a run are gathered with neighbouring pairs interleaved,
-// the rows as the instruction set likes them.
+// the rows in the order that the instruction set reads.
 #include "ops/ops.h"
 #include "ops/wgrad.h"
 #include "runtime/dispatch.h"
@@ -25,8 +25,8 @@ struct TilePolicy {
         kernels.gather_p(args);
         return true;
     }
-    void multiply(const Bf16* left, const int64_t*, int64_t count, const Bf16* panel, float* result, int64_t result_stride,
-                  int32_t rows, int32_t columns, bool accumulate) const {
+    void multiply(const Bf16* left, const int64_t*, int64_t count, const Bf16* panel, float* result,
+                  int64_t result_stride, int32_t rows, int32_t columns, bool accumulate) const {
         const int64_t steps = (count + BF16_TILE - 1) / BF16_TILE;
         kernels.outer({left, panel, steps, result, result_stride, rows, columns, accumulate});
     }

@@ -21,19 +21,18 @@ class WinogradTiles {
     static bool fit(const ps_plan& plan) {
         const ps_geometry& g = plan.geometry;
         for (int side = 0; side < 2; ++side)
-            if (g.kernel[side] != 3 || g.stride[side] != 1 || g.padding[side] != 1 || g.dilation[side] != 1 || g.source[side] % 2)
+            if (g.kernel[side] != 3 || g.stride[side] != 1 || g.padding[side] != 1 || g.dilation[side] != 1 ||
+                g.source[side] % 2)
                 return false;
         return g.adjoint == 0;
     }
 
     int64_t count() const { return plan_.geometry.patches * down_ * across_; }
-    int64_t pitch() const { return 2 * across_; }      // rows from one line of pixels to the next
+    int64_t pitch() const { return 2 * across_; }  // rows from one line of pixels to the next
     int64_t halo_row() const { return plan_.axis[1].halo; }
 
     // The row of the tile's first target.
-    int32_t row(int64_t tile) const {
-        return int32_t(tile / across_ * 2 * pitch() + tile % across_ * 2);
-    }
+    int32_t row(int64_t tile) const { return int32_t(tile / across_ * 2 * pitch() + tile % across_ * 2); }
 
     // The source rows of its 4x4 sources, in the halo of its patch.
     const int32_t* halo(int64_t tile) const {

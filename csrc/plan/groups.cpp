@@ -83,53 +83,58 @@ void fill_group_rows(ps_plan& plan, const Cells& cells, const std::vector<Group>
     }
 }
 
-// Collects rows whose set of taps is rare into blocks, and each block's pairs into one group per tap.
+// Rows whose set of taps is rare, collected into blocks, and each block's pairs into one group per tap.
 class SharedBlocks {
   public:
     SharedBlocks(ps_plan& plan, const Cells& cells) : plan_(plan), cells_(cells), in_(plan.taps()), out_(plan.taps()) {}
 
-    void add(int64_t cell) {
-        const int64_t patch = cells_.patch_of(cell);
-        for (int32_t y : cells_.rows_of(cell))
-            for (int32_t x : cells_.columns_of(cell)) {
-                if (int64_t(rows_.size()) == SHARED_ROWS) flush();
-                const int32_t target = cells_.target(patch, y, x);
-                rows_.push_back(target);
-                for (int32_t tap = 0; tap < plan_.taps(); ++tap) {
-                    const int32_t source = cells_.source(patch, y, x, tap);
-                    if (source < 0) continue;
-                    in_[tap].push_back(source);
-                    out_[tap].push_back(target);
-                }
-            }
-    }
-
-    void flush() {
-        if (rows_.empty()) return;
-        Unit unit{int32_t(plan_.groups.size()), 0, true, int64_t(plan_.out_rows.size()), int64_t(rows_.size())};
-        append(plan_.out_rows, rows_);
-        for (int32_t tap = 0; tap < plan_.taps(); ++tap) {
-            if (in_[tap].empty()) continue;
-            plan_.groups.push_back({int32_t(in_[tap].size()), 1, int64_t(plan_.tap_ids.size()),
-                                    int64_t(plan_.out_rows.size()), int64_t(plan_.in_rows.size())});
-            plan_.tap_ids.push_back(tap);
-            append(plan_.in_rows, in_[tap]);
-            append(plan_.out_rows, out_[tap]);
-        }
-        unit.last = int32_t(plan_.groups.size());
-        plan_.units.push_back(unit);
-    }
+    void add(int64_t cell);
+    // End the block at hand; the next row begins another one.
+    void flush();
 
   private:
     static void append(std::vector<int32_t>& to, std::vector<int32_t>& from) {
         to.insert(to.end(), from.begin(), from.end());
         from.clear();
     }
+
     ps_plan& plan_;
     const Cells& cells_;
     std::vector<int32_t> rows_;
     std::vector<std::vector<int32_t>> in_, out_;
 };
+
+void SharedBlocks::add(int64_t cell) {
+    const int64_t patch = cells_.patch_of(cell);
+    for (int32_t y : cells_.rows_of(cell))
+        for (int32_t x : cells_.columns_of(cell)) {
+            if (int64_t(rows_.size()) == SHARED_ROWS) flush();
+            const int32_t target = cells_.target(patch, y, x);
+            rows_.push_back(target);
+            for (int32_t tap = 0; tap < plan_.taps(); ++tap) {
+                const int32_t source = cells_.source(patch, y, x, tap);
+                if (source < 0) continue;
+                in_[tap].push_back(source);
+                out_[tap].push_back(target);
+            }
+        }
+}
+
+void SharedBlocks::flush() {
+    if (rows_.empty()) return;
+    Unit unit{int32_t(plan_.groups.size()), 0, true, int64_t(plan_.out_rows.size()), int64_t(rows_.size())};
+    append(plan_.out_rows, rows_);
+    for (int32_t tap = 0; tap < plan_.taps(); ++tap) {
+        if (in_[tap].empty()) continue;
+        plan_.groups.push_back({int32_t(in_[tap].size()), 1, int64_t(plan_.tap_ids.size()),
+                                int64_t(plan_.out_rows.size()), int64_t(plan_.in_rows.size())});
+        plan_.tap_ids.push_back(tap);
+        append(plan_.in_rows, in_[tap]);
+        append(plan_.out_rows, out_[tap]);
+    }
+    unit.last = int32_t(plan_.groups.size());
+    plan_.units.push_back(unit);
+}
 
 }  // namespace
 
@@ -138,7 +143,7 @@ void build_groups(ps_plan& plan, int threads) {
     std::vector<Group> groups = group_cells(plan, cells);
     int64_t out = 0, in = 0, common = 0;
     for (const Group& group : groups) common += group.rows >= LEAST_ROWS ? group.rows : 0;
-    const bool by_tap = 2 * common < plan.target_rows();  // most rows are shared: then all, and weights go tap by tap
+    const bool by_tap = 2 * common < plan.target_rows();  // most rows are rare: then all are shared, tap by tap
     for (Group& group : groups) {
         const bool batched = !by_tap && (group.rows >= LEAST_ROWS || group.tap_count == 0);
         group.out = batched ? out : -1;

@@ -11,7 +11,7 @@ namespace patchsparse {
 // Fill plan.groups, plan.units and their lists of rows from plan.halo.
 void build_groups(ps_plan& plan, int threads);
 
-// Where the cost of each unit begins, in row * tap products, and the end: shares of threads are cut there.
+// Where the cost of each unit begins, in products of a row and a tap, and the end. Threads share the work by it.
 std::vector<int64_t> unit_costs(const ps_plan& plan);
 
 }  // namespace patchsparse

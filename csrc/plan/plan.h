@@ -33,13 +33,13 @@ struct Group {
 // What one thread computes undivided: a group whose rows appear nowhere else and are stored once, or (`shared`)
 // a block of rows that several groups of one tap each add to, because each row's set of taps is too rare to batch.
 struct Unit {
-    int32_t first, last;      // groups
+    int32_t first, last;  // groups
     bool shared;
-    int64_t rows, row_count;  // shared: the rows to initialise, in Plan::out_rows
+    int64_t rows, row_count;  // shared: the rows to initialise, in ps_plan::out_rows
 };
 
-// Squares of 2x2 pixels, or of 1x1 where a side of the patches is odd: active as a whole or not at all, so that a
-// depthwise convolution with stride 1 is a list of pairs of squares for each shift between them.
+// Squares of 2x2 pixels, or of 1x1 where a side of the patches is odd. A square is active as a whole or not at all, so
+// a depthwise convolution with stride 1 is a list of pairs of squares for each shift between them.
 struct SquareChunk {
     std::vector<int32_t> targets, sources;  // row of each square's first pixel
     std::vector<SquarePair> pairs;          // of all shifts, one after the other
@@ -47,7 +47,7 @@ struct SquareChunk {
 };
 
 struct Squares {
-    int32_t side = 0;  // 0: none were asked for, or the geometry has none
+    int32_t side = 0;  // 0: they were not asked for, or the geometry has none
     std::vector<SquareShift> shifts;
     std::vector<SquareChunk> chunks;
 };

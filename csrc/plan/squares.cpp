@@ -28,42 +28,17 @@ std::vector<Step> steps_along(const Axis& axis, int32_t side) {
     return steps;
 }
 
+// Lists the squares of a plan and the pairs of them that meet.
 class Builder {
   public:
     Builder(const ps_plan& plan, int32_t side)
-        : plan_(plan), v_(plan.axis[0]), h_(plan.axis[1]), side_(side), rows_(v_.target / side), columns_(h_.target / side),
-          down_(steps_along(v_, side)), right_(steps_along(h_, side)) {}
+        : plan_(plan), v_(plan.axis[0]), h_(plan.axis[1]), side_(side), rows_(v_.target / side),
+          columns_(h_.target / side), down_(steps_along(v_, side)), right_(steps_along(h_, side)) {}
 
     int64_t count() const { return int64_t(plan_.geometry.patches) * rows_ * columns_; }
-
-    std::vector<SquareShift> shifts() const {
-        std::vector<SquareShift> shifts;
-        for (const Step& down : down_)
-            for (const Step& right : right_) shifts.push_back({{down.tap, right.tap}, {down.reach, right.reach}});
-        return shifts;
-    }
-
+    std::vector<SquareShift> shifts() const;
     // The pairs of target squares [first, last). `place` is -1 for every row, and is again afterwards.
-    SquareChunk chunk(int64_t first, int64_t last, std::vector<int32_t>& place) const {
-        SquareChunk chunk;
-        for (int64_t i = first; i < last; ++i) chunk.targets.push_back(row_of(i));
-        chunk.start.push_back(0);
-        for (const Step& down : down_)
-            for (const Step& right : right_) {
-                for (int64_t i = first; i < last; ++i) {
-                    const int32_t row = source(i, down, right);
-                    if (row < 0) continue;
-                    if (place[row] < 0) {
-                        place[row] = int32_t(chunk.sources.size());
-                        chunk.sources.push_back(row);
-                    }
-                    chunk.pairs.push_back({place[row], int32_t(i - first)});
-                }
-                chunk.start.push_back(int32_t(chunk.pairs.size()));
-            }
-        for (int32_t row : chunk.sources) place[row] = -1;
-        return chunk;
-    }
+    SquareChunk chunk(int64_t first, int64_t last, std::vector<int32_t>& place) const;
 
   private:
     int64_t patch(int64_t square) const { return square / (int64_t(rows_) * columns_); }
@@ -73,20 +48,50 @@ class Builder {
         return int32_t((patch(square) * v_.target + top(square)) * h_.target + left(square));
     }
 
-    // The first row of the source square, or a negative number; the halo has the pixels of it that are read.
-    int32_t source(int64_t square, const Step& down, const Step& right) const {
-        const int32_t y = down.reach == 4 ? 1 : 0, x = right.reach == 4 ? 1 : 0;
-        const int32_t hy = top(square) + down.by * side_ + v_.before + y;
-        const int32_t hx = left(square) + right.by * side_ + h_.before + x;
-        const int32_t row = plan_.halo_of(patch(square))[int64_t(hy) * h_.halo + hx];
-        return row < 0 ? row : row - y * h_.source - x;
-    }
+    // The first row of the source square, or a negative number. The halo has only the pixels that are read.
+    int32_t source(int64_t square, const Step& down, const Step& right) const;
 
     const ps_plan& plan_;
     const Axis &v_, &h_;
     int32_t side_, rows_, columns_;
     std::vector<Step> down_, right_;
 };
+
+std::vector<SquareShift> Builder::shifts() const {
+    std::vector<SquareShift> shifts;
+    for (const Step& down : down_)
+        for (const Step& right : right_) shifts.push_back({{down.tap, right.tap}, {down.reach, right.reach}});
+    return shifts;
+}
+
+SquareChunk Builder::chunk(int64_t first, int64_t last, std::vector<int32_t>& place) const {
+    SquareChunk chunk;
+    for (int64_t i = first; i < last; ++i) chunk.targets.push_back(row_of(i));
+    chunk.start.push_back(0);
+    for (const Step& down : down_)
+        for (const Step& right : right_) {
+            for (int64_t i = first; i < last; ++i) {
+                const int32_t row = source(i, down, right);
+                if (row < 0) continue;
+                if (place[row] < 0) {
+                    place[row] = int32_t(chunk.sources.size());
+                    chunk.sources.push_back(row);
+                }
+                chunk.pairs.push_back({place[row], int32_t(i - first)});
+            }
+            chunk.start.push_back(int32_t(chunk.pairs.size()));
+        }
+    for (int32_t row : chunk.sources) place[row] = -1;
+    return chunk;
+}
+
+int32_t Builder::source(int64_t square, const Step& down, const Step& right) const {
+    const int32_t y = down.reach == 4 ? 1 : 0, x = right.reach == 4 ? 1 : 0;
+    const int32_t hy = top(square) + down.by * side_ + v_.before + y;
+    const int32_t hx = left(square) + right.by * side_ + h_.before + x;
+    const int32_t row = plan_.halo_of(patch(square))[int64_t(hy) * h_.halo + hx];
+    return row < 0 ? row : row - y * h_.source - x;
+}
 
 }  // namespace
 

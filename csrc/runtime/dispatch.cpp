@@ -23,7 +23,7 @@ bool has_pairs() {
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & PAIRS) != 0;
 }
 
-// Matrix tiles also need the system's leave to keep their large state.
+// Matrix tiles also need the permission of the system, because their state is large.
 bool has_tiles() {
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     unsigned a = 0, b = 0, c = 0, d = 0;

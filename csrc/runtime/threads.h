@@ -15,7 +15,8 @@ void run_parallel(int threads, Body body, void* context);
 
 template <class F>
 void parallel(int threads, F& function) {
-    run_parallel(threads, [](void* f, int thread, int count) { (*static_cast<F*>(f))(thread, count); }, &function);
+    auto body = [](void* f, int thread, int count) { (*static_cast<F*>(f))(thread, count); };
+    run_parallel(threads, body, &function);
 }
 
 // Call function(i) for i in [0, count), each thread a contiguous range.
