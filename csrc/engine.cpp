@@ -51,9 +51,13 @@ void ps_plan_statistics(const ps_plan* plan, int64_t* out) {
     out[4] = once;
 }
 
-int32_t ps_conv(const ps_conv_args* args) { return run(patchsparse::conv, args); }
+int32_t ps_conv(const ps_conv_args* args) {
+    return run(args->dtype == PS_BF16 ? patchsparse::conv_bf16 : patchsparse::conv, args);
+}
 
-int32_t ps_wgrad(const ps_wgrad_args* args) { return run(patchsparse::wgrad, args); }
+int32_t ps_wgrad(const ps_wgrad_args* args) {
+    return run(args->dtype == PS_BF16 ? patchsparse::wgrad_bf16 : patchsparse::wgrad, args);
+}
 
 int32_t ps_winograd_conv(const ps_conv_args* args) { return run(patchsparse::winograd_conv, args); }
 

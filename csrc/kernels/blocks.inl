@@ -8,7 +8,7 @@ constexpr int64_t HALF = 16, BLOCK = 512;  // rows or columns of half a block; e
 
 inline int clamp(int64_t a, int64_t most) { return static_cast<int>(a < 0 ? 0 : a < most ? a : most); }
 
-inline __m512i load(const Bf16* p, int count) {
+inline __m512i load_row(const Bf16* p, int count) {
     return _mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, p);
 }
 
@@ -41,7 +41,7 @@ void pack(const Bf16PackArgs& a) {
             if (a.stride[1] == 1) {
                 for (int i = 0; i < 16; ++i) {
                     __builtin_prefetch(from + i * a.stride[0] + 4 * BF16_TILE);
-                    rows[i] = i < columns ? load(from + i * a.stride[0], depth) : _mm512_setzero_si512();
+                    rows[i] = i < columns ? load_row(from + i * a.stride[0], depth) : _mm512_setzero_si512();
                 }
                 transpose(rows);
             } else if (a.stride[0] == 1) {
@@ -70,7 +70,7 @@ void gather(const GatherArgs<Bf16>& a) {
         int64_t k = 0;
         for (; k + BF16_TILE <= a.columns; k += BF16_TILE, to += 2 * BLOCK)
             _mm512_storeu_si512(to, _mm512_loadu_si512(from + k));
-        if (k < a.columns) _mm512_storeu_si512(to, load(from + k, static_cast<int>(a.columns - k)));
+        if (k < a.columns) _mm512_storeu_si512(to, load_row(from + k, static_cast<int>(a.columns - k)));
     }
 }
 
@@ -115,7 +115,7 @@ void gather_pairs(const GatherArgs<Bf16>& a) {
                                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
     const __m512i low = _mm512_load_si512(LOW), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     auto row = [&](int64_t i) {
-        return i < a.count ? load(a.source + a.at[i] * a.stride, a.columns) : _mm512_setzero_si512();
+        return i < a.count ? load_row(a.source + a.at[i] * a.stride, a.columns) : _mm512_setzero_si512();
     };
     Bf16* to = a.out;
     for (int64_t first = 0; first < a.count; first += BF16_TILE, to += 2 * BLOCK) {

@@ -244,8 +244,7 @@ bool conv_as(const ps_conv_args& args) {
 
 bool conv(const ps_conv_args& args) {
     if (args.dtype == PS_F32) return conv_as<float>(args);
-    if (args.dtype == PS_F64) return conv_as<double>(args);
-    return args.dtype == PS_BF16 && conv_bf16(args);
+    return args.dtype == PS_F64 && conv_as<double>(args);
 }
 
 }  // namespace patchsparse

@@ -48,10 +48,8 @@ bool wgrad_as(const ps_wgrad_args& args) {
 }  // namespace
 
 bool wgrad(const ps_wgrad_args& args) {
-    if (args.weight_stride[0] != 1 && args.weight_stride[1] != 1) return false;
     if (args.dtype == PS_F32) return wgrad_as<float>(args);
-    if (args.dtype == PS_F64) return wgrad_as<double>(args);
-    return args.dtype == PS_BF16 && wgrad_bf16(args);
+    return args.dtype == PS_F64 && wgrad_as<double>(args);
 }
 
 }  // namespace patchsparse

@@ -99,6 +99,7 @@ Wgrad<Policy>::Wgrad(const ps_wgrad_args& args, const Policy& policy)
 
 template <class Policy>
 bool Wgrad<Policy>::run() {
+    if (args_.weight_stride[0] != 1 && args_.weight_stride[1] != 1) return false;
     std::vector<int64_t> start{0};  // where each tap begins, in pairs times row tiles
     for (int32_t tap = 0; tap < plan_.taps(); ++tap)
         start.push_back(start.back() + (chunks_.pairs(tap) + 1) * row_tiles_);

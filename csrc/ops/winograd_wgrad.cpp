@@ -30,7 +30,7 @@ class WinogradWgrad {
     };
 
     // Add up the units [first, last) of all (row of components, row tile).
-    bool add(T* sums, int64_t first, int64_t last) const;
+    bool add_units(T* sums, int64_t first, int64_t last) const;
 
     // Add the tiles from `chunk` on to the components 4 * row .. 4 * row + 3 of the row tiles [low, high).
     void add_chunk(T* sums, int64_t chunk, int32_t row, int64_t low, int64_t high, const Buffers& buffers) const;
@@ -62,7 +62,7 @@ bool WinogradWgrad<T>::run() {
     std::atomic<bool> failed{false};
     auto share = [&](int thread, int team) {
         const int64_t units = 4 * row_tiles_;
-        if (!add(sums, units * thread / team, units * (thread + 1) / team)) failed = true;
+        if (!add_units(sums, units * thread / team, units * (thread + 1) / team)) failed = true;
     };
     parallel(int(std::min<int64_t>(args_.threads, 4 * row_tiles_)), share);
     if (!failed)
@@ -77,7 +77,7 @@ bool WinogradWgrad<T>::run() {
 }
 
 template <class T>
-bool WinogradWgrad<T>::add(T* sums, int64_t first, int64_t last) const {
+bool WinogradWgrad<T>::add_units(T* sums, int64_t first, int64_t last) const {
     static thread_local Scratch kept;
     const int64_t wide = panels_ * kernels_.columns, mine = std::min(row_tiles_, last - first);
     T* memory = kept.get<T>(wide + 4 * CHUNK * (wide + mine * lane_));
