@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spatspark-fast"
     made = argparse.ArgumentParser(description="Build and install MinkowskiEngine 0.5.4 into the active environment.")
     made.add_argument(
@@ -102,6 +103,7 @@ def key(cuda: bool, options: argparse.Namespace) -> str:
 
 
 def architecture(options: argparse.Namespace) -> str:
+    """Return the compute capability to compile for; raise MissingError if it is neither given nor found."""
     if options.arch:
         return options.arch
     if torch.cuda.is_available():
@@ -164,6 +166,7 @@ def tools(work: Path, compiler: str, optimise: str) -> dict[str, str]:
 
 
 def pip() -> tuple[str, ...]:
+    """Return the words that begin a command of pip."""
     return sys.executable, "-m", "pip", "--disable-pip-version-check"
 
 

@@ -10,8 +10,9 @@ trap 'rm -rf "$build"' EXIT
 flags=(-std=c++17 -O1 -g -fPIC -fvisibility=hidden -fno-omit-frame-pointer -Icsrc)
 flags+=(-fsanitize=address,undefined -fno-sanitize-recover=all)
 # The flags of a file with its own instruction set, from the table that setup.py reads.
+table=csrc/kernels/flags.txt
 isa_flags() {
-  [ "$(uname -m)" != x86_64 ] || awk -v stem="$(basename "$1" .cpp)" '$1 == stem { $1 = ""; print }' csrc/kernels/flags.txt
+  [ "$(uname -m)" != x86_64 ] || awk -v stem="$(basename "$1" .cpp)" '$1 == stem { $1 = ""; print }' "$table"
 }
 jobs=()
 while IFS= read -r source; do

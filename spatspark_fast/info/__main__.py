@@ -110,13 +110,13 @@ def _engines() -> Iterable[str]:
     import torch
 
     from patchsparse import PatchGrid, available_backends, explain, patch_conv2d
-    from patchsparse.backends.cpp import native
+    from patchsparse.backends.cpp import library
 
     yield f"available: {', '.join(available_backends())}"
-    loaded = native.library()
+    loaded = library.load()
     if loaded.problem is None:
         try:
-            yield f"cpp: runs on {native.ISAS[loaded.isa()]}; {native.ISA} chooses one of {', '.join(loaded.isas)}"
+            yield f"cpp: runs on {loaded.isa()}; {library.ISA} chooses one of {', '.join(loaded.isas)}"
         except RuntimeError as error:
             raise UserError(str(error)) from None
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from patchsparse import available_backends
-from patchsparse.backends.cpp import native
+from patchsparse.backends.cpp import library
 from spatspark_fast.info.__main__ import main
 
 
@@ -18,7 +18,7 @@ def test_versions_devices_and_engines_are_reported(capsys: pytest.CaptureFixture
     assert all(name in report for name in available_backends())
     assert "taken" in report
     if "cpp" in available_backends():
-        assert re.search(rf"cpp: runs on \w+; {native.ISA} chooses one of portable", report)
+        assert re.search(rf"cpp: runs on \w+; {library.ISA} chooses one of portable", report)
     assert "multiply-adds" not in report
 
 
@@ -55,11 +55,11 @@ def test_blocks_and_memory_of_sparse_decoding(capsys: pytest.CaptureFixture[str]
 def test_an_instruction_set_that_cannot_run_is_not_named_as_if_it_ran(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(native.ISA, "sse9")
+    monkeypatch.setenv(library.ISA, "sse9")
     assert main([]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert f"{native.ISA}=sse9 cannot run here; choose one of portable" in shown.err
+    assert f"{library.ISA}=sse9 cannot run here; choose one of portable" in shown.err
 
 
 @pytest.mark.parametrize(

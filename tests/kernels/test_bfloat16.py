@@ -8,16 +8,16 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack
 from patchsparse.backends import cpp
-from patchsparse.backends.cpp import native
+from patchsparse.backends.cpp import library, native
 from patchsparse.geometry import Call, Stencil
 from patchsparse.ops import conv as ops
 
 from .cases import cases
 from .test_conv import gradients, masked_conv, relative_error
 
-ISAS = native.library().isas
+ISAS = library.load().isas
 WIDENING = [isa for isa in ISAS if native.ISAS.index(isa) < native.BF16]  # they multiply float32
-pytestmark = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+pytestmark = pytest.mark.skipif(library.load().problem is not None, reason=str(library.load().problem))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -54,7 +54,7 @@ def results(
 )
 def test_it_is_as_exact_as_pytorch(isa, size, channels, kernel, stride, monkeypatch):
     """error(ours) <= 2 x error(PyTorch), both against float64; several panels, bands, blocks of rows and chunks."""
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     batch = 20 if size == 1 else 6
     grid = PatchGrid.random(batch, (7, 8), keep=0.7, generator=torch.Generator().manual_seed(size))
     operands = (
@@ -85,7 +85,7 @@ def test_small_integers_are_multiplied_exactly(isa, case, out):
     )
     exact = results(case.grid, operands, case.stencil, torch.float64)[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(native.ISA, isa)
+        patch.setenv(library.ISA, isa)
         output = results(case.grid, operands, case.stencil)[0]
     assert torch.equal(output, exact.bfloat16())
 
@@ -107,7 +107,7 @@ def layouts(weight: Tensor) -> tuple[Tensor, ...]:
 )
 def test_results_are_those_of_widened_operands_rounded_once(isa, size, stride, channels, monkeypatch):
     """Bit for bit, by Winograd's way and directly; the last has several chunks and runs, for each of its taps."""
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     grid = PatchGrid.random(8, (8, 8), keep=64 if size == 1 else 9, generator=torch.Generator().manual_seed(1))
     maps, stencil = (grid.slot, grid.coords), Stencil((3, 3), (stride, stride), (1, 1))
     x, grad = (normal(grid.num_active, c, s, s) for c, s in zip(channels, (size, size // stride), strict=True))
@@ -127,7 +127,7 @@ def test_results_are_those_of_widened_operands_rounded_once(isa, size, stride, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 4])
 def test_wider_images_read_bfloat16_weights_as_they_are(isa, dtype, size, monkeypatch):
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     grid = PatchGrid.random(2, (4, 4), keep=9, generator=torch.Generator().manual_seed(1))
     x = normal(18, 35, size, size).to(dtype)
     for weight in layouts(normal(41, 35, 3, 3, seed=2)):
@@ -142,7 +142,7 @@ def test_wider_images_read_bfloat16_weights_as_they_are(isa, dtype, size, monkey
 @pytest.mark.parametrize(("size", "channels"), [(1, 33), (2, 5), (4, 47)])
 def test_a_nan_stays_with_the_pixels_that_read_it(isa, size, channels, monkeypatch):
     """A row of an odd number of channels is not paired with the first channel of the next one."""
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     grid = PatchGrid.random(2, (4, 4), keep=9, generator=torch.Generator().manual_seed(1))
     x, grad = normal(18, channels, size, size), normal(18, channels, size, size, seed=1)
     x[3, 0, 0, 0] = grad[4, 0, -1, -1] = torch.nan
@@ -158,7 +158,7 @@ def test_a_nan_stays_with_the_pixels_that_read_it(isa, size, channels, monkeypat
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_way_follows_the_instruction_set(isa, monkeypatch):
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     direct = native.ISAS.index(isa) >= native.BF16
     three = Stencil((3, 3), (1, 1), (1, 1))
     assert cpp.winograd(torch.bfloat16, (4, 4), (64, 64), three) is not direct

@@ -9,21 +9,21 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d, unpack
 from patchsparse.backends import cpp, tables
-from patchsparse.backends.cpp import native
+from patchsparse.backends.cpp import library, native, plans
 from patchsparse.geometry import Stencil
 from patchsparse.ops import conv as ops
 
 from .cases import cases, packed_of, upsampled
 from .test_conv import gradients, masked_conv
 
-ISAS = native.library().isas
+ISAS = library.load().isas
 WAYS = [(isa, torch.bfloat16) for isa in ISAS]
 WAYS += [(isa, torch.float32) for isa in ISAS if native.ISAS.index(isa) < native.BF16]  # later ones add bfloat16 alone
-pytestmark = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+pytestmark = pytest.mark.skipif(library.load().problem is not None, reason=str(library.load().problem))
 
 
 def use(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), WAYS)
@@ -242,7 +242,7 @@ def test_the_row_lists_hold_each_active_pair_once(case, adjoint):
     if case.grid.num_active == 0:
         return
     source = stencil.output_size(size) if adjoint else size
-    plan = cpp.plan(case.grid.slot, case.grid.coords, source, stencil, adjoint, cpp.GROUPS)
+    plan = plans.plan_for(case.grid.slot, case.grid.coords, source, stencil, adjoint, native.GROUPS)
     numbers = plan.statistics()
     active = (tables.tap_rows(case.grid.slot, case.grid.coords, size, stencil) >= 0).sum()
     assert numbers["pairs"] == int(active)

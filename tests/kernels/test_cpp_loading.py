@@ -1,26 +1,29 @@
 """Finding the C++ engine: instruction sets by name, threads borrowed from torch, and life without it."""
 
+import ctypes
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from patchsparse import PatchGrid, available_backends, explain, patch_conv2d
 from patchsparse.backends import cpp
-from patchsparse.backends.cpp import native
+from patchsparse.backends.cpp import library, native
+from patchsparse.backends.cpp.choice import DTYPES
 from patchsparse.geometry import Call, Stencil
 
-built = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+built = pytest.mark.skipif(library.load().problem is not None, reason=str(library.load().problem))
 CALL = Call("conv2d", "cpu", torch.float32, 8, (4, 4), 16, 16, Stencil((3, 3), (1, 1), (1, 1)))
 
 
 @pytest.fixture
 def missing(monkeypatch):
     """Make the engine look as if it had not been built."""
-    absent = native.Library(None, f"the C++ engine was not built; {native.HOW}")
-    monkeypatch.setattr(native, "library", lambda: absent)
+    absent = library.Library(None, f"the C++ engine was not built; {library.HOW}")
+    monkeypatch.setattr(library, "load", lambda: absent)
 
 
 @pytest.fixture
@@ -59,23 +62,73 @@ def test_why_not_names_the_reason(change, reason):
 @built
 def test_an_unknown_instruction_set_is_refused(problem, monkeypatch):
     grid, packed, weight = problem
-    monkeypatch.setenv(native.ISA, "avx9000")
+    monkeypatch.setenv(library.ISA, "avx9000")
     with pytest.raises(RuntimeError, match=r"PATCHSPARSE_ISA=avx9000 cannot run here; choose one of portable"):
         patch_conv2d(packed, weight, None, grid, padding=1, backend="cpp")
+
+
+def test_a_missing_library_has_no_instruction_set_and_says_how_to_get_it():
+    absent = library.Library(None, f"the C++ engine was not built; {library.HOW}")
+    with pytest.raises(RuntimeError, match="not built; reinstall with a C"):
+        absent.isa()
+
+
+@built
+@pytest.mark.parametrize("isa", library.load().isas)
+def test_each_instruction_set_is_chosen_by_its_name(isa, monkeypatch):
+    monkeypatch.setenv(library.ISA, isa)
+    assert library.load().isa() == isa
+    assert native.ISAS[library.load().isa_number()] == isa
+    monkeypatch.delenv(library.ISA)
+    assert library.load().isa() == library.load().isas[-1]
+
+
+HEADER = re.sub(r"//[^\n]*", "", (Path(__file__).parents[2] / "csrc" / "engine.h").read_text())
+
+
+@pytest.mark.parametrize(
+    ("mirror", "name"),
+    [
+        (native.Geometry, "ps_geometry"),
+        (native.Conv, "ps_conv_args"),
+        (native.Wgrad, "ps_wgrad_args"),
+        (native.Depthwise, "ps_depthwise_args"),
+        (native.Pool, "ps_pool_args"),
+    ],
+)
+def test_structures_mirror_those_of_the_header(mirror, name):
+    """A field more, less or elsewhere would shift all that the library reads after it."""
+    sizes = {"int32_t": 4, "int64_t": 8}
+    declared = []
+    for statement in re.findall(r"typedef struct \{([^}]*)\} " + name + ";", HEADER)[0].split(";")[:-1]:
+        kind, names = re.fullmatch(r"\s*(?:const )?(\w+\*?)\s+(.*)", statement, re.DOTALL).groups()
+        for field in re.split(r",\s*", names):
+            label, count = re.fullmatch(r"(\w+)(?:\[(\d)\])?", field).groups()
+            size = ctypes.sizeof(ctypes.c_void_p) if kind.endswith("*") else sizes[kind]
+            declared.append((label, size * int(count or 1)))
+    assert declared == [(label, ctypes.sizeof(kind)) for label, kind in mirror._fields_]
+
+
+def test_numbers_mirror_those_of_the_header():
+    numbers = {name: int(number) for name, number in re.findall(r"PS_(\w+) = (\d+)", HEADER)}
+    isas = {name.upper(): number for number, name in enumerate(native.ISAS)}
+    lists = {"NO_LISTS": native.NO_LISTS, "GROUPS": native.GROUPS, "SQUARES": native.SQUARES}
+    dtypes = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}
+    assert numbers == isas | lists | {name: DTYPES[dtype] for name, dtype in dtypes.items()}
 
 
 @built
 def test_without_an_openmp_runtime_one_thread_gives_the_same(problem):
     grid, packed, weight = problem
-    handle = native.library().handle
+    handle = library.load().handle
     assert handle is not None
     expected = patch_conv2d(packed, weight, None, grid, padding=1, backend="cpp")
     handle.ps_set_runtime(None, None, None)
     try:
         alone = patch_conv2d(packed, weight, None, grid, padding=1, backend="cpp")
     finally:
-        native.library.cache_clear()
-        assert native.library().serial is None
+        library.load.cache_clear()
+        assert library.load().serial is None
     assert torch.equal(alone, expected)
 
 

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack, patch_conv2d
 from patchsparse.backends import cpp
-from patchsparse.backends.cpp import native
+from patchsparse.backends.cpp import library
 from patchsparse.geometry import Stencil
 
 from .test_conv import gradients, masked_conv
 
-ISAS = native.library().isas
-pytestmark = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+ISAS = library.load().isas
+pytestmark = pytest.mark.skipif(library.load().problem is not None, reason=str(library.load().problem))
 SIZES = [
     (1, 1),
     (2, 2),
@@ -46,7 +46,7 @@ def operands(channels: int, size: tuple[int, int], kernel: tuple[int, int], dtyp
     ("kernel", "channels"), [(k, c) for k, c in zip(KERNELS, (1, 17, 40, 64, 70, 16, 5), strict=True)]
 )
 def test_outputs_and_gradients_equal_dense_and_mask(isa, size, kernel, channels, monkeypatch):
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     grid = PatchGrid.random(3, (5, 6), keep=0.6, generator=torch.Generator().manual_seed(0))
     leaves = image, weight, bias = operands(channels, size, kernel, torch.float32)
     padding = (kernel[0] // 2, kernel[1] // 2)
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_equal_dense_and_mask(isa, size, kernel, channels,
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_bfloat16_is_summed_in_float32_and_rounded_once(isa, size, monkeypatch):
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     grid = PatchGrid.random(3, (5, 6), keep=0.6, generator=torch.Generator().manual_seed(0))
     leaves = image, weight, bias = operands(40, (size, size), (7, 7), torch.bfloat16)
     expected = masked_conv(image, grid.active, weight, bias, padding=3, groups=40)
@@ -105,7 +105,7 @@ def test_no_active_neighbour_is_one_product_per_pixel():
 )
 def test_a_weight_gradient_over_many_patches_is_as_exact_as_pytorch(isa, kernel, stride, dilation, side, monkeypatch):
     """A gradient adds up some twenty thousand products; rounding after each of them would cost two digits."""
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     channels, padding = 16, dilation * (kernel // 2)
     generator = torch.Generator().manual_seed(kernel + side)
     image = torch.randn(4, channels, 9 * side, 9 * side, generator=generator)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from patchsparse import PatchGrid, bind, sparsify
 from patchsparse.adoption.modules import PatchLinear
 from patchsparse.backends import choose, cpp
-from patchsparse.backends.cpp import choice, native
+from patchsparse.backends.cpp import choice, library
 from patchsparse.geometry import POINT
 from patchsparse.pointwise import conv_call, linear_call, local_linear
 
-engine = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+engine = pytest.mark.skipif(library.load().problem is not None, reason=str(library.load().problem))
 
 
 def gradients(y: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ def test_other_types_stay_with_pytorch(dtype, monkeypatch):
 
 def test_only_the_cpu_asks_the_engine(monkeypatch):
     monkeypatch.setattr(choice, "products_are_slow", lambda: True)
-    for device, engine in (("meta", "gather"), ("cpu", "cpp" if native.library().problem is None else "gather")):
+    for device, engine in (("meta", "gather"), ("cpu", "cpp" if library.load().problem is None else "gather")):
         x, weight = torch.empty(5, 2, 2, 32, device=device), torch.empty(8, 32, device=device)
         assert choose(linear_call(x, weight), "auto") == engine
         packed, square = x.permute(0, 3, 1, 2), weight[:, :, None, None]

@@ -10,13 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from patchsparse import PatchGrid, explain, image_conv2d, image_conv_transpose2d, image_engine, pack, patch_conv2d
 from patchsparse.backends import cpp
-from patchsparse.backends.cpp import native
+from patchsparse.backends.cpp import library, native
 from patchsparse.geometry import Stencil
 
 from .test_conv import gradients, masked_conv, relative_error
 
-ISAS = native.library().isas
-pytestmark = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+ISAS = library.load().isas
+pytestmark = pytest.mark.skipif(library.load().problem is not None, reason=str(library.load().problem))
 THREE = Stencil((3, 3), (1, 1), (1, 1))
 
 
@@ -55,7 +55,7 @@ def test_float32_is_as_exact_as_pytorch(isa, size, channels, monkeypatch):
 
     The weight gradient, where PyTorch's sums are short, may err by four roundings more, as in the direct way's test.
     """
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     grid = PatchGrid.random(3, (6, 6), keep=0.6, generator=torch.Generator().manual_seed(size))
     operands = (normal(3, channels, 6 * size, 6 * size), normal(channels, channels, 3, 3, seed=1) / (3 * channels**0.5))
 
@@ -79,7 +79,7 @@ def test_float32_is_as_exact_as_pytorch(isa, size, channels, monkeypatch):
 @pytest.mark.parametrize("isa", [isa for isa in ISAS if native.ISAS.index(isa) < native.BF16])
 def test_bfloat16_is_rounded_once_on_the_way_out(isa, monkeypatch):
     """Sums are float32: results are those of widened operands, rounded; no element is off by more than a rounding."""
-    monkeypatch.setenv(native.ISA, isa)
+    monkeypatch.setenv(library.ISA, isa)
     grid = PatchGrid.random(2, (4, 5), keep=0.5, generator=torch.Generator().manual_seed(0))
     x, grad = (normal(grid.num_active, c, 4, 6, seed=s).bfloat16() for c, s in ((37, 0), (50, 1)))
     weight, bias, maps = (
@@ -126,7 +126,7 @@ def test_it_takes_what_it_says_and_nothing_else():
 
     assert takes()
     assert takes(torch.float64, (2, 10), (32, 100))
-    assert takes(dtype=torch.bfloat16) == (native.library().isa() < native.BF16)
+    assert takes(dtype=torch.bfloat16) == (library.load().isa_number() < native.BF16)
     assert not takes(dtype=torch.float16)
     assert not takes(size=(1, 1))
     assert not takes(size=(8, 9))

@@ -1,12 +1,15 @@
 """The ``cpp`` engine: indirect GEMM through the slot map on the CPU, compiled from ``csrc/`` (see its README).
 
 Inactive neighbours cost nothing: target rows are grouped by the taps that are active for them, and a group is one
-matrix product whose rows are found by index. Weights are packed in panels once per call. bfloat16 is stored and read
-as such (images are widened first where nothing multiplies it) and accumulated in float32. Results do not depend on the
+matrix product whose rows are found by index. Weights are packed in panels once per call. bfloat16 is read and written
+as it is and summed in float32; where nothing multiplies it, images are widened first. Results do not depend on the
 number of threads.
 
 3x3 convolutions of stride 1 go another way where patches have even sides (:func:`winograd`): 16 products for 2x2
-outputs instead of 36, or as many as are active. bfloat16 does not where the processor multiplies it itself.
+outputs instead of 36, or as many as are active. bfloat16 goes this way where the processor does not multiply it itself.
+
+``library`` loads what is compiled and ``native`` mirrors its interface; ``plans`` has the row lists of a mask, and
+``choice`` says which calls this engine takes and how it runs them.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from torch import Tensor
 
 from ...geometry import Stencil
 from ...layout import packed_empty, packed_like
-from ..tables import remember
-from . import native
+from . import library, native
 from .choice import DTYPES, how, leaves, multiplies_bfloat16, pays, why_not, why_unusable, winograd
+from .plans import Plan, adjoint_plan, lists_of, plan_for
 
 __all__ = [
     "conv2d",
@@ -39,75 +42,15 @@ __all__ = [
 ]
 
 Size = tuple[int, int]
-NO_LISTS, GROUPS, SQUARES = range(3)  # what a plan holds besides the halo, as in csrc/engine.h
-
-
-class _Plan:
-    """Own a ``ps_plan``: which source row each target row reads at each tap."""
-
-    def __init__(self, slot: Tensor, coords: Tensor, geometry: native.Geometry):
-        self.handle = _engine()
-        slot, coords = slot.contiguous(), coords.contiguous()
-        maps = (slot.data_ptr(), coords.data_ptr())
-        self.pointer = self.handle.ps_plan_create(byref(geometry), *maps, torch.get_num_threads())
-        if not self.pointer:
-            raise MemoryError("the C++ engine ran out of memory for the row lists of a mask")
-
-    def __del__(self) -> None:
-        if getattr(self, "pointer", None):
-            self.handle.ps_plan_destroy(self.pointer)
-
-    def statistics(self) -> dict[str, int]:
-        """Return the numbers of rows, active pairs and groups."""
-        numbers = (ctypes.c_int64 * 5)()
-        self.handle.ps_plan_statistics(self.pointer, numbers)
-        names = ("targets", "sources", "pairs", "groups", "groups_stored_once")
-        return dict(zip(names, numbers, strict=True))
-
-
-def _engine() -> Any:
-    loaded = native.library()
-    if loaded.handle is None:
-        raise RuntimeError(loaded.problem)
-    return loaded.handle
-
-
-def plan(slot: Tensor, coords: Tensor, source: Size, stencil: Stencil, adjoint: bool, lists: int = NO_LISTS) -> _Plan:
-    """Return the plan of a stencil operation on patches of ``source`` pixels, built once per mask and geometry."""
-
-    def build() -> _Plan:
-        pairs = (source, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation)
-        numbers = (coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), lists)
-        return _Plan(slot, coords, native.Geometry(*numbers, *pairs))
-
-    return remember(slot, ("cpp", source, stencil, adjoint, lists), build)
-
-
-def _lists(groups: int, fast: bool) -> int:
-    """Return the lists that a convolution reads: depthwise, by Winograd's method, or direct."""
-    return SQUARES if groups != 1 else NO_LISTS if fast else GROUPS
-
-
-def _adjoint_plan(slot: Tensor, coords: Tensor, source: Size, stencil: Stencil, lists: int) -> tuple[_Plan, bool]:
-    """Return the plan of an input gradient, and whether it reads the taps in reverse.
-
-    With stride 1 the gradient is the same operation with the kernel turned round, so that the plan of the forward
-    pass serves again wherever the padding is symmetrical.
-    """
-    if stencil.stride != (1, 1):
-        return plan(slot, coords, source, stencil, True, lists), False
-    turned = tuple(d * (k - 1) - p for k, p, d in zip(stencil.kernel, stencil.padding, stencil.dilation, strict=True))
-    around = Stencil(stencil.kernel, stencil.stride, (turned[0], turned[1]), stencil.dilation)
-    return plan(slot, coords, source, around, False, lists), True
 
 
 def _run(name: str, args: Any) -> None:
-    if getattr(_engine(), name)(byref(args)) != 0:
+    if getattr(library.engine(), name)(byref(args)) != 0:
         raise MemoryError(f"the C++ engine ran out of memory in {name}")
 
 
 def _how(x: Tensor) -> tuple[int, int, int]:
-    return DTYPES[x.dtype], native.library().isa(), torch.get_num_threads()
+    return DTYPES[x.dtype], library.load().isa_number(), torch.get_num_threads()
 
 
 def _compute(x: Tensor, groups: int) -> Tensor:
@@ -142,12 +85,12 @@ def conv2d(
     fast = winograd(dtype, _size(x), (x.shape[1], weight.shape[0]), stencil, groups)
     x = packed_like(x) if fast else _compute(x, groups)
     weight, bias = _parameters(x, weight, bias, groups)
-    the_plan = plan(slot, coords, _size(x), stencil, False, _lists(groups, fast))
+    plan = plan_for(slot, coords, _size(x), stencil, False, lists_of(groups, fast))
     out = packed_empty(x, x.shape[0], weight.shape[0], *stencil.output_size(_size(x)))
     if groups == 1:
-        _multiply(the_plan, x, weight, weight.stride(), bias, out, fast)
+        _multiply(plan, x, weight, weight.stride(), bias, out, fast)
     else:
-        _depthwise(the_plan, x, weight, bias, out, False)
+        _depthwise(plan, x, weight, bias, out, False)
     return out.to(dtype)
 
 
@@ -159,18 +102,18 @@ def conv2d_dgrad(
     fast = winograd(dtype, size, (weight.shape[1], weight.shape[0]), stencil, groups)
     grad = packed_like(grad) if fast else _compute(grad, groups)
     weight, _ = _parameters(grad, weight, None, groups)
-    the_plan, flip = _adjoint_plan(slot, coords, _size(grad), stencil, _lists(groups, fast))
+    plan, flip = adjoint_plan(slot, coords, _size(grad), stencil, lists_of(groups, fast))
     out = packed_empty(grad, grad.shape[0], weight.shape[1] * groups, *size)
     if groups == 1:
         n, k, y, x = weight.stride()
-        _multiply(the_plan, grad, weight, (k, n, y, x), None, out, fast, flip)
+        _multiply(plan, grad, weight, (k, n, y, x), None, out, fast, flip)
     else:
-        _depthwise(the_plan, grad, weight, None, out, flip)
+        _depthwise(plan, grad, weight, None, out, flip)
     return out.to(dtype)
 
 
 def _multiply(
-    the_plan: _Plan,
+    plan: Plan,
     source: Tensor,
     weight: Tensor,
     strides: tuple[int, ...],
@@ -185,7 +128,7 @@ def _multiply(
         first += ((weight.shape[2] - 1) * y + (weight.shape[3] - 1) * x) * weight.element_size()
         y, x = -y, -x
     args = native.Conv(
-        *(the_plan.pointer, source.data_ptr(), first, (n, k, y, x)),
+        *(plan.pointer, source.data_ptr(), first, (n, k, y, x)),
         *(None if bias is None else bias.data_ptr(), out.data_ptr()),
         *(source.shape[1], out.shape[1], DTYPES[weight.dtype], *_how(source)),
     )
@@ -197,10 +140,10 @@ def _taps_first(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _depthwise(the_plan: _Plan, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flip: bool) -> None:
+def _depthwise(plan: Plan, source: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, flip: bool) -> None:
     matrix = _taps_first(weight)
     args = native.Depthwise(
-        *(the_plan.pointer, source.data_ptr(), matrix.data_ptr(), None if bias is None else bias.data_ptr()),
+        *(plan.pointer, source.data_ptr(), matrix.data_ptr(), None if bias is None else bias.data_ptr()),
         *(out.data_ptr(), source.shape[1], int(flip), *_how(source)),
     )
     _run("ps_depthwise", args)
@@ -212,11 +155,11 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     c_in, c_out = x.shape[1], grad.shape[1]
     fast = winograd(dtype, _size(x), (c_in, c_out), stencil, groups)
     x, grad = (packed_like(t) if fast else _compute(t, groups) for t in (x, grad))
-    the_plan = plan(slot, coords, _size(x), stencil, False, _lists(groups, fast))
+    plan = plan_for(slot, coords, _size(x), stencil, False, lists_of(groups, fast))
     if groups != 1:
         matrix = x.new_empty(kh * kw, c_in)
         args = native.Depthwise(
-            *(the_plan.pointer, x.data_ptr(), matrix.data_ptr(), None, grad.data_ptr()), *(c_in, 0, *_how(x))
+            *(plan.pointer, x.data_ptr(), matrix.data_ptr(), None, grad.data_ptr()), *(c_in, 0, *_how(x))
         )
         _run("ps_depthwise_wgrad", args)
         return matrix.t().unflatten(1, (1, kh, kw)).to(dtype)
@@ -225,7 +168,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     else:
         weight = x.new_empty(c_out, kh, kw, c_in, dtype=dtype).permute(0, 3, 1, 2)
     args = native.Wgrad(
-        *(the_plan.pointer, x.data_ptr(), grad.data_ptr(), weight.data_ptr(), weight.stride()),
+        *(plan.pointer, x.data_ptr(), grad.data_ptr(), weight.data_ptr(), weight.stride()),
         *(c_in, c_out, DTYPES[dtype], *_how(x)),
     )
     _run("ps_winograd_wgrad" if fast else "ps_wgrad", args)
@@ -238,8 +181,8 @@ def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tup
     x = _widened(x)
     out = packed_empty(x, x.shape[0], x.shape[1], *stencil.output_size(_size(x)))
     tap = torch.empty_like(out, dtype=torch.uint8)
-    the_plan = plan(slot, coords, _size(x), stencil, False)
-    _pool("ps_max_pool", the_plan, x, tap, out)
+    plan = plan_for(slot, coords, _size(x), stencil, False)
+    _pool("ps_max_pool", plan, x, tap, out)
     return out.to(dtype), tap
 
 
@@ -248,14 +191,12 @@ def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, siz
     dtype = grad.dtype
     grad, tap = _widened(grad), packed_like(tap)
     out = packed_empty(grad, grad.shape[0], grad.shape[1], *size)
-    the_plan = plan(slot, coords, _size(grad), stencil, True)
-    _pool("ps_max_pool_grad", the_plan, grad, tap, out)
+    plan = plan_for(slot, coords, _size(grad), stencil, True)
+    _pool("ps_max_pool_grad", plan, grad, tap, out)
     return out.to(dtype)
 
 
-def _pool(name: str, the_plan: _Plan, source: Tensor, tap: Tensor, out: Tensor) -> None:
+def _pool(name: str, plan: Plan, source: Tensor, tap: Tensor, out: Tensor) -> None:
     pointer = ctypes.cast(tap.data_ptr(), ctypes.POINTER(ctypes.c_uint8))
-    args = native.Pool(
-        *(the_plan.pointer, source.data_ptr(), pointer, out.data_ptr()), *(source.shape[1], *_how(source))
-    )
+    args = native.Pool(*(plan.pointer, source.data_ptr(), pointer, out.data_ptr()), *(source.shape[1], *_how(source)))
     _run(name, args)

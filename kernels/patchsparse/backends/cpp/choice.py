@@ -8,7 +8,7 @@ import torch
 
 from ...geometry import Call, Stencil
 from ...processor import processor_fields
-from . import native
+from . import library, native
 
 __all__ = ["DTYPES", "how", "leaves", "multiplies_bfloat16", "pays", "why_not", "why_unusable", "winograd"]
 
@@ -25,7 +25,7 @@ def why_unusable(device: str, dtype: torch.dtype) -> str | None:
         return f"it runs on the CPU, the tensors are on {device}"
     if dtype not in DTYPES:
         return f"it takes float32, bfloat16 and float64, not {dtype}"
-    return native.library().problem
+    return library.load().problem
 
 
 def why_not(call: Call) -> str | None:
@@ -73,7 +73,7 @@ def pays(call: Call) -> bool:
     if call.dtype != torch.bfloat16:
         return False
     if multiplies_bfloat16():
-        few = 64 if native.library().isa() == native.AMX else 32
+        few = 64 if library.load().isa() == "amx" else 32
         return call.in_channels >= (few if weight_gradient else 16)
     tiled = winograd(call.dtype, call.size, (call.in_channels, call.out_channels), call.stencil)
     return tiled or min(call.stencil.output_size(call.size)) <= 2
@@ -141,5 +141,5 @@ def winograd(dtype: torch.dtype, size: Size, channels: Size, stencil: Stencil, g
 
 def multiplies_bfloat16() -> bool:
     """Return whether the instruction set in use multiplies bfloat16 itself: by matrix tiles, or by vectors of pairs."""
-    loaded = native.library()
-    return loaded.problem is None and loaded.isa() >= native.BF16
+    loaded = library.load()
+    return loaded.problem is None and loaded.isa_number() >= native.BF16
