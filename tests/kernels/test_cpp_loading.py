@@ -101,9 +101,8 @@ def test_structures_mirror_those_of_the_header(mirror, name):
     sizes = {"int32_t": 4, "int64_t": 8}
     declared = []
     for statement in re.findall(r"typedef struct \{([^}]*)\} " + name + ";", HEADER)[0].split(";")[:-1]:
-        kind, names = re.fullmatch(r"\s*(?:const )?(\w+\*?)\s+(.*)", statement, re.DOTALL).groups()
-        for field in re.split(r",\s*", names):
-            label, count = re.fullmatch(r"(\w+)(?:\[(\d)\])?", field).groups()
+        [(kind, names)] = re.findall(r"^\s*(?:const )?(\w+\*?)\s+(.*)$", statement)
+        for label, count in re.findall(r"(\w+)(?:\[(\d)\])?(?:, |$)", names):
             size = ctypes.sizeof(ctypes.c_void_p) if kind.endswith("*") else sizes[kind]
             declared.append((label, size * int(count or 1)))
     assert declared == [(label, ctypes.sizeof(kind)) for label, kind in mirror._fields_]
