@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack, sparsify, unpack
-from spatspark_fast.pretrain.savings import DenseAndMask
+from patchsparse.testing import DenseAndMask
 
 from ..measure.ceilings import ceilings
 from ..measure.scales import Scale

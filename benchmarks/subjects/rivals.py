@@ -12,13 +12,13 @@ from timm.optim.lamb import Lamb as TimmLamb
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid
+from patchsparse.testing import DenseAndMask
 from spatspark_fast.models.choices import LossOn
 from spatspark_fast.models.decoder import UNetBlock, UNetDecoder
 from spatspark_fast.models.densify import DensifyLevel
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import reconstruction_loss
 from spatspark_fast.models.spark import SparK
-from spatspark_fast.pretrain.savings import DenseAndMask
 from spatspark_fast.training.optim import parameter_groups, set_rates
 
 from .steps import BETAS, CLIP, RATES, Marks, OurStep, Step, no_mark

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, pack
+from patchsparse.testing import DenseAndMask
 from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import reconstruction_loss
 from spatspark_fast.models.spark import SparK
-from spatspark_fast.pretrain.savings import DenseAndMask
 from spatspark_fast.training.lamb import clip_gradients
 
 from ..measure.scales import MASKED, Scale

@@ -3,8 +3,9 @@
 See ``kernels/README.md`` for the layout and a ten-line use in a timm model.
 """
 
-from .adoption.adopt import UnsupportedModuleError, sparsify
+from .adoption.adopt import UnsupportedModuleError
 from .adoption.binding import bind
+from .adoption.sparsify import sparsify
 from .explanation import available_backends, explain, why_unavailable
 from .functional import (
     patch_avg_pool2d,

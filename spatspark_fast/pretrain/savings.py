@@ -1,7 +1,7 @@
 """Say what the sparse path saves against dense-and-mask: counted in multiply-adds, and measured on the spot.
 
-Dense-and-mask is SparK's published way: the whole image goes through every layer, what lies outside visible
-patches is multiplied by zero before it is read, and norms see visible positions only.
+Dense-and-mask is SparK's published way: the whole image goes through every layer, see
+`patchsparse.testing.DenseAndMask`.
 """
 
 import copy
@@ -9,74 +9,21 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack
+from patchsparse.testing import DenseAndMask
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.macs import count_macs
 from spatspark_fast.models.masks import num_visible, shares
 from spatspark_fast.models.spark import SparK
 
-__all__ = ["DenseAndMask", "Measurement", "counted_savings", "describe_savings", "measure_encoder"]
+__all__ = ["Measurement", "counted_savings", "describe_savings", "measure_encoder"]
 
 GIGA = 1e9
 PARITY = 1e-3  # largest difference of features, as a share of the largest feature, at which times are compared
-
-
-class _OnActive(nn.Module):
-    """Run a norm over visible positions only, as a batch of single pixels."""
-
-    def __init__(self, norm: nn.Module, pixels: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.norm = norm
-        self.pixels = pixels
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = self.pixels(x)
-        rows = self.norm(x.permute(0, 2, 3, 1)[active][:, :, None, None])
-        result = rows.new_zeros(x.shape[0], x.shape[2], x.shape[3], rows.shape[1])
-        result[active] = rows[:, :, 0, 0]
-        return result.permute(0, 3, 1, 2)
-
-
-class DenseAndMask(nn.Module):
-    """Run a copy of an encoder over whole images, masked the way SparK does it.
-
-    Exact for encoders whose layers are convolutions, pools, batch norms and anything that acts on one pixel;
-    others (squeeze and excitation, GRN) differ, which `measure_encoder` notices.
-    """
-
-    def __init__(self, encoder: nn.Module, grid: PatchGrid) -> None:
-        super().__init__()
-        self.encoder = copy.deepcopy(encoder)
-        self.grid = grid
-        for parent in list(self.encoder.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.BatchNorm2d):
-                    setattr(parent, name, _OnActive(child, self._pixels))
-        for module in self.encoder.modules():
-            if _looks_around(module):
-                module.register_forward_pre_hook(self._mask_input)
-
-    def forward(self, frames: Tensor) -> Sequence[Tensor]:
-        """Return the feature maps ``(B, C, H/s, W/s)``, right at visible positions only."""
-        return self.encoder(frames)
-
-    def _pixels(self, x: Tensor) -> Tensor:
-        return self.grid.pixels(x.shape[2:])
-
-    def _mask_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] * self._pixels(inputs[0]).unsqueeze(1), *inputs[1:])
-
-
-def _looks_around(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-        return False
-    size = module.kernel_size
-    return (max(size) if isinstance(size, tuple) else int(size)) > 1
 
 
 @dataclass

@@ -23,7 +23,6 @@ PENDING: dict[str, set[str]] = {
         "patchsparse.ops.norm_unpack imports patchsparse.packing",
     },
     "circles_of_imports": {
-        "patchsparse.adoption.adopt <-> patchsparse.adoption.parity",
         "patchsparse.backends <-> patchsparse.backends.cpp",
         "patchsparse.ops.conv <-> patchsparse.ops.gradients",
     },

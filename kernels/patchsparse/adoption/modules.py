@@ -7,7 +7,7 @@ no grid bound, ``forward`` is the parent's, bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,13 @@ class PatchModule(nn.Module):
 
 
 class PatchImageModule(PatchModule):
-    """Base of the modules that act on each image by reducing over all its active pixels."""
+    """Base of the modules that act on each image by reducing over all its active pixels.
+
+    Attributes:
+        pools: whether the result is one value per image, and not a map.
+    """
+
+    pools: ClassVar[bool] = False
 
 
 class _Stencilled(PatchModule):
@@ -202,6 +208,8 @@ class PatchAvgPool2d(_Stencilled, nn.AvgPool2d):
 
 class PatchAdaptiveAvgPool2d(PatchImageModule, nn.AdaptiveAvgPool2d):
     """Average the active pixels of each image, ``(N, C, p, p)`` to ``(B, C, 1, 1)``; 0 if there are none."""
+
+    pools = True
 
     def forward(self, input: Tensor) -> Tensor:
         grid = self._grid(input)

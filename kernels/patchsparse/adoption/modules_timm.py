@@ -145,6 +145,8 @@ class PatchGlobalResponseNorm(PatchImageModule, GlobalResponseNorm):
 class PatchFastAdaptiveAvgPool(PatchImageModule, FastAdaptiveAvgPool):
     """Average each image over its active pixels."""
 
+    pools = True
+
     def forward(self, x: Tensor) -> Tensor:
         grid = self._grid(x)
         if grid is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,17 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 from ..grid import PatchGrid
 from ..packing import pack
-from .adopt import UnsupportedModuleError, sparsify_copy
+from .adopt import UnsupportedModuleError, adopt, plan_adoption
 from .binding import bind
-from .modules import PatchImageModule, PatchModule
+from .dense_and_mask import DenseAndMask
+from .modules import PatchImageModule
 
 __all__ = ["check_parity"]
 
-Forward = Callable[..., Tensor]
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
-# Three patches of each image, so that images can be stacked as columns of pixels; one has no active
-# neighbour.
+# Three patches of each image, since all images need the same number; one patch has no active neighbour.
 _ACTIVE = (((1, 1, 0), (0, 1, 0)), ((1, 0, 1), (0, 0, 1)))
 
 
@@ -102,17 +101,13 @@ def _perturbed_copy(model: nn.Module, seed: int) -> nn.Module:
 
 def _compare(source: nn.Module, x: Tensor, tolerance: float) -> None:
     grid = PatchGrid.from_active(torch.tensor(_ACTIVE, dtype=torch.bool, device=x.device))
-    candidate = sparsify_copy(source, "gather")
+    candidate = copy.deepcopy(source)
+    adopt(candidate, plan_adoption(candidate, trust_forward=True), "gather")
     opaque = _opaque(candidate)
-    kinds = {path: type(m) for path, m in candidate.named_modules() if isinstance(m, PatchModule)}
-    reference = copy.deepcopy(source)
-    mask = _Mask(grid)
-    for path, module in reference.named_modules():
-        if path not in opaque:
-            mask.install(module, kinds.get(path))
-    with _recording(reference, opaque) as dense:
+    reference = DenseAndMask(source, grid)
+    with _recording(reference.model, opaque) as dense:
         try:
-            reference(x * mask.of(x))
+            reference(x * grid.pixels(x.shape[2:]).unsqueeze(1))
         except Exception as error:
             raise ValueError(
                 f"the dense model does not run on an input of {tuple(x.shape)} ({error}); call "
@@ -228,63 +223,3 @@ def _recording(model: nn.Module, opaque: set[str]) -> Iterator[_Record]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-class _Mask:
-    """Gives the modules of a dense model the meaning of dense-and-mask, through their own ``forward``.
-
-    Spatial modules read and write zeros at inactive pixels. Batch norms see the active pixels as one column,
-    and per-image modules those of each image as a one-pixel-high image. What has no room for the grid (one
-    value per image, say) is left alone.
-    """
-
-    def __init__(self, grid: PatchGrid):
-        self.grid = grid
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return the active map at the resolution of ``x``, ``(B, 1, H, W)`` bool."""
-        return self.grid.pixels(x.shape[2:]).unsqueeze(1)
-
-    def install(self, module: nn.Module, kind: type[PatchModule] | None) -> None:
-        """Replace the forward of one module, where it looks beyond a pixel."""
-        target: Any = module
-        forward: Forward = target.forward
-        if kind is not None and issubclass(kind, PatchImageModule):
-            target.forward = partial(self._per_image, forward, getattr(module, "channel_dim", 1) == -1)
-        elif kind is not None:
-            target.forward = partial(self._spatial, forward)
-        elif isinstance(module, _BATCH_NORM):
-            target.forward = partial(self._pixels, forward)
-
-    def _fits(self, x: Tensor) -> bool:
-        batch, rows, columns = self.grid.active.shape
-        return x.dim() == 4 and x.shape[0] == batch and not (x.shape[2] % rows or x.shape[3] % columns)
-
-    def _spatial(self, forward: Forward, x: Tensor) -> Tensor:
-        if not self._fits(x):
-            return forward(x)
-        y = forward(x * self.of(x))
-        return y * self.of(y) if self._fits(y) else y
-
-    def _pixels(self, forward: Forward, x: Tensor) -> Tensor:
-        if not self._fits(x):
-            return forward(x)
-        where = self.of(x)[:, 0]
-        column = forward(x.permute(0, 2, 3, 1)[where][:, :, None, None])
-        y = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], x.shape[1])
-        y[where] = column[:, :, 0, 0]
-        return y.permute(0, 3, 1, 2)
-
-    def _per_image(self, forward: Forward, channels_last: bool, x: Tensor) -> Tensor:
-        image = x.permute(0, 3, 1, 2) if channels_last else x
-        if not self._fits(image):
-            return forward(x)
-        where = self.of(image)[:, 0]
-        pixels = image.permute(0, 2, 3, 1)[where].unflatten(0, (image.shape[0], -1)).unsqueeze(1)
-        lines = pixels if channels_last else pixels.permute(0, 3, 1, 2)
-        out = forward(lines)
-        if out.shape != lines.shape:  # pooled
-            return out
-        y = torch.zeros_like(image.permute(0, 2, 3, 1))
-        y[where] = (out if channels_last else out.permute(0, 2, 3, 1)).flatten(0, 2)
-        return y if channels_last else y.permute(0, 3, 1, 2)

@@ -13,7 +13,7 @@ from ..geometry import Stencil, pair
 from . import modules as patch_nn
 from .modules import PatchModule, stencil_of
 
-__all__ = ["POINTWISE", "Rule", "find_rule", "qualified_name"]
+__all__ = ["Rule", "find_rule", "qualified_name"]
 
 
 def accept(module: nn.Module) -> str | None:
@@ -26,11 +26,10 @@ class Rule:
     """What to do with a module type.
 
     Attributes:
-        make: the class that adopts the module (a string is a name in ``nn_timm``), None leaves it as
-        it is.
+        make: the class that adopts the module, or its name in ``modules_timm``; None leaves the module as it is.
         refuse: returns the reason why a given instance cannot be equal to dense-and-mask, or None.
         whole: the module answers for its children, which see one row per image; they are not visited.
-        optional: adopting only saves time, so that a module that cannot be adopted stays as it is.
+        optional: adopting only saves time; a module that cannot be adopted stays as it is.
     """
 
     make: type[PatchModule] | str | None = None
@@ -46,7 +45,7 @@ class Rule:
         return self.make
 
 
-POINTWISE = Rule(patch_nn.PatchPointwiseConv2d)
+_POINTWISE = Rule(patch_nn.PatchPointwiseConv2d)
 
 
 def _pair_of(value: Any) -> tuple[int, int]:
@@ -261,5 +260,17 @@ def find_rule(module: nn.Module) -> Rule | None:
             inherited = all(
                 getattr(kind, name, None) is getattr(base, name, None) for name in ("forward", "_conv_forward")
             )
-            return rule if inherited or kind is base else None
+            if not inherited and kind is not base:
+                return None
+            return _POINTWISE if _pointwise(module) else rule
     return None
+
+
+def _pointwise(module: nn.Module) -> bool:
+    """Whether a convolution is 1x1 without stride: it then needs no grid, and also takes one pixel per image."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid", "same")
+    )

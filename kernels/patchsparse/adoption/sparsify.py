@@ -1,0 +1,41 @@
+"""The front door: turn a dense model into one that also runs on packed patches."""
+
+from __future__ import annotations
+
+from ..backends import ENGINES
+from .adopt import Model, adopt, plan_adoption
+from .parity import check_parity
+
+__all__ = ["sparsify"]
+
+
+def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Model:
+    """Make ``model`` run on packed patches whenever a grid is bound, and as before when none is.
+
+    Modules that look at one pixel stay. Spatial ones, and those that reduce over an image, change their class in
+    place: Parameters, buffers, hooks, state-dict keys and ``isinstance`` answers remain. The whole tree is
+    checked before anything changes, so a refused model is left untouched.
+
+    ``forward`` methods of containers are searched for functional calls that could mix patches (a mean over
+    the image, pooling, padding, attention). Such a call is refused, unless ``verify`` shows it to be
+    harmless. A module class of your own that treats each pixel by itself may say so: ``patchsparse_pointwise = True``.
+
+    Args:
+        model: any module; no part of it may be sparsified already.
+        backend: engine of the spatial modules, see :func:`patchsparse.explain`.
+        verify: run a small random input through copies of the model in float64, packed and as dense-and-mask, and
+            compare the output of every module. :func:`patchsparse.testing.check_parity` does it for other sizes.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        UnsupportedModuleError: naming the module, the reason and a remedy.
+        ValueError: if ``backend`` is unknown, part of the model is sparsified, or ``verify`` could not run it.
+    """
+    if backend != "auto" and backend not in ENGINES:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+    plan = plan_adoption(model, trust_forward=verify)
+    if verify:
+        check_parity(model)
+    return adopt(model, plan, backend)
