@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack, sparsify, unpack
 from patchsparse.backends.minkowski.loading import module
-from spatspark_fast.pretrain.savings import DenseAndMask
+from patchsparse.testing import DenseAndMask
 
 from ..measure.scales import MASKED, Scale
 from ..measure.timing import check_parity
