@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 MEASURED, HEADLINE = "measured", "headline"  # names of the regions of docs/benchmarks.md and of README.md
 LARGEST = 150_000  # bytes of a picture
 TITLES = {
-    "speed": "Speed over plain dense against the masked share, with the limits of direct convolution",
+    "speed": "Speed over plain dense against the masked share",
     "split": "Where the time of a training step goes",
     "memory": "Peak memory of a training step",
 }
