@@ -36,8 +36,7 @@ def build_encoder(name: str, in_chans: int, backend: str = "auto", levels: int =
 
     The encoder maps a packed ``(N, in_chans, p, p)`` under ``patchsparse.bind``, or a dense ``(B, in_chans,
     H, W)`` without it, to ``levels`` feature maps, shallow to deep, at strides 4, 8, 16, 32. Its parameters
-    and state dict are
-    those of the plain timm model::
+    and state dict are those of the plain timm model::
 
         timm.create_model(name, in_chans=in_chans, features_only=True)
 

@@ -76,7 +76,7 @@ class DensifyLevel(nn.Module):
         return features if grid is None else unpack(features, grid, fill=self.mask_token)
 
     def _fuses(self, features: Tensor) -> bool:
-        """Return whether norm and token as one operator pay: on a GPU, where both are bound by memory."""
+        """Return whether one operator for norm and token is faster: on a GPU, where both are bound by memory."""
         return features.is_cuda
 
     def _densified(self, features: Tensor, grid: PatchGrid, norm: nn.BatchNorm2d, momentum: float) -> Tensor:
@@ -144,5 +144,5 @@ def _pack_with_halo(image: Tensor, grid: PatchGrid, halo: int) -> Tensor:
     height, width = image.shape[2] // rows, image.shape[3] // columns
     number, row, column = grid.coords.long().unbind(1)
     padded = F.pad(image.permute(0, 2, 3, 1), (0, 0, halo, halo, halo, halo))
-    windows = padded.unfold(1, height + 2 * halo, height).unfold(2, width + 2 * halo, width)  # (B, Gh, Gw, C, h, w)
-    return windows[number, row, column].contiguous(memory_format=torch.channels_last)
+    tiles = padded.unfold(1, height + 2 * halo, height).unfold(2, width + 2 * halo, width)  # (B, Gh, Gw, C, h, w)
+    return tiles[number, row, column].contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ from spatspark_fast.models.choices import InputScaling
 __all__ = ["GAIN", "scale_input"]
 
 GAIN = mm_per_hour(1.0)
-"""Data value 1 in mm/h at the usual scale of 47.83 mm per 5 min. With another scale it is a gain like any other."""
+"""Data value 1 in mm/h at the usual scale of 47.83 mm per 5 min. With another scale it is merely a constant factor."""
 
 
 def scale_input(frames: Tensor, scaling: InputScaling) -> Tensor:

@@ -98,7 +98,7 @@ def count_macs(model: SparK, size: tuple[int, int], visible: float, decoded: flo
     decoder = _Count(lambda: ghost.decoder(densify.result), named, shape, visible)
     blocks = [BlockMacs(name, macs, macs * visible) for name, macs in encoder.blocks.items()]
     for order in (densify.blocks, decoder.blocks):
-        # Level and block number i, in the order in which they run, meet: both are packed from the same one on.
+        # In the order in which they run, level i feeds block i, so both become packed at the same number.
         for index, (name, macs) in enumerate(order.items()):
             blocks.append(BlockMacs(name, macs, macs * (decoded if index >= ghost.decoder.dense_blocks else 1.0)))
     found = tuple(block for block in blocks if block.dense)
@@ -108,7 +108,7 @@ def count_macs(model: SparK, size: tuple[int, int], visible: float, decoded: flo
 class _Count:
     """Run a part of a model, and hold its result and its multiply-adds, in all and by block.
 
-    A container that is never called itself, since its owner calls its children, counts as these.
+    A container that is never called itself is counted child by child, as its owner calls them.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class MaskSampler:
 
     Schedules of the ratio over the progress of training, 0 to 1: ``constant`` stays at ``ratio``; ``linear``
     and ``cosine`` go from ``ratio`` to ``ratio_end``; ``interval`` draws a ratio for each step, uniform in
-    [``ratio``, ``ratio_end``]. All ranks use the same ratio, hence do the same work, with masks of their own.
+    [``ratio``, ``ratio_end``]. All ranks use the same ratio, so they do the same work, each with its own masks.
 
     Raises UserError for a value out of range.
     """

@@ -58,7 +58,7 @@ def unpatchify(patches: Tensor) -> Tensor:
 def patch_statistics(frames: Tensor, shape: tuple[int, int]) -> PatchStatistics:
     """Measure mean and unbiased variance of the patches of ``(B, T, H, W)`` over their pixels and frames.
 
-    The standard deviation is the root of the variance plus 1e-6, hence 0.001 and not 0 in a dry patch.
+    The standard deviation is the root of the variance plus 1e-6: 0.001 and not 0 in a dry patch.
     """
     variance, mean = torch.var_mean(_split(frames, shape), dim=(1, 3, 5), keepdim=True)
     return PatchStatistics(mean, (variance + VARIANCE_FLOOR).sqrt())

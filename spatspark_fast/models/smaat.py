@@ -40,7 +40,7 @@ class DoubleConv(nn.Sequential):
 
 
 class CBAM(nn.Module):
-    """Weigh channels, then positions, by what is seen at a glance (arXiv 1807.06521)."""
+    """Weigh channels, then positions, by their mean and maximum (arXiv 1807.06521)."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ class CBAM(nn.Module):
         """Map ``(B, C, H, W)`` to the same shape."""
         mean, peak = x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
         x = x * torch.sigmoid(self.channel(mean) + self.channel(peak))
-        glance = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), dim=1)
-        return x * torch.sigmoid(self.norm(self.place(glance)))
+        summary = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), dim=1)
+        return x * torch.sigmoid(self.norm(self.place(summary)))
 
 
 class SmaAtUNet(Forecaster):

@@ -132,7 +132,7 @@ class SparK(nn.Module):
     def decodes_apart(self) -> bool:
         """Whether leaving out patches that the loss does not read changes nothing but the cost of a step.
 
-        The light decoder draws each patch by itself, and with ``loss_on="masked"`` visible ones count for nothing.
+        The light decoder draws each patch by itself, and with ``loss_on="masked"`` visible ones do not count.
         """
         return isinstance(self.decoder, LightDecoder) and self.loss_on == "masked"
 

@@ -98,15 +98,15 @@ class SpatSpark(Forecaster):
         return prediction * std + mean
 
     def load_pretrained(self, weights: Mapping[str, Tensor]) -> list[str]:
-        """Take up weights of a `SparK` of the same parts; return the names of those that stay as they were.
+        """Load the weights of a `SparK` with the same parts; return the names of those that stay as they were.
 
-        These are the decoder's head, if it draws another number of frames, or what changes instead of rain
-        (``output_norm="persistence"``). The translation network is new in any case and not named. Raises UserError,
+        These are the decoder's head, if it draws another number of frames, or changes instead of rain
+        (``output_norm="persistence"``). The translation network is always new and not named. Raises UserError,
         naming the first weight that does not fit.
         """
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("translation.")}
-        anew = self.output_norm == "persistence"
-        kept = [name for name in own if name.startswith(HEAD) and (anew or _differs(weights.get(name), own[name]))]
+        new = self.output_norm == "persistence"
+        kept = [name for name in own if name.startswith(HEAD) and (new or _differs(weights.get(name), own[name]))]
         for name, value in own.items():
             if name not in kept and _differs(weights.get(name), value):
                 found = "missing" if name not in weights else str(tuple(weights[name].shape))
@@ -120,9 +120,8 @@ class SpatSpark(Forecaster):
     def freeze(self, parts: Freeze, except_head: bool = False) -> None:
         """Keep the ``encoder``, the ``decoder`` (with densify) or ``both`` as they are during training.
 
-        Their norms then stay in evaluation mode whatever ``train()`` says. ``except_head`` lets the decoder's
-        last layer move, which has to be where it was not pretrained. Raises UserError if nothing is left to
-        train.
+        Their norms then stay in evaluation mode, also after ``train()``. With ``except_head`` the decoder's last layer
+        is trained all the same: it has to be if it was not pretrained. Raises UserError if nothing is left to train.
         """
         check_choice("freeze", parts, Freeze)
         frozen: list[nn.Module] = [self.encoder] if parts in ("encoder", "both") else []
@@ -179,9 +178,9 @@ def build_spatspark(
 ) -> SpatSpark:
     """Build a dense SpaT-SparK around the timm model ``encoder``.
 
-    ``in_length`` and ``out_length`` count frames of 5 minutes. Height and width of the images are free multiples
-    of ``patch`` (pixels), which only ``output_norm="input_patch"`` reads. ``translation="identity"`` is SparK
-    without translation. Raises UserError for values that do not fit.
+    ``in_length`` and ``out_length`` count frames of 5 minutes. Height and width of the images may be any multiples
+    of ``patch`` (pixels). ``translation="identity"`` is SparK without translation. Raises UserError for values that do
+    not fit.
     """
     check_lengths(in_length, out_length)
     check_patch(patch, levels)

@@ -1,8 +1,8 @@
-"""Translation networks: carry what the encoder saw of the past over to what the decoder shall draw.
+"""Translation networks: turn the encoder's features of the past into features of the future for the decoder.
 
 They stand between encoder and densify, one for each level, and map ``(B, C, h, w)`` to the same shape, so that
 a decoder that was pretrained on the encoder's features still fits. Except for the paper's `ConvTanh` they add to
-their input and begin by adding nothing: a pretrained model starts as what it was.
+their input, and add nothing at first: a pretrained model starts as what it was.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class ResidualConv(nn.Module):
 
 
 class AxialAttention(nn.Module):
-    """Let every position look along its row and its column, then mix channels; zero at the start.
+    """Let every position attend along its row and its column, then mix channels; adds nothing at the start.
 
-    Axial attention (arXiv 1912.12180): ``h + w`` positions each instead of ``h * w``. Where a position lies is
-    told by a depthwise 3x3 convolution (arXiv 2102.10882), so that any image size fits.
+    Axial attention (arXiv 1912.12180): each position reads ``h + w`` others instead of ``h * w``. A depthwise 3x3
+    convolution tells where a position lies (arXiv 2102.10882), so that any image size fits.
     """
 
     def __init__(self, channels: int) -> None:

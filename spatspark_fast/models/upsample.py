@@ -42,7 +42,7 @@ def pays(x: Tensor, up: nn.ConvTranspose2d) -> bool:
 def compose(up: Tensor, weight: Tensor) -> Tensor:
     """Return the kernel ``(C, D, 6, 6)`` of both steps from ``up`` ``(C, M, 4, 4)`` and ``weight`` ``(D, M, 3, 3)``.
 
-    Step one writes ``u[q] = sum_i x[i] up[q - 2 i + 1]``, step two ``y[p] = sum_v u[p + v - 1] weight[v]``; hence
+    Step one writes ``u[q] = sum_i x[i] up[q - 2 i + 1]``, step two ``y[p] = sum_v u[p + v - 1] weight[v]``, so
     ``y[p] = sum_i x[i] kernel[p - 2 i + 2]`` with ``kernel[k] = sum_v up[k - 2 + v] weight[v]``, itself a convolution.
     """
     ring = KERNEL - 2  # the rest of the padding

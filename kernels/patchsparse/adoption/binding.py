@@ -14,8 +14,7 @@ from ..grid import PatchGrid
 __all__ = ["Binding", "bind"]
 
 _REPLAY_HELP = (
-    "a sparsified module was recomputed during backward, outside of bind(), and the grid of its forward "
-    "pass is "
+    "a sparsified module was recomputed during backward, outside of bind(), and the grid of its forward pass is "
     "not known. Enter bind(model, grid, checkpointing=True) when you use torch.utils.checkpoint yourself"
 )
 
@@ -23,14 +22,13 @@ _REPLAY_HELP = (
 class Binding:
     """Hold the grid that the modules of one sparsified model run on; ``None`` means the plain dense model.
 
-    Every Patch module of a model refers to the same Binding. It is a plain attribute: no part of the state
-    dict. A deep copy or a pickle starts unbound, so copies are independent of the block that they were made
-    in.
+    Every Patch module of a model refers to the same Binding, as a plain attribute that is no part of the state dict.
+    A deep copy or a pickle starts unbound, also inside a :func:`bind` block.
 
     Attributes:
         backend: name of the engine that the modules ask for.
         grid: grid of the innermost :func:`bind` block, or None.
-        replay: grid of the forward pass that activation checkpointing recomputes at the moment, or None.
+        replay: grid of the forward pass that activation checkpointing is recomputing, or None.
     """
 
     def __init__(self, backend: str = "auto"):
@@ -38,7 +36,7 @@ class Binding:
         self.grid: PatchGrid | None = None
         self.replay: PatchGrid | None = None
         self._replay_task = -1
-        self._unsafe = False  # ran on a grid that a recomputation could not find again, and not densely since
+        self._unsafe = False  # a forward pass ran on a grid that a recomputation cannot find, and none densely since
 
     def current(self) -> PatchGrid | None:
         """Return the grid to run on, or None for the dense path.
@@ -60,15 +58,15 @@ class Binding:
         return self.grid
 
     def enter(self, grid: PatchGrid | None, replayable: bool) -> PatchGrid | None:
-        """Switch to ``grid``, return the one before; ``replayable``: recomputation is prepared for."""
+        """Switch to ``grid`` and return the one before; ``replayable`` says that recomputation will find the grid."""
         previous, self.grid = self.grid, grid
         if torch._C._current_graph_task_id() == -1:
-            self.replay, self._replay_task = None, -1  # left over where a backward pass ended in an exception
+            self.replay, self._replay_task = None, -1  # may be left over from a backward pass that raised
         self._unsafe |= grid is not None and not replayable
         return previous
 
     def replay_with(self, grid: PatchGrid | None) -> None:
-        """Make recomputation use ``grid`` until the running backward pass ends or says otherwise."""
+        """Make recomputation use ``grid`` until the running backward pass ends or this is called again."""
         task = torch._C._current_graph_task_id()
         if task == -1:
             return
@@ -99,12 +97,11 @@ def bindings_of(model: nn.Module) -> list[Binding]:
 
 @contextmanager
 def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None = None) -> Iterator[nn.Module]:
-    """Run every sparsified part of ``model`` on ``grid`` inside the block, and restore the state before on
-    leaving.
+    """Run every sparsified part of ``model`` on ``grid`` inside the block.
 
-    Blocks nest, also for the same model; models with different grids may alternate. ``model`` may be wrapped
-    (DistributedDataParallel, ``torch.compile``) or hold several sparsified parts. ``backward`` may follow the
-    block.
+    Leaving the block brings back what was bound before. Blocks nest, also for the same model; models with different
+    grids may alternate. ``model`` may be wrapped (DistributedDataParallel, ``torch.compile``) or hold several
+    sparsified parts. ``backward`` may come after the block.
 
     Args:
         model: module that holds at least one sparsified part.
@@ -141,9 +138,8 @@ def _uses_checkpointing(model: nn.Module) -> bool:
 def _remember(bindings: list[Binding], grid: PatchGrid | None) -> torch.autograd.graph.saved_tensors_hooks:
     """Attach ``grid`` to every tensor saved for backward in the block.
 
-    A checkpoint saves its inputs under these hooks and unpacks them right before it recomputes: the moment at
-    which the modules must know the grid again. Tensors inside a checkpoint are its own affair and pass by
-    these hooks.
+    A checkpoint saves its inputs under these hooks, and unpacks them right before it recomputes. At that moment the
+    modules must know the grid again. Tensors inside a checkpoint do not come through these hooks.
     """
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Spatial and per-image modules on packed patches: each one *is* an existing module that has been adopted.
 
-Adopting switches the class of a module object and leaves the object in place. Parameters, buffers, hooks, the
-training flag, shared use, references from elsewhere and state-dict keys therefore stay what they were. With
-no grid bound, ``forward`` is the parent's, bit for bit.
+Adopting switches the class of a module and leaves the object in place. Parameters, buffers, hooks, state-dict keys
+and references to it from elsewhere therefore stay what they were. With no grid bound, ``forward`` is the parent's.
 """
 
 from __future__ import annotations
@@ -87,11 +86,9 @@ class PatchModule(nn.Module):
         grid = self.patch_binding.current()
         if grid is not None and (x.dim() != 4 or x.shape[0] != grid.num_active):
             raise ValueError(
-                f"{self.patch_path or type(self).__name__}: a grid with {grid.num_active} active patches is "
-                f"bound, so the "
-                f"input must be ({grid.num_active}, C, p, p), got {tuple(x.shape)}; pass pack(x, grid), or "
-                f"leave "
-                f"bind() to run the dense model"
+                f"{self.patch_path or type(self).__name__}: a grid with {grid.num_active} active patches is bound, "
+                f"so the input must be ({grid.num_active}, C, p, p), got {tuple(x.shape)}; pass pack(x, grid), or "
+                f"leave bind() to run the dense model"
             )
         return grid
 
@@ -117,6 +114,7 @@ class PatchConv2d(_Stencilled, nn.Conv2d):
     """Convolve packed patches ``(N, C, p, p)``, reading neighbours through the grid that is bound."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to ``(N, C', p/s, p/s)``; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
@@ -130,9 +128,10 @@ class PatchConv2d(_Stencilled, nn.Conv2d):
 
 
 class PatchPointwiseConv2d(PatchModule, nn.Conv2d):
-    """A 1x1 convolution: needs no grid, hence also takes one row per image, as behind a global pooling."""
+    """A 1x1 convolution. It needs no grid, so it also takes one pixel for each image, as behind a global pooling."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)``, or one pixel for each image, to ``C'`` channels."""
         if self.patch_binding.current() is None or input.dim() != 4:
             return super().forward(input)
         return local_conv2d(input, self.weight, self.bias, POINT, self.groups, self.patch_binding.backend)
@@ -142,6 +141,7 @@ class PatchLinear(PatchModule, nn.Linear):
     """Multiply the channels of packed patches in channels-last shape ``(N, p, p, C)``; other shapes stay PyTorch's."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(..., C)`` to ``(..., C')``."""
         if self.patch_binding.current() is None or input.dim() != 4:
             return super().forward(input)
         return local_linear(input, self.weight, self.bias, self.patch_binding.backend)
@@ -176,6 +176,7 @@ class PatchMaxPool2d(_Stencilled, nn.MaxPool2d):
     """Pool packed patches by maximum: an inactive neighbour counts as 0, the image border as -inf."""
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Map ``(N, C, p, p)`` to ``(N, C, p/s, p/s)``; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
@@ -189,6 +190,7 @@ class PatchAvgPool2d(_Stencilled, nn.AvgPool2d):
     """Pool packed patches by average: an inactive neighbour is a 0, the border as ``count_include_pad``."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to ``(N, C, p/s, p/s)``; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
@@ -212,6 +214,7 @@ class PatchAdaptiveAvgPool2d(PatchImageModule, nn.AdaptiveAvgPool2d):
     pools = True
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to ``(B, C, 1, 1)``; run densely where no grid is bound."""
         grid = self._grid(input)
         return super().forward(input) if grid is None else image_mean(input, grid)
 
@@ -220,6 +223,7 @@ class PatchGroupNorm(PatchImageModule, nn.GroupNorm):
     """Normalise groups of channels over the active pixels of each image."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
@@ -230,6 +234,7 @@ class PatchInstanceNorm2d(PatchImageModule, nn.InstanceNorm2d):
     """Normalise every channel over the active pixels of each image; running statistics are not supported."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)
@@ -240,6 +245,7 @@ class PatchDropout2d(PatchImageModule, nn.Dropout2d):
     """Drop whole channels of whole images, as the dense module does with the same random state."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return super().forward(input)

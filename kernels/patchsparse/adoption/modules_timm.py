@@ -45,6 +45,7 @@ class PatchDropPath(PatchImageModule, DropPath):
     """Drop the residual branch of whole images, as the dense module does with the same random state."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -64,6 +65,7 @@ class PatchSqueezeExcite(PatchImageModule, SEModule):
     gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -77,6 +79,7 @@ class PatchEffectiveSqueezeExcite(PatchImageModule, EffectiveSEModule):
     gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -90,6 +93,7 @@ class PatchEfficientNetSqueezeExcite(PatchImageModule, SqueezeExcite):
     gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -103,6 +107,7 @@ class PatchEca(PatchImageModule, EcaModule):
     gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -118,6 +123,7 @@ class PatchCeca(PatchImageModule, CecaModule):
     gate: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -130,6 +136,7 @@ class PatchGlobalResponseNorm(PatchImageModule, GlobalResponseNorm):
     """Compare channels by their norm over the active pixels of each image; channels first or last."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` or ``(N, p, p, C)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -148,6 +155,7 @@ class PatchFastAdaptiveAvgPool(PatchImageModule, FastAdaptiveAvgPool):
     pools = True
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to ``(B, C)`` or ``(B, C, 1, 1)``; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -159,6 +167,7 @@ class PatchGroupNormTimm(PatchImageModule, GroupNorm):
     """Normalise groups of channels over the active pixels of each image."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -169,6 +178,7 @@ class PatchGroupNorm1Timm(PatchImageModule, GroupNorm1):
     """Normalise all channels over the active pixels of each image."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -179,6 +189,7 @@ class PatchGroupNormAct(PatchImageModule, GroupNormAct):
     """Normalise groups of channels over the active pixels of each image, then drop and activate."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -190,6 +201,7 @@ class PatchGroupNorm1Act(PatchImageModule, GroupNorm1Act):
     """Normalise all channels over the active pixels of each image, then drop and activate."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to the same shape; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)
@@ -201,6 +213,7 @@ class PatchStdConv2d(PatchConv2d, StdConv2d):
     """Convolve packed patches with a standardised weight (BiT ResNetV2)."""
 
     def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Map ``(N, C, p, p)`` to ``(N, C', p/s, p/s)``; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return StdConv2d.forward(self, input)
@@ -211,6 +224,7 @@ class PatchScaledStdConv2d(PatchConv2d, ScaledStdConv2d):
     """Convolve packed patches with a scaled standardised weight (NFNet)."""
 
     def forward(self, input: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Map ``(N, C, p, p)`` to ``(N, C', p/s, p/s)``; run densely where no grid is bound."""
         grid = self._grid(input)
         if grid is None:
             return ScaledStdConv2d.forward(self, input)
@@ -230,6 +244,7 @@ class PatchBlurPool2d(PatchModule, BlurPool2d):
     padding: Any
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``(N, C, p, p)`` to ``(N, C, p/s, p/s)``; run densely where no grid is bound."""
         grid = self._grid(x)
         if grid is None:
             return super().forward(x)

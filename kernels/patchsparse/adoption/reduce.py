@@ -1,8 +1,8 @@
 """Reductions over the active pixels of each image, and their way back to the packed rows.
 
-Both directions go through ``unpack`` and ``pack`` of one number per patch. They are gathers forward and
-backward, so the result does not depend on the order of atomics, an image never sees another one's NaN, and an
-image without any active patch gives zeros.
+Both directions go through ``unpack`` and ``pack`` of one number per patch, which gather forward and backward. So the
+result is the same bits in every run, an image never sees another one's NaN, and an image without any active patch
+gives zeros.
 """
 
 from __future__ import annotations
@@ -56,10 +56,9 @@ def image_norm(x: Tensor, grid: PatchGrid) -> Tensor:
 def group_norm(
     x: Tensor, grid: PatchGrid, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Normalise ``(N, C, p, p)`` by mean and variance of each image's active pixels and of each channel
-    group.
+    """Normalise each channel group of ``(N, C, p, p)`` by mean and variance over the active pixels of an image.
 
-    Mean and variance of each patch are combined (Chan, Golub and LeVeque 1979), so no cancellation occurs.
+    Mean and variance of each patch are combined (Chan, Golub and LeVeque 1979), so that no precision is lost.
     """
     n, channels, height, width = x.shape
     grouped = _wide(x).reshape(n, groups, channels // groups, height * width)

@@ -76,9 +76,8 @@ def _conv_transpose(module: nn.ConvTranspose2d) -> str | None:
     for k, s, p, d, e in zip(w.kernel, w.stride, w.padding, w.dilation, extra, strict=True):
         if d * (k - 1) + 1 + e - 2 * p != s:
             return (
-                f"kernel {k}, stride {s}, padding {p}, output_padding {e} does not map an image of H "
-                f"pixels to {s}*H; "
-                f"choose kernel = stride + 2 * padding"
+                f"kernel {k}, stride {s}, padding {p}, output_padding {e} does not map an image of H pixels to "
+                f"{s}*H; choose kernel = stride + 2 * padding"
             )
     return None
 
@@ -143,22 +142,18 @@ def _because(reason: str) -> Rule:
 
 
 def _torch_rules() -> Iterator[tuple[str, Rule]]:
-    stay = (
-        "linear.Identity activation.Threshold activation.ReLU activation.RReLU "
-        "activation.Hardtanh "
-        "activation.ReLU6 activation.Sigmoid activation.Hardsigmoid activation.Tanh activation.SiLU "
-        "activation.Mish "
-        "activation.Hardswish activation.ELU activation.CELU activation.SELU activation.GELU "
-        "activation.Hardshrink "
-        "activation.LeakyReLU activation.LogSigmoid activation.Softplus activation.Softshrink "
-        "activation.PReLU "
-        "activation.Softsign activation.Tanhshrink activation.Softmax2d dropout.Dropout dropout.AlphaDropout "
-        "batchnorm.BatchNorm2d batchnorm.SyncBatchNorm normalization.LocalResponseNorm "
-        "pixelshuffle.PixelShuffle "
-        "pixelshuffle.PixelUnshuffle channelshuffle.ChannelShuffle container.Sequential container.ModuleList "
-        "container.ModuleDict container.ParameterList container.ParameterDict flatten.Flatten"
+    activations = (
+        "Threshold ReLU RReLU Hardtanh ReLU6 Sigmoid Hardsigmoid Tanh SiLU Mish Hardswish ELU CELU SELU GELU "
+        "Hardshrink LeakyReLU LogSigmoid Softplus Softshrink PReLU Softsign Tanhshrink Softmax2d"
     )
-    rules: dict[str, Rule] = dict.fromkeys(stay.split(), Rule())
+    stay = (
+        "linear.Identity dropout.Dropout dropout.AlphaDropout batchnorm.BatchNorm2d batchnorm.SyncBatchNorm "
+        "normalization.LocalResponseNorm pixelshuffle.PixelShuffle pixelshuffle.PixelUnshuffle "
+        "channelshuffle.ChannelShuffle container.Sequential container.ModuleList container.ModuleDict "
+        "container.ParameterList container.ParameterDict flatten.Flatten"
+    )
+    rules: dict[str, Rule] = {f"activation.{name}": Rule() for name in activations.split()}
+    rules |= dict.fromkeys(stay.split(), Rule())
     rules |= dict.fromkeys(
         ("activation.GLU", "activation.Softmax", "activation.LogSoftmax", "activation.Softmin"),
         Rule(refuse=_channel_dim),
@@ -179,15 +174,15 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
         "upsampling.UpsamplingNearest2d": Rule(refuse=_upsample),
         "activation.MultiheadAttention": _because("attention mixes all pixels of an image; it has no packed form here"),
     }
-    apart = _because("padding apart from its convolution is not aligned with the patches; give it to the convolution")
+    padding = _because("padding in a layer of its own is not aligned with the patches; give it to the convolution")
     for name in ("ZeroPad2d", "ConstantPad2d", "ReflectionPad2d", "ReplicationPad2d", "CircularPad2d"):
-        rules[f"padding.{name}"] = apart
+        rules[f"padding.{name}"] = padding
     for name, rule in rules.items():
         yield f"torch.nn.modules.{name}", rule
 
 
 def _timm_stay() -> dict[str, Rule]:
-    """Return the rules of modules that look at one pixel, and of those that never can be equal."""
+    """Return the rules of modules that look at one pixel, and of those that can never be equal."""
     layers = (
         "norm_act.BatchNormAct2d norm_act.SyncBatchNormAct norm_act.FrozenBatchNormAct2d layer_scale.LayerScale",
         "layer_scale.LayerScale2d linear.Linear space_to_depth.SpaceToDepth space_to_depth.DepthToSpace",

@@ -18,15 +18,12 @@ from torch import nn
 __all__ = ["suspicious_call"]
 
 _REDUCTIONS = (
-    "mean sum prod amax amin max min median mode norm vector_norm var std var_mean std_mean softmax "
-    "log_softmax "
+    "mean sum prod amax amin max min median mode norm vector_norm var std var_mean std_mean softmax log_softmax "
     "logsumexp normalize cumsum cumprod sort argsort topk argmax argmin quantile reduce"
 )
 _MIXING = (
-    "matmul bmm baddbmm mm einsum tensordot scaled_dot_product_attention attention interpolate upsample "
-    "grid_sample "
-    "affine_grid pad roll flip rot90 fold unfold rearrange conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d "
+    "matmul bmm baddbmm mm einsum tensordot scaled_dot_product_attention attention interpolate upsample grid_sample "
+    "affine_grid pad roll flip rot90 fold unfold rearrange conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
     "max_pool1d max_pool2d avg_pool1d avg_pool2d lp_pool2d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_max_pool2d group_norm instance_norm batch_norm meshgrid linspace arange"
 )
