@@ -10,6 +10,7 @@ import pytest
 import spatspark_fast
 from spatspark_fast import __version__
 from spatspark_fast.__main__ import COMMANDS, main
+from tests.options import OPTIONS
 from tests.refusals import refusal
 
 PACKAGE = Path(spatspark_fast.__file__).parent
@@ -74,3 +75,33 @@ def test_what_the_package_offers_is_there() -> None:
     assert all(getattr(spatspark_fast, name) is not None for name in spatspark_fast.__all__)
     with pytest.raises(AttributeError, match="forcast"):
         _ = spatspark_fast.forcast  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def shown_options(name: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Return the names of the options that ``--help`` shows, without those that read a file for a whole group."""
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    names = re.findall(r"^  (?:-h, )?--([^\s,=]+)", capsys.readouterr().out, flags=re.MULTILINE)
+    groups = {option.split(".")[0] for option in names if "." in option}
+    return set(names) - groups
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_options_are_those_of_the_table(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown_options(name, capsys) == {option for option, (_, names) in OPTIONS.items() if name in names.split()}
+
+
+def test_no_meaning_has_two_names() -> None:
+    meanings = [meaning for meaning, _ in OPTIONS.values()]
+    assert sorted(meanings) == sorted(set(meanings))
+    assert not [option for option in OPTIONS if "-" in option]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_hyphens_are_taken_for_underscores(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in sorted(shown_options(name, capsys) - {"print_config"}):
+        words = [f"--{option}=nonsense", "--no-such-option=1"]
+        said = refusal(capsys, main, [name, *words])
+        if "_" in option:
+            words[0] = words[0].replace("_", "-")
+            assert refusal(capsys, main, [name, *words]) == said

@@ -73,7 +73,7 @@ def _parser() -> ArgumentParser:
         action="append",
         nargs="+",
         metavar="[NAME=]FILE",
-        help="checkpoint of finetune, with a name for the tables if you like; may be given several times",
+        help="checkpoint of finetune, with a name for tables and pictures if you like; may be given several times",
     )
     add("--data.path", required=True, help="HDF5 file in the NL-50 layout, as prepare writes it")
     add("--data.split", default="test", help="group of the file to score on")
@@ -107,17 +107,15 @@ def _parser() -> ArgumentParser:
 def _load(options: Namespace, checkpoints: Sequence[str]) -> tuple[ScoringOptions, list[Predictor], NowcastDataset]:
     """Open everything that can be wrong before the work starts."""
     from spatspark_fast.evaluate.scoring import ScoringOptions
-    from spatspark_fast.forecast.predictors import choose_device, load_predictor
+    from spatspark_fast.forecast.predictors import choose_device, load_predictor, split_name
 
     for name in ("data.batch_size", "max_windows", "steps"):
         need(options[name] is None or options[name] >= 1, name, options[name], "give a number of at least 1")
     need(options.panels >= 0, "panels", options.panels, "give a number of at least 0")
     device = choose_device(options.device)
-    predictors: list[Predictor] = []
-    for word in checkpoints:
-        name, path = _split_checkpoint(word)
-        predictors.append(load_predictor(path, device, name, options.tile))
-    _name_apart(predictors, [_split_checkpoint(word)[1] for word in checkpoints])
+    named = [split_name(word) for word in checkpoints]
+    predictors: list[Predictor] = [load_predictor(path, device, name, options.tile) for name, path in named]
+    _name_apart(predictors, [path for _, path in named])
     predictors += load_baselines(options.baselines)
     needed = max(predictor.in_length for predictor in predictors)
     windows = _open_windows(options.data.path, options.data.split, needed)
@@ -152,18 +150,12 @@ def _open_windows(path: str, split: str, needed: int) -> NowcastDataset:
     return windows
 
 
-def _split_checkpoint(word: str) -> tuple[str | None, str]:
-    """Split ``NAME=FILE``; a file that exists under the whole name is no such pair."""
-    name, equals, path = word.partition("=")
-    return (name, path) if equals and name and not Path(word).exists() else (None, word)
-
-
-def _name_apart(predictors: Sequence[Any], paths: Sequence[str]) -> None:
+def _name_apart(predictors: Sequence[Any], paths: Sequence[Path]) -> None:
     """Add the file's run directory to names that several models share, and a number where even that is the same."""
     names = [predictor.name for predictor in predictors]
     for predictor, path in zip(predictors, paths, strict=True):
         if names.count(predictor.name) > 1:
-            folder = Path(path).absolute().parent
+            folder = path.absolute().parent
             run = folder.parent.name if folder.name == "checkpoints" else folder.name
             predictor.name = f"{predictor.name} [{run}]"
     taken: set[str] = set(get_args(Baseline))

@@ -44,9 +44,10 @@ def forecast(argv: Sequence[str]) -> None:
         check_file("export", Path(options.export), options.overwrite)
     if options.data.path is not None:
         check_folder(Path(options.out), options.overwrite)
-    from spatspark_fast.forecast.predictors import choose_device, load_predictor
+    from spatspark_fast.forecast.predictors import choose_device, load_predictor, split_name
 
-    predictor = load_predictor(options.checkpoint, choose_device(options.device), options.name, options.tile)
+    name, checkpoint = split_name(options.checkpoint)
+    predictor = load_predictor(checkpoint, choose_device(options.device), name, options.tile)
     if options.data.path is not None:
         _forecast_all(options, predictor)
     if options.export is not None:
@@ -64,7 +65,8 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     add = parser.add_argument
-    add("--checkpoint", type=str, required=True, help="checkpoint of finetune")
+    name = "checkpoint of finetune, with a name for files and pictures if you like"
+    add("--checkpoint", type=str, required=True, metavar="[NAME=]FILE", help=name)
     add("--data.path", type=str, help="HDF5 file in the NL-50 layout, or folder of raw radar files")
     add("--data.split", type=str, default="test", help="group of the HDF5 file")
     add("--out", type=str, help="folder for the forecasts, new or empty")
@@ -88,7 +90,6 @@ def _parser() -> ArgumentParser:
     add("--time_format", type=str, help="raw files: strptime pattern of the time in the names, for pysteps' importers")
     add("--importer_options", type=dict | None, default=None, help="raw files: options of pysteps' importer")
     add("--pictures", type=bool | None, default=None, help="draw pictures (default: unless --start every)")
-    add("--name", type=str, help="name of the model in files and pictures (default: that in the checkpoint)")
     add("--tile", type=int, help="side in pixels of tiles for images too large for memory (default: no tiles)")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     add(

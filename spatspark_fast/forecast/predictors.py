@@ -17,7 +17,7 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.forecast.tiling import predict_tiled
 from spatspark_fast.models.registry import LoadedForecaster, load_forecaster
 
-__all__ = ["ModelPredictor", "PersistencePredictor", "Predictor", "choose_device", "load_predictor"]
+__all__ = ["ModelPredictor", "PersistencePredictor", "Predictor", "choose_device", "load_predictor", "split_name"]
 
 
 class Predictor(Protocol):
@@ -109,6 +109,12 @@ def load_predictor(
 ) -> ModelPredictor:
     """Load a checkpoint of `finetune`; raise UserError for whatever else the file is."""
     return ModelPredictor(load_forecaster(checkpoint, device), name, tile)
+
+
+def split_name(word: str) -> tuple[str | None, Path]:
+    """Split ``NAME=FILE`` of ``--checkpoint``; a file that exists under the whole word has no name."""
+    name, equals, path = word.partition("=")
+    return (name, Path(path)) if equals and name and not Path(word).exists() else (None, Path(word))
 
 
 def choose_device(asked: str) -> str:

@@ -42,8 +42,8 @@ def test_the_command_writes_what_it_says(file: Path, tmp_path: Path) -> None:
 
 
 def test_every_window_many_steps_and_names(file: Path, checkpoint: Path, tmp_path: Path) -> None:
-    argv = ["--checkpoint", str(checkpoint), "--data.path", str(file), "--out", str(tmp_path / "out")]
-    assert main([*argv, "--start", "every", "--steps", "8", "--name", "the last frame"]) == 0
+    argv = ["--checkpoint", f"the last frame={checkpoint}", "--data.path", str(file), "--out", str(tmp_path / "out")]
+    assert main([*argv, "--start", "every", "--steps", "8"]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "forecast_20200601T1215Z.nc",
         "forecast_20200601T1315Z.nc",
