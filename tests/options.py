@@ -90,6 +90,7 @@ OPTIONS = {
     "trainer.precision": ("number format of the training step", "pretrain finetune info"),
     "trainer.compile": ("mode of torch.compile", TRAININGS),
     "trainer.accumulate": ("passes for one optimiser step", TRAININGS),
+    "trainer.device": ("where training is computed", TRAININGS),
     "trainer.devices": ("number of devices", TRAININGS),
     "trainer.threads": ("threads on a CPU", TRAININGS),
     "trainer.log_every": ("steps between two rows of metrics", TRAININGS),
@@ -101,7 +102,7 @@ OPTIONS = {
     "trainer.score": ("score of the best checkpoint", "finetune"),
     "trainer.patience": ("validations before an early stop", "finetune"),
     # forecasts and scores
-    "device": ("where it is computed", "pretrain finetune evaluate forecast experiments"),
+    "device": ("where forecasts are computed", "evaluate forecast experiments"),
     "steps": ("frames to forecast", "evaluate forecast"),
     "tile": ("side of the tiles of a large image", "evaluate forecast"),
     "baselines": ("forecasts without a model", "evaluate experiments"),

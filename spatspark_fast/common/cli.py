@@ -3,16 +3,25 @@
 import re
 import signal
 import sys
-from argparse import ArgumentError
+from argparse import Action, ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from spatspark_fast.common.errors import RunStopped, UserError
 
-__all__ = ["asked", "config_first", "program", "read_yaml", "run_command", "underscored"]
+__all__ = [
+    "asked",
+    "command_parser",
+    "config_first",
+    "program",
+    "read_yaml",
+    "run_command",
+    "underscored",
+]
 
 
 def run_command(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
@@ -53,6 +62,25 @@ def program(command: str) -> str:
     if started.name == "__main__.py" and started.parent.name == "spatspark_fast":
         return f"python -m spatspark_fast {command}"
     return f"python -m spatspark_fast.{command}"
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Show types and defaults of options, but neither a type whose values are listed nor a default that is null."""
+
+    def _get_help_string(self, action: Action) -> str:
+        words = super()._get_help_string(action)
+        if (self._get_type_str(action) or "").startswith("Literal"):
+            words = words.replace("type: %(type)s, ", "").replace(" (type: %(type)s)", "")
+        if action.default is None:
+            words = words.replace(", default: %(default)s", "").replace(" (default: %(default)s)", "")
+        return words
+
+
+def command_parser(name: str, description: str) -> ArgumentParser:
+    """Return the parser of a command, still without options."""
+    return ArgumentParser(
+        prog=program(name), description=description, exit_on_error=False, formatter_class=_HelpFormatter
+    )
 
 
 def _complain(text: str) -> None:

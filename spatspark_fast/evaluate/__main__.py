@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from spatspark_fast import __version__
-from spatspark_fast.common.cli import program, run_command
+from spatspark_fast.common.cli import command_parser, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_folder, make_folder
 from spatspark_fast.common.options import need
@@ -60,12 +60,11 @@ def evaluate(argv: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=program("evaluate"),
-        description="Score the forecasts of models and baselines on the windows of a file, side by side: errors, "
+    parser = command_parser(
+        "evaluate",
+        "Score the forecasts of models and baselines on the windows of a file, side by side: errors, "
         "scores at thresholds in mm/h, fractions skill, power spectra; for every lead time and over all. Writes "
         "scores.json, scores.csv, scores.md and pictures.",
-        exit_on_error=False,
     )
     add = parser.add_argument
     add(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from spatspark_fast.common.cli import program, run_command, underscored
+from spatspark_fast.common.cli import command_parser, run_command, underscored
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.files import atomic_path, package_versions
 from spatspark_fast.common.options import need
@@ -97,11 +97,10 @@ def arms_of(options: Namespace) -> tuple[list[Arm], list[tuple[str, str]]]:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=program("experiments"),
-        description="Train and score the paper's ablations on one file: pretrained or from scratch, translation "
+    parser = command_parser(
+        "experiments",
+        "Train and score the paper's ablations on one file: pretrained or from scratch, translation "
         "networks, mask ratios, several seeds each. Can be stopped and started again.",
-        exit_on_error=False,
     )
     add = parser.add_argument
     add("--data.path", required=True, help="HDF5 file in the NL-50 layout with the splits train and test")

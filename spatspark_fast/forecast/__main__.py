@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from spatspark_fast.common.cli import program, run_command
+from spatspark_fast.common.cli import command_parser, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_file, check_folder, make_folder
 from spatspark_fast.common.options import need
@@ -58,11 +58,10 @@ def forecast(argv: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=program("forecast"),
-        description="Forecast rain in mm/h from the newest radar frames, without targets. For each start it writes "
+    parser = command_parser(
+        "forecast",
+        "Forecast rain in mm/h from the newest radar frames, without targets. For each start it writes "
         "forecast_TIME.nc (NetCDF, CF names), and pictures: forecast_TIME.gif and forecast_TIME.png.",
-        exit_on_error=False,
     )
     add = parser.add_argument
     name = "checkpoint of finetune, with a name for files and pictures if you like"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from jsonargparse import ArgumentParser
 
-from spatspark_fast.common.cli import program, run_command
+from spatspark_fast.common.cli import command_parser, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import package_versions
 from spatspark_fast.common.options import need
@@ -60,10 +60,9 @@ def info(argv: Sequence[str]) -> None:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=program("info"),
-        description="Report versions, devices and engines; with --model.encoder also what pretraining costs.",
-        exit_on_error=False,
+    parser = command_parser(
+        "info",
+        "Report versions, devices and engines; with --model.encoder also what pretraining costs.",
     )
     add = parser.add_argument
     add("--model.encoder", type=str, help="timm name of an encoder whose costs are counted")

@@ -11,7 +11,7 @@ from typing import get_args
 from jsonargparse import ArgumentParser, Namespace
 
 from spatspark_fast.common import units
-from spatspark_fast.common.cli import program, run_command
+from spatspark_fast.common.cli import command_parser, run_command
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_file
 from spatspark_fast.common.progress import track
@@ -58,11 +58,10 @@ def parse(argv: Sequence[str]) -> Namespace:
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog=program("prepare"),
-        description="Turn raw radar files into one HDF5 file of training windows in the layout of NL-50, or merge such "
+    parser = command_parser(
+        "prepare",
+        "Turn raw radar files into one HDF5 file of training windows in the layout of NL-50, or merge such "
         "files into one.",
-        exit_on_error=False,
     )
     parser.add_argument("--out", type=str, help="HDF5 file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")

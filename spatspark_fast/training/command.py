@@ -15,7 +15,7 @@ from jsonargparse import (
     ArgumentParser,
 )
 
-from spatspark_fast.common.cli import asked, config_first, program, read_yaml
+from spatspark_fast.common.cli import asked, command_parser, config_first, read_yaml
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import from_plain, groups_of, to_plain
 from spatspark_fast.training.options import under_new_names
@@ -134,11 +134,7 @@ def _flat(plain: Mapping[str, Any], groups: Mapping[str, type]) -> dict[str, Any
 def training_parser(command: TrainingCommand[Any]) -> ArgumentParser:
     """Return the parser of a training command, with the defaults of its dataclasses."""
     names = ", ".join(preset_names(command.presets))
-    parser = ArgumentParser(
-        prog=program(command.name),
-        description=f"{command.description} Defaults below are those of the preset.",
-        exit_on_error=False,
-    )
+    parser = command_parser(command.name, f"{command.description} Defaults below are those of the preset.")
     add = parser.add_argument
     add("--config", action=ActionConfigFile, help="YAML file with options; wins over the preset")
     rule = f"{PRESET_WITHOUT_DATA} without --data.path, {PRESET_WITH_DATA} with it"
