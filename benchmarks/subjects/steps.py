@@ -15,6 +15,7 @@ from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.data.resident.places import Place, place_windows
 from spatspark_fast.data.resident.store import in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.data.windows import WholeWindows
 from spatspark_fast.models.masks import MaskSampler, patches_to_decode
 from spatspark_fast.models.spark import Observer, SparK, build_spark
 from spatspark_fast.training.lamb import Lamb, clip_gradients
@@ -145,10 +146,9 @@ def _endless(place: Place, batch: int) -> Iterator[Tensor]:
 
 def windows_on(device: torch.device, batch: int, size: int, frames: int, augmentation: Augmentation) -> Place:
     """Return ``batch`` windows of synthetic radar in the memory of a device, 16 bits a pixel."""
-    radar = SyntheticRadar(batch, frames, 0, size)
-    return place_windows(
-        in_memory(radar, radar.scale), augmentation, "host" if device.type == "cpu" else "device", device
-    )
+    windows = WholeWindows(SyntheticRadar(batch, frames, 0, size))
+    where = "host" if device.type == "cpu" else "device"
+    return place_windows(in_memory(windows), augmentation, where, device)
 
 
 def build(decoder: str, width: int, device: torch.device, encoder: str, frames: int) -> SparK:

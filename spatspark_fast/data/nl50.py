@@ -67,6 +67,7 @@ class NowcastDataset(Dataset[dict[str, Any]]):
         with _open(self.path) as file:
             images = _images(file, self.path, split)
             self._length, frames, height, width = (int(length) for length in images.shape)
+            self._stored_frames = frames
             self.attributes = {name: _plain(value) for name, value in file.attrs.items()}
         self.stored_size = (height, width)
         self.input_length = input_length
@@ -112,9 +113,9 @@ class NowcastDataset(Dataset[dict[str, Any]]):
         else:
             self._worker_epoch = epoch
 
-    def whole_input(self, index: int) -> np.ndarray:
-        """Return the input frames ``(T_in, *stored_size)`` float32 of a window, without augmentation."""
-        return self._frames(self._checked(index), self.input_length)
+    def whole(self, index: int) -> np.ndarray:
+        """Return the frames ``(T_in + T_out, *stored_size)`` float32 of a window, without augmentation."""
+        return self._frames(self._checked(index), self.input_length + self.output_length)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -136,9 +137,14 @@ class NowcastDataset(Dataset[dict[str, Any]]):
     def valid(self, index: int) -> np.ndarray:
         """Return ``(T, H, W)`` bool, False where the radar gave no data; True if the file does not say."""
         index = self._checked(index)
-        if "valid" in self._opened()[self.split]:  # pyright: ignore[reportOperatorIssue]
+        if self.has_valid:
             return self._read("valid", index).astype(np.bool_, copy=False)
-        return np.ones(self._read("images", index).shape, dtype=np.bool_)
+        return np.ones((self._stored_frames, *self.stored_size), dtype=np.bool_)
+
+    @property
+    def has_valid(self) -> bool:
+        """Tell whether the file says where the radar gave no data."""
+        return "valid" in self._opened()[self.split]  # pyright: ignore[reportOperatorIssue]
 
     def close(self) -> None:
         """Close the file; the next access opens it again."""

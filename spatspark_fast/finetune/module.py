@@ -42,14 +42,14 @@ def begin_norms(model: Forecaster, frames: Tensor) -> None:
             buffer.copy_(others[name])
 
 
-class ForecastTraining(PlannedTraining):
+class ForecastTraining(PlannedTraining[Forecaster]):
     """Train a `Forecaster` on stacks of past and future.
 
     ``scale`` is mm per 5 min of data value 1.
     """
 
     def __init__(self, config: FinetuneConfig, model: Forecaster, scale: float, plan: Plan) -> None:
-        super().__init__(config.optim, config.trainer, plan)
+        super().__init__(config.optim, config.trainer.seed, plan)
         self.config = config
         self.model = model
         self.scale = scale
@@ -65,16 +65,6 @@ class ForecastTraining(PlannedTraining):
         """Return the model whose weights are trained."""
         return self.model
 
-    @property
-    def best_model(self) -> Forecaster:
-        """Return the model to keep: the averaged one, where there is one."""
-        if self.ema is None:
-            return self.model
-        model = self.ema.module
-        if not isinstance(model, Forecaster):
-            raise TypeError(f"the averaged model is a {type(model).__name__}, not a Forecaster")
-        return model
-
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one batch ``(B, T_in + T_out, H, W)``, NaN where the future is unknown."""
         frames = batch["input"]
@@ -89,7 +79,7 @@ class ForecastTraining(PlannedTraining):
 
     def exported(self) -> dict[str, Any]:
         """Return a checkpoint that only forecasts: the kept weights on the CPU, options, description."""
-        state = {PREFIX + name: value.detach().cpu() for name, value in self.best_model.state_dict().items()}
+        state = {PREFIX + name: value.detach().cpu() for name, value in self.kept.state_dict().items()}
         return {DESCRIPTION: self.description(), "config": to_plain(self.config), "state_dict": state}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,27 +10,30 @@ from rich.console import Console
 from torch import Tensor
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.options import differences, to_plain
+from spatspark_fast.common.options import to_plain
 from spatspark_fast.common.plots import save_figure
 from spatspark_fast.common.units import mm_per_hour
-from spatspark_fast.data.nl50 import NowcastDataset
-from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.data.windows import WholeWindows
 from spatspark_fast.evaluate.pictures import panel_figure
 from spatspark_fast.evaluate.scoring import Kept
 from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options
 from spatspark_fast.finetune.initial import Initial
 from spatspark_fast.finetune.module import ForecastTraining, begin_norms
 from spatspark_fast.finetune.validation import THRESHOLDS, Validation
-from spatspark_fast.finetune.windows import ForecastWindows, Split, hold_out
+from spatspark_fast.finetune.windows import Split, hold_out
 from spatspark_fast.models.forecaster import Forecaster, Persistence
 from spatspark_fast.models.registry import build_forecaster, load_forecaster
 from spatspark_fast.models.spatspark import SpatSpark
+from spatspark_fast.training.bar import Bar
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
-from spatspark_fast.training.recorder import Bar, Recorder
-from spatspark_fast.training.rundir import RunDirectory, trim_metrics
+from spatspark_fast.training.feed import open_store, open_stream, plain_place
+from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
+from spatspark_fast.training.recorder import Recorder
+from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.schedules import Plan
-from spatspark_fast.training.stream import BatchStream, batches_of
-from spatspark_fast.training.trainer import check_plan, known_warnings_off, make_trainer, plan_of, quieten
+from spatspark_fast.training.stream import BatchStream
+from spatspark_fast.training.trainer import known_warnings_off, make_trainer, open_run, plan_of, quieten, take_up
+from spatspark_fast.training.windows import open_windows, stack_of, wettest
 
 __all__ = ["train"]
 
@@ -38,10 +41,7 @@ COLUMNS = (
     *("step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "images_per_s", "data_wait_share"),
     *("validation_mse", *(f"validation_csi_{threshold:g}" for threshold in THRESHOLDS)),
 )
-SYNTHETIC_SEED = 0  # the built-in data set is always the same; the seed of a run does not change its data
-OUTPUT_LENGTH = 12  # frames of synthetic radar to forecast
 FIRST = 4  # windows that set the norms before the first step
-SAMPLE_OF = 16  # windows among which the wettest is drawn
 
 
 def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, checkpoint: Path | None) -> None:
@@ -52,79 +52,62 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
     if options.threads:
         torch.set_num_threads(options.threads)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
-    training, held, split = open_windows(config)
-    sample = _sample(held or training)
+    windows, plain, split = open_split(config)
+    sample = wettest(plain, split.validation) if split.validation else wettest(windows, split.train)
     torch.manual_seed(options.seed)
-    model, notes = _model(config, training, initial)
+    model, notes = _model(config, plain, initial)
     model.check(sample[:, : model.in_length])
     recorder = Recorder(options.log_every)
-    validation = None if held is None else _validation(config, held, run, console)
+    validation = _validation(config, plain, split, run, console) if split.validation else None
     callbacks = [recorder, *([validation] if validation else []), Bar(recorder, console)]
     callbacks.append(Checkpoints(run, options.keep_every, options.log_every))
     trainer = make_trainer(options, run, callbacks, state, COLUMNS)
-    stream = batches_of(training, config, trainer)
+    device = trainer.strategy.root_device
+    say = speaker(console, trainer)
+    store = open_store(config.data, windows, say)
+    stream = open_stream(config.data, windows, store, trainer, options.seed, split.train)
+    if validation is not None:
+        validation.place = plain_place(config.data, plain, store)
     plan = plan_of(options, config.optim, stream)
-    check_plan(state, plan, checkpoint)
+    take_up(state, plan, stream, checkpoint)
     _check_patience(state, validation, checkpoint)
-    if state is not None:  # Lightning restores a loader only within an epoch
-        stream.load_state_dict(state)
     if trainer.is_global_zero:
-        device = str(trainer.strategy.root_device)
-        run.prepare()
-        run.save_config(to_plain(config))
-        run.save_versions(options.seed, device, None if checkpoint is None else str(checkpoint))
-        trim_metrics(run.metrics, 0 if state is None else state["global_step"])
-        _say(console, [*_announce(config, stream, plan, split), *notes, *_went_on(config, state)])
+        open_run(run, to_plain(config), device, state, checkpoint)
+        for note in (*_announce(config, stream, plan, split), *notes, *resume_notes(to_plain(config), state)):
+            say(note)
     if state is None:
-        training.set_epoch(0)
-        first = torch.stack([training[i]["input"] for i in range(min(len(training), stream.batch_size, FIRST))])
+        first = stack_of(windows, split.train[: min(stream.batch_size, FIRST)])
         begin_norms(model.train(), first[:, : model.in_length])
-    module = ForecastTraining(config, model, training.scale, plan)
+    module = ForecastTraining(config, model, plain.scale, plan)
     started = time.perf_counter()
     with known_warnings_off():
         trainer.fit(module, stream, ckpt_path=checkpoint)
     if trainer.is_global_zero:
         best = _finish(module, run, sample, validation is not None)
-        seconds = time.perf_counter() - started
-        _say(console, [*_result(module, recorder, validation, seconds), _files(run, best)])
-
-
-def open_windows(config: FinetuneConfig) -> tuple[ForecastWindows, ForecastWindows | None, Split]:
-    """Open the windows for training and, unless there are none, those held out for validation."""
-    data = config.data
-    plain = _dataset(config, augment=False)
-    if plain.output_length < 1:
-        raise UserError(
-            f"{data.path}: windows have {plain.input_length} frames and none to forecast; "
-            "give a smaller --data.input_length"
+        run.add_to_session({"speed": recorder.speed.summary()})
+        say(describe_training(module, recorder, time.perf_counter() - started, " (mm/5min)^2"))
+        if validation is not None:
+            say(f"Best checkpoint: epoch {validation.best_epoch:.4g}, {validation.describe(validation.best)}")
+        say(describe_speed(recorder.speed, {}))
+        say(
+            f"Files in {run.root}: checkpoints/best.ckpt ({best}), checkpoints/last.ckpt, forecast.png, metrics.csv, "
+            "config.yaml"
         )
-    split = hold_out(plain, data.validation_fraction)
-    training = ForecastWindows(_dataset(config, augment=True), split.train)
-    return training, ForecastWindows(plain, split.validation) if split.validation else None, split
 
 
-def _dataset(config: FinetuneConfig, augment: bool) -> NowcastDataset | SyntheticRadar:
+def open_split(config: FinetuneConfig) -> tuple[WholeWindows, WholeWindows, Split]:
+    """Open the windows, as training and as validation reads them; and say which train and which validate."""
     data = config.data
-    if data.path is None:
-        if data.crop is not None or data.flip or data.quarter_turns:
-            raise UserError("--data.crop, --data.flip and --data.quarter_turns need a file: give --data.path")
-        lengths = data.input_length, data.output_length or OUTPUT_LENGTH
-        return SyntheticRadar(data.synthetic_windows, *lengths, image_size=data.synthetic_size, seed=SYNTHETIC_SEED)
-    changes = {"crop": data.crop, "flip": data.flip, "quarter_turns": data.quarter_turns} if augment else {}
-    return NowcastDataset(
-        data.path,
-        data.split,
-        data.input_length,
-        data.output_length,
-        seed=config.trainer.seed,
-        include_valid=True,
-        **changes,
-    )
+    windows = open_windows(data, data.output_length, config.trainer.seed)
+    if windows.frames <= windows.past:
+        raise UserError(
+            f"{data.path}: windows have {windows.past} frames and none to forecast; give a smaller --data.input_length"
+        )
+    plain = windows if windows.augmentation.idle else open_windows(data, data.output_length, augment=False)
+    return windows, plain, hold_out(plain.windows, data.validation_fraction)
 
 
-def _model(
-    config: FinetuneConfig, windows: ForecastWindows, initial: Initial | None
-) -> tuple[Forecaster, Sequence[str]]:
+def _model(config: FinetuneConfig, windows: WholeWindows, initial: Initial | None) -> tuple[Forecaster, Sequence[str]]:
     """Build the model and fill it; return it with what is worth saying about its weights."""
     kind, options = forecaster_options(config, windows.scale)
     dataset = windows.windows
@@ -150,17 +133,19 @@ def _model(
     return model, notes
 
 
-def _validation(config: FinetuneConfig, held: ForecastWindows, run: RunDirectory, console: Console) -> Validation:
+def _validation(
+    config: FinetuneConfig, windows: WholeWindows, split: Split, run: RunDirectory, console: Console
+) -> Validation:
     options = config.trainer
     return Validation(
-        held,
+        windows,
+        split.validation,
         run.best,
         console,
         every=options.validate_every,
         score=options.score,
         patience=options.patience,
         batch_size=config.data.batch_size,
-        num_workers=config.data.num_workers,
     )
 
 
@@ -178,42 +163,21 @@ def _check_patience(state: dict[str, Any] | None, validation: Validation | None,
         )
 
 
-def _sample(windows: ForecastWindows) -> Tensor:
-    """Return the wettest of the first windows, ``(1, T, H, W)``; reading it checks the file."""
-    windows.set_epoch(0)
-    frames = [windows[i]["input"] for i in range(min(len(windows), SAMPLE_OF))]
-    return max(frames, key=lambda window: float(window.nan_to_num(nan=0.0).mean())).unsqueeze(0)
-
-
 def _announce(config: FinetuneConfig, stream: BatchStream, plan: Plan, split: Split) -> list[str]:
-    data = config.data
-    lines = [
-        f"Finetuning {forecaster_name(config)} on {data.path or 'synthetic radar'}: {plan.total_steps} steps of "
-        f"{stream.batch_size} windows ({plan.epochs} epochs of {plan.batches_per_epoch} batches), "
-        f"peak learning rate {plan.peak_lr:.2g}",
-        f"{len(split.train)} windows train, the newest {len(split.validation)} validate; {split.dropped} that share "
-        "frames with those are left out"
-        if split.validation
-        else f"{len(split.train)} windows train; none is held out, so the last checkpoint counts as the best",
-    ]
+    what = f"Finetuning {forecaster_name(config)} on {config.data.path or 'synthetic radar'}"
+    lines = start_notes(what, plan, stream, config.data.batch_size, config.optim)
+    if split.validation:
+        lines.append(
+            f"{len(split.train)} windows train, the newest {len(split.validation)} validate; {split.dropped} that "
+            "share frames with those are left out"
+        )
+    else:
+        lines.append(f"{len(split.train)} windows train; none is held out, so the last checkpoint counts as the best")
     if not split.timed:
         lines.append("Note: the windows have no readable times, so their order in the file counts as order in time")
-    if stream.batch_size < data.batch_size:
-        lines.append(
-            f"Note: there are {len(stream.windows)} windows, so a batch has {stream.batch_size} instead of "
-            f"{data.batch_size}; the learning rate is scaled to that"
-        )
     if config.init is None and config.model.kind != "smaat":
         lines.append("Weights are random; --init CKPT takes those of a pretraining")
     return lines
-
-
-def _went_on(config: FinetuneConfig, state: dict[str, Any] | None) -> list[str]:
-    if state is None:
-        return []
-    changed = differences(to_plain(config), state["config"])
-    note = [f"Note: options changed since then: {', '.join(changed)}"] if changed else []
-    return [f"Going on after step {state['global_step']}", *note]
 
 
 def _finish(module: ForecastTraining, run: RunDirectory, sample: Tensor, validated: bool) -> str:
@@ -231,25 +195,3 @@ def _finish(module: ForecastTraining, run: RunDirectory, sample: Tensor, validat
     figure = panel_figure(Kept(0, now, observed, forecasts))
     run.write(run.forecast, lambda path: save_figure(figure, path))
     return loaded.name
-
-
-def _result(module: ForecastTraining, recorder: Recorder, validation: Validation | None, seconds: float) -> list[str]:
-    lines = [
-        f"Trained {module.trainer.global_step} steps ({module.epochs_done:.4g} epochs), {seconds:.0f} s; mean loss "
-        f"{recorder.first_loss:.4f} (mm/5min)^2 in the first epoch, {recorder.epoch_loss:.4f} in the last"
-    ]
-    if validation is not None:
-        lines.append(f"Best checkpoint: epoch {validation.best_epoch:.4g}, {validation.describe(validation.best)}")
-    return lines
-
-
-def _files(run: RunDirectory, name: str) -> str:
-    return (
-        f"Files in {run.root}: checkpoints/best.ckpt ({name}), checkpoints/last.ckpt, forecast.png, metrics.csv, "
-        "config.yaml"
-    )
-
-
-def _say(console: Console, lines: Sequence[str]) -> None:
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False)

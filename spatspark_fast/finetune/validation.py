@@ -1,7 +1,7 @@
 """Score a forecaster on held-out windows while it is trained; keep the best one; stop when it gets no better."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,13 +9,13 @@ import lightning as L
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.units import mm_per_hour
+from spatspark_fast.data.reader import Reader
+from spatspark_fast.data.resident.places import Place
+from spatspark_fast.data.windows import WholeWindows
 from spatspark_fast.finetune.config import Score
 from spatspark_fast.finetune.module import ForecastTraining
-from spatspark_fast.finetune.windows import ForecastWindows
 from spatspark_fast.models.forecaster import Forecaster, Persistence
 from spatspark_fast.scores.nowcast import NowcastScores
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
@@ -23,41 +23,6 @@ from spatspark_fast.training.checkpoints import AtomicCheckpointIO
 __all__ = ["THRESHOLDS", "Validation", "score_model"]
 
 THRESHOLDS = (0.5, 1.0)  # mm/h
-
-
-class _Readable(Dataset[Any]):
-    """Bring a UserError out of a reading process, where torch would wrap it in a traceback."""
-
-    def __init__(self, windows: ForecastWindows, indices: list[int]) -> None:
-        self.windows = windows
-        self.indices = indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> Tensor | str:
-        try:
-            return self.windows[self.indices[place]]["input"]
-        except UserError as error:
-            return str(error)
-
-
-def _stack(items: list[Tensor | str]) -> Tensor | str:
-    broken = [item for item in items if isinstance(item, str)]
-    return broken[0] if broken else torch.stack(cast(list[Tensor], items))
-
-
-def read_batches(
-    windows: ForecastWindows, batch_size: int, num_workers: int = 0, rank: int = 0, world_size: int = 1
-) -> Iterator[Tensor]:
-    """Yield ``(B, T_in + T_out, H, W)`` in order: all windows, or this device's share of them."""
-    mine = list(range(len(windows)))[rank::world_size]
-    # A generator of its own: the loader's base seed must not advance the global one.
-    options: dict[str, Any] = {"generator": torch.Generator(), "collate_fn": _stack, "num_workers": num_workers}
-    for batch in DataLoader(_Readable(windows, mine), batch_size=batch_size, **options):
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch
 
 
 @torch.no_grad()
@@ -78,32 +43,34 @@ def score_model(
 
 
 class Validation(L.Callback):
-    """Validate every so many epochs; write ``best.ckpt`` on a better score; stop training after ``patience``
-    validations without one.
+    """Validate every so many epochs, keep the best checkpoint, and stop training when nothing gets better.
 
-    ``newest``, ``best`` and ``persistence`` hold scores of `score_model`; all is part of a checkpoint, so a
-    resumed run knows its best.
+    A better score writes ``best_path``; ``patience`` validations without one end the training. The windows with
+    these ``numbers`` come from ``place``, which reads the file; set it to a faster one where there is one.
+    ``newest``, ``best`` and ``persistence`` hold scores of `score_model`; all is part of a checkpoint, so a resumed
+    run knows its best.
     """
 
     def __init__(
         self,
-        windows: ForecastWindows,
+        windows: WholeWindows,
+        numbers: Sequence[int],
         best_path: Path,
         console: Console,
         every: int = 1,
         score: Score = "mse",
         patience: int = 0,
         batch_size: int = 16,
-        num_workers: int = 0,
     ) -> None:
         self.windows = windows
+        self.numbers = numbers
+        self.place: Place = Reader(windows)
         self.best_path = best_path
         self.console = console
         self.every = every
         self.score = score
         self.patience = patience
         self.batch_size = batch_size
-        self.num_workers = num_workers
         self.newest: dict[str, float] = {}
         self.best: dict[str, float] = {}
         self.persistence: dict[str, float] = {}
@@ -142,7 +109,7 @@ class Validation(L.Callback):
             # Always something to compare with, and what the best has to beat.
             still = Persistence(module.model.in_length, module.model.out_length)
             self.persistence = self._score(trainer, still)
-        model = module.best_model
+        model = module.kept
         training = model.training
         model.eval()
         try:
@@ -157,9 +124,9 @@ class Validation(L.Callback):
         self._record(trainer, module, better)
 
     def _score(self, trainer: L.Trainer, model: Forecaster) -> dict[str, float]:
-        ranks = trainer.global_rank, trainer.world_size
-        batches = read_batches(self.windows, self.batch_size, self.num_workers, *ranks)
-        device = trainer.strategy.root_device
+        keys = [(0, number) for number in self.numbers[trainer.global_rank :: trainer.world_size]]
+        parts = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
+        batches, device = self.place.batches(parts), trainer.strategy.root_device
         return score_model(model, batches, self.windows.scale, self.windows.image_size, device)
 
     def _better(self) -> bool:

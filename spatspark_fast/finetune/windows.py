@@ -1,63 +1,16 @@
-"""Windows for learning to forecast: past and future in one stack, and a part held out by time."""
+"""Hold the newest windows out of training, to choose the best checkpoint on."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
 
-__all__ = ["ForecastWindows", "Split", "hold_out"]
-
-REMEMBERED = 128  # made-up windows that are kept; 24 frames of 288 x 288 pixels take 8 MB each
-
-
-class ForecastWindows:
-    """Serve some windows of a data set whole, as ``{"input": (T_in + T_out, H, W) float32, "index": int}``.
-
-    Pixels of frames to come are NaN where the radar gave no data; frames of the past hold 0 there, as in the
-    file. One stack for past and future, so that whatever carries windows to the device treats them alike; see
-    `split_frames`.
-    """
-
-    def __init__(self, windows: NowcastDataset | SyntheticRadar, indices: Sequence[int] | None = None) -> None:
-        self.windows = windows
-        self.indices = list(range(len(windows))) if indices is None else list(indices)
-        self.image_size = windows.image_size
-        self.scale = float(windows.scale)
-        self.in_length = windows.input_length
-        self._kept: dict[int, dict[str, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index in self._kept:
-            return self._kept[index]
-        item = self.windows[self.indices[index]]
-        frames = torch.cat((item["input"], item["target"]))
-        if "valid" in item:
-            frames[self.in_length :].masked_fill_(~item["valid"][self.in_length :], torch.nan)
-        whole = {"input": frames, "index": item["index"]}
-        if isinstance(self.windows, SyntheticRadar) and len(self._kept) < REMEMBERED:
-            self._kept[index] = whole  # the same in every epoch, and making them takes time
-        return whole
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of an epoch."""
-        self.windows.set_epoch(epoch)
-
-    def split_frames(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Cut ``(B, T_in + T_out, H, W)`` into past and future."""
-        return frames[:, : self.in_length], frames[:, self.in_length :]
+__all__ = ["Split", "hold_out"]
 
 
 @dataclass(frozen=True)

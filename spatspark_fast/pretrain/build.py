@@ -1,77 +1,15 @@
-"""Turn options into what they name: data, model, masks."""
-
-from typing import Any
+"""Turn options into what they name: model and masks."""
 
 import torch
-from torch.utils.data import Dataset
 
 from patchsparse import available_backends, why_unavailable
 from patchsparse.backends import ENGINES, requested
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.data.nl50 import NowcastDataset
-from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.spark import SparK, build_spark
 from spatspark_fast.pretrain.config import PretrainConfig
-from spatspark_fast.training.options import DataOptions
 
-__all__ = ["Remembered", "Windows", "build_masks", "build_model", "open_windows"]
-
-REMEMBERED = 256  # windows of 12 x 288 x 288 take 1 GiB
-SYNTHETIC_SEED = 0  # the built-in data set is always the same; the seed of a run does not change its data
-
-
-class Remembered(Dataset[dict[str, Any]]):
-    """Keep made-up windows once made: they are the same in every epoch, and making them takes time."""
-
-    def __init__(self, windows: SyntheticRadar) -> None:
-        self.windows = windows
-        self.image_size = windows.image_size
-        self.scale = windows.scale
-        self._kept: dict[int, dict[str, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if index in self._kept:
-            return self._kept[index]
-        item = self.windows[index]
-        if len(self._kept) < REMEMBERED:
-            self._kept[index] = item
-        return item
-
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing, as synthetic radar does."""
-
-
-Windows = NowcastDataset | Remembered
-
-
-def open_windows(config: DataOptions, seed: int = 0) -> Windows:
-    """Open the data set, or the synthetic radar where no file is named."""
-    if config.path is None:
-        if config.crop is not None or config.flip or config.quarter_turns:
-            raise UserError("--data.crop, --data.flip and --data.quarter_turns need a file: give --data.path")
-        return Remembered(
-            SyntheticRadar(
-                config.synthetic_windows,
-                input_length=config.input_length,
-                output_length=0,
-                image_size=config.synthetic_size,
-                seed=SYNTHETIC_SEED,
-            )
-        )
-    return NowcastDataset(
-        config.path,
-        config.split,
-        input_length=config.input_length,
-        output_length=0,
-        crop=config.crop,
-        flip=config.flip,
-        quarter_turns=config.quarter_turns,
-        seed=seed,
-    )
+__all__ = ["build_masks", "build_model"]
 
 
 def build_model(config: PretrainConfig) -> SparK:

@@ -19,7 +19,8 @@ from spatspark_fast.training.stream import BatchStream
 
 __all__ = ["PARTS", "Lap", "StepClock"]
 
-PARTS: tuple[str, ...] = ("data", "encoder", "decoder", "optimiser", "other")
+PARTS = {"encoder": "encoder", "decoder": "densify, decoder and loss", "optimiser": "clipping and optimiser"}
+"""The parts of a step in its order, and how a user is told of them. Beside them is "data", and "other"."""
 
 
 class _Mark(NamedTuple):
@@ -36,8 +37,8 @@ class Lap:
         self._marks = marks
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each of `PARTS`; on a GPU only once it has passed the last mark."""
-        found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        """Return the seconds of "data", each of `PARTS` and "other"; on a GPU only once it has passed all marks."""
+        found: dict[str, float] = dict.fromkeys(("data", *PARTS, "other"), 0.0)
         for before, after in zip(self._marks, self._marks[1:], strict=False):
             found[after.part] += _between(before.moment, after.moment)
         return found

@@ -8,17 +8,17 @@ from spatspark_fast.common.options import to_plain
 from spatspark_fast.models.masks import MaskSampler, patches_to_decode
 from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain.config import PretrainConfig
-from spatspark_fast.training.module import PlannedTraining, averaged, step_seed
+from spatspark_fast.training.module import PlannedTraining, averaged
 from spatspark_fast.training.schedules import Plan
 
-__all__ = ["SparkPretraining", "step_seed"]
+__all__ = ["SparkPretraining"]
 
 
-class SparkPretraining(PlannedTraining):
-    """Train a `SparK` model: masks by position beside what every planned training does."""
+class SparkPretraining(PlannedTraining[SparK]):
+    """Train a `SparK` model under masks that follow from the position of a batch."""
 
     def __init__(self, config: PretrainConfig, spark: SparK, masks: MaskSampler, plan: Plan) -> None:
-        super().__init__(config.optim, config.trainer, plan)
+        super().__init__(config.optim, config.trainer.seed, plan)
         self.config = config
         self.spark = spark
         self.masks = masks
@@ -32,16 +32,6 @@ class SparkPretraining(PlannedTraining):
     def trained(self) -> SparK:
         """Return the model whose weights are trained."""
         return self.spark
-
-    @property
-    def best_spark(self) -> SparK:
-        """Return the model to keep: the averaged one, where there is one."""
-        if self.ema is None:
-            return self.spark
-        module = self.ema.module
-        if not isinstance(module, SparK):
-            raise TypeError(f"the averaged model is a {type(module).__name__}, not a SparK")
-        return module
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one batch under the masks of its position."""

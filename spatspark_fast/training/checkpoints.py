@@ -26,11 +26,11 @@ __all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Load the checkpoint of a training onto the CPU, plain values and tensors only.
 
-    Raises `UserError` if the file is missing, damaged, or no checkpoint of this command.
+    Raises `UserError` if the file is missing, damaged, or no checkpoint of a training.
     """
-    checkpoint = load_plain(path, "this command")
+    checkpoint = load_plain(path, "a training")
     if not isinstance(checkpoint, dict) or not {"config", "position", "state_dict", "global_step"} <= set(checkpoint):
-        raise UserError(f"{path} is no checkpoint of pretrain or finetune: it lacks the options or the position")
+        raise UserError(f"{path} is no checkpoint of a training: it lacks the options or the position")
     return checkpoint | {"config": under_new_names(checkpoint["config"])}
 
 
@@ -136,7 +136,7 @@ class Checkpoints(Checkpoint):
         """Give the signals back."""
         self._restore()
 
-    def _save(self, trainer: L.Trainer, module: PlannedTraining) -> None:
+    def _save(self, trainer: L.Trainer, module: PlannedTraining[Any]) -> None:
         module.check_finite()
         trainer.save_checkpoint(self.run.last)
 
@@ -147,7 +147,7 @@ class Checkpoints(Checkpoint):
         return RunStopped(signum, f"{message}; go on with --out {self.run.root} --resume")
 
 
-def _ours(module: L.LightningModule) -> PlannedTraining:
+def _ours(module: L.LightningModule) -> PlannedTraining[Any]:
     if not isinstance(module, PlannedTraining):
         raise TypeError(f"this callback serves planned trainings, got {type(module).__name__}")
     return module

@@ -1,6 +1,6 @@
-"""What trainings of this project have in common: a plan, a place in it, and nothing random without a key."""
+"""What all trainings have in common: a plan, a place in it, and nothing random that does not follow from that place."""
 
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar, cast
 
 import lightning as L
 import numpy as np
@@ -24,8 +24,7 @@ def step_seed(seed: int, position: int, rank: int) -> int:
     return int(np.random.SeedSequence((_STEP_STREAM, seed, position, rank)).generate_state(1, np.uint64)[0])
 
 
-class _Seeded(Protocol):
-    seed: int
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
@@ -37,17 +36,17 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel | None:
     return average
 
 
-class PlannedTraining(L.LightningModule):
+class PlannedTraining(L.LightningModule, Generic[Model]):
     """Set the rates of each step by its position in a `Plan`, clip gradients, average weights, watch the loss.
 
-    ``last`` holds what the newest step is worth logging: the detached loss, and the norm of the gradient. The
-    trained model is given by `trained`, its average is ``ema``.
+    ``last`` holds what the newest step has to log: the detached loss, and the norm of the gradient. The trained
+    model is `trained`, its average is ``ema``.
     """
 
-    def __init__(self, optim: OptimOptions, trainer_options: _Seeded, plan: Plan) -> None:
+    def __init__(self, optim: OptimOptions, seed: int, plan: Plan) -> None:
         super().__init__()
         self.optim = optim
-        self.seed = trainer_options.seed
+        self.seed = seed
         self.plan = plan
         self.ema: AveragedModel | None = None
         self.last: dict[str, Tensor] = {}
@@ -55,9 +54,14 @@ class PlannedTraining(L.LightningModule):
         self._broken: Tensor | None = None
 
     @property
-    def trained(self) -> nn.Module:
+    def trained(self) -> Model:
         """Return the model whose weights are trained."""
         raise NotImplementedError
+
+    @property
+    def kept(self) -> Model:
+        """Return the model to keep: the averaged one, where there is one."""
+        return self.trained if self.ema is None else cast(Model, self.ema.module)
 
     @property
     def epochs_done(self) -> float:

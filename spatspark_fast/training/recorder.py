@@ -1,86 +1,35 @@
-"""What a run writes and shows while it trains: metrics.csv, TensorBoard, the bar, the pictures."""
+"""Sum up a training in rows: the loss, the rates, images/s, and where the time went."""
 
-import csv
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import lightning as L
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from spatspark_fast.pretrain.clock import Lap, StepClock
-from spatspark_fast.pretrain.module import SparkPretraining
 from spatspark_fast.training.module import PlannedTraining
 from spatspark_fast.training.reading import Reading
 from spatspark_fast.training.speed import Speed
 from spatspark_fast.training.stream import BatchStream
 
-__all__ = ["COLUMNS", "Bar", "MetricsCsv", "Pictures", "Recorder"]
-
-COLUMNS: tuple[str, ...] = (
-    "step",
-    "epoch",
-    "loss",
-    "lr",
-    "weight_decay",
-    "mask_ratio",
-    "grad_norm",
-    "images_per_s",
-    "data_wait_share",
-    "encoder_share",
-    "decoder_share",
-    "optimiser_share",
-)
+__all__ = ["Clock", "Lap", "Recorder"]
 
 
-class MetricsCsv(Logger):
-    """Append one row per logged step to a CSV file, at once, so that a kill loses none.
+class Lap(Protocol):
+    """Say what a recorder must know of the time that some steps took."""
 
-    Lightning's own CSV logger starts a file anew when a run goes on.
-    """
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each part of the steps; those of "data" were spent waiting for it."""
+        ...
 
-    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS) -> None:
-        super().__init__()
-        self.path = path
-        self.columns = columns
 
-    @property
-    def name(self) -> str:
-        """Return the name that Lightning asks for."""
-        return "csv"
+class Clock(Protocol):
+    """Say what a recorder needs to tell the parts of a step apart."""
 
-    @property
-    def version(self) -> str:
-        """Return the version that Lightning asks for."""
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the options are in config.yaml."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append a row; what is not in ``columns`` is left out."""
-        columns = self._columns_there()
-        row = {"step": step, **metrics}
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, columns or self.columns, extrasaction="ignore", restval="")
-            if columns is None:
-                writer.writeheader()
-            writer.writerow(row)
-
-    def _columns_there(self) -> Sequence[str] | None:
-        """Return the columns that the file has: those of an older version, where such a run goes on."""
-        if not self.path.exists():
-            return None
-        with self.path.open(newline="") as file:
-            return next(csv.reader(file), None)
+    def lap(self) -> Lap:
+        """Return the time since the last lap."""
+        ...
 
 
 class Recorder(L.Callback):
@@ -92,7 +41,7 @@ class Recorder(L.Callback):
     resumed run writes the same rows.
     """
 
-    def __init__(self, every: int, clock: StepClock | None = None) -> None:
+    def __init__(self, every: int, clock: Clock | None = None) -> None:
         self.every = every
         self.clock = clock
         self.newest: dict[str, float] = {}
@@ -153,7 +102,7 @@ class Recorder(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the batch to the row; close the row when it is full; write rows that are ready."""
-        module: PlannedTraining = pl_module
+        module: PlannedTraining[Any] = pl_module
         if module.position % module.plan.batches_per_epoch == 0:
             self._epoch_sum, self._epoch_batches = 0.0, 0
         loss = module.last["loss"].double()
@@ -169,7 +118,7 @@ class Recorder(L.Callback):
             self._close(trainer, module, step)
         self._write(trainer, module, wait=False)
 
-    def _close(self, trainer: L.Trainer, module: PlannedTraining, step: int) -> None:
+    def _close(self, trainer: L.Trainer, module: PlannedTraining[Any], step: int) -> None:
         """Take the row off; its numbers on a device are copied when the device gets there."""
         stream = _stream_of(trainer)
         taken = module.plan.step_of(module.position)
@@ -191,7 +140,7 @@ class Recorder(L.Callback):
         self._sum, self._batches = 0.0, 0
         self._restart_clock(stream)
 
-    def _write(self, trainer: L.Trainer, module: PlannedTraining, wait: bool) -> None:
+    def _write(self, trainer: L.Trainer, module: PlannedTraining[Any], wait: bool) -> None:
         while self._pending and (wait or self._pending[0].reading.ready()):
             row = self._pending.popleft()
             values = row.reading.get()
@@ -224,83 +173,3 @@ def _stream_of(trainer: L.Trainer) -> BatchStream:
     if not isinstance(stream, BatchStream):
         raise TypeError(f"the recorder reads its times off a BatchStream, got {type(stream).__name__}")
     return stream
-
-
-class Bar(L.Callback):
-    """Show one bar for the whole training on a terminal, and one line per epoch elsewhere."""
-
-    def __init__(self, recorder: Recorder, console: Console) -> None:
-        self.recorder = recorder
-        self.console = console
-        self._progress: Progress | None = None
-        self._task: Any = None
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Draw the bar."""
-        if not trainer.is_global_zero or not self.console.is_terminal:
-            return
-        progress = Progress(
-            TextColumn("{task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[metrics]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        total = pl_module.plan.total_steps
-        self._task = progress.add_task("", total=total, completed=trainer.global_step, epoch="", metrics="")
-        progress.start()
-        self._progress = progress
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Move the bar."""
-        if self._progress is not None:
-            epoch = f"epoch {min(int(pl_module.epochs_done) + 1, pl_module.plan.epochs)}/{pl_module.plan.epochs}"
-            self._progress.update(
-                self._task, completed=trainer.global_step, epoch=epoch, metrics=describe(self.recorder.newest)
-            )
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Say how the epoch went where there is no terminal."""
-        if self._progress is None and trainer.is_global_zero:
-            epoch = f"epoch {pl_module.epochs_done:.4g}/{pl_module.plan.epochs}"
-            mean = f"mean loss {self.recorder.epoch_loss:.4f}"
-            speed = describe(self.recorder.newest).partition("  ")[2]
-            self.console.print(f"{epoch}  step {trainer.global_step}  {mean}  {speed}", soft_wrap=True)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Let the bar stand."""
-        self._stop()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Let the bar stand."""
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-
-def describe(row: dict[str, float]) -> str:
-    """Say a row of metrics in a few words."""
-    if not row:
-        return ""
-    return (
-        f"loss {row['loss']:.4f}  {row['images_per_s']:.1f} images/s  "
-        f"{100 * row['data_wait_share']:.0f} % waiting for data"
-    )
-
-
-class Pictures(L.Callback):
-    """Draw the reconstruction every so many epochs, and at the end."""
-
-    def __init__(self, draw: Callable[[SparkPretraining, str], None], every: int) -> None:
-        self.draw = draw
-        self.every = every
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Draw, if this epoch is one of them."""
-        epoch = round(pl_module.epochs_done)
-        if trainer.is_global_zero and pl_module.epoch_complete and self.every and epoch % self.every == 0:
-            self.draw(pl_module, f"epoch {epoch}")

@@ -1,14 +1,6 @@
 """Sum up how fast a run was, and where its time went."""
 
-__all__ = ["Speed", "describe_speed"]
-
-# Columns of metrics.csv, in the order in which they are said.
-WORDS = {
-    "data_wait_share": "waiting for data",
-    "encoder_share": "encoder",
-    "decoder_share": "densify, decoder and loss",
-    "optimiser_share": "clipping and optimiser",
-}
+__all__ = ["Speed"]
 
 
 class Speed:
@@ -37,10 +29,3 @@ def _columns(windows: int, parts: dict[str, float]) -> dict[str, float]:
     total = max(sum(parts.values()), 1e-9)
     shares = {f"{part}_share": parts[part] / total for part in parts if part not in ("data", "other")}
     return {"images_per_s": windows / total, "data_wait_share": parts.get("data", 0.0) / total, **shares}
-
-
-def describe_speed(speed: Speed) -> str:
-    """Say images/s of a run, and what its steps spend their time on."""
-    found = speed.summary()
-    shares = [f"{100 * found[name]:.0f} % {words}" for name, words in WORDS.items() if name in found]
-    return f"Speed: {found['images_per_s']:.1f} images/s; of the time {', '.join(shares)}"

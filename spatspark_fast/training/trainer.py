@@ -1,39 +1,28 @@
-"""What every training command asks of Lightning, and of its plan."""
+"""Set a training up: Lightning's trainer, the plan, the place in it, the run directory."""
 
 import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
-from spatspark_fast.training.options import OptimOptions
-from spatspark_fast.training.recorder import COLUMNS, MetricsCsv
-from spatspark_fast.training.rundir import RunDirectory
+from spatspark_fast.training.metrics import MetricsCsv
+from spatspark_fast.training.options import OptimOptions, TrainerOptions
+from spatspark_fast.training.rundir import RunDirectory, trim_metrics
 from spatspark_fast.training.schedules import Plan, make_plan
 from spatspark_fast.training.stream import BatchStream
 
-__all__ = ["TrainerOptions", "check_plan", "known_warnings_off", "make_trainer", "plan_of", "quieten"]
+__all__ = ["known_warnings_off", "make_trainer", "open_run", "plan_of", "quieten", "take_up"]
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
-
-
-class TrainerOptions(Protocol):
-    """Say which options of the group ``trainer`` all commands have."""
-
-    epochs: int
-    max_steps: int | None
-    precision: Literal["fp32", "bf16"]
-    accumulate: int
-    device: Literal["auto", "cpu", "cuda"]
-    devices: str
-    tensorboard: bool
 
 
 def quieten() -> None:
@@ -58,7 +47,7 @@ def make_trainer(
     run: RunDirectory,
     callbacks: list[L.Callback],
     state: dict[str, Any] | None,
-    columns: Sequence[str] = COLUMNS,
+    columns: Sequence[str],
 ) -> L.Trainer:
     """Make the trainer of a run that goes on from ``state``, if any; ``columns`` are those of metrics.csv.
 
@@ -104,8 +93,11 @@ def plan_of(trainer: TrainerOptions, optim: OptimOptions, stream: BatchStream) -
     )
 
 
-def check_plan(state: dict[str, Any] | None, plan: Plan, checkpoint: Path | None) -> None:
-    """Refuse a checkpoint whose place in the data means another one now, or that is at the end already."""
+def take_up(state: dict[str, Any] | None, plan: Plan, stream: BatchStream, checkpoint: Path | None) -> None:
+    """Bring the stream to the place of a checkpoint's ``state``, if there is one.
+
+    Raises UserError if that place means another one now, or is the end already.
+    """
     if state is None:
         return
     if state["batches_per_epoch"] != plan.batches_per_epoch:
@@ -119,3 +111,18 @@ def check_plan(state: dict[str, Any] | None, plan: Plan, checkpoint: Path | None
             f"{checkpoint} is at step {state['global_step']} of {plan.total_steps}, so it is complete: "
             "give more --trainer.epochs (or --trainer.max_steps) to go on"
         )
+    stream.load_state_dict(state)  # Lightning restores a loader only within an epoch
+
+
+def open_run(
+    run: RunDirectory,
+    plain: dict[str, Any],
+    device: torch.device,
+    state: dict[str, Any] | None,
+    checkpoint: Path | None,
+) -> None:
+    """Make the run directory ready, and write down options (``plain``), versions and seed."""
+    run.prepare()
+    run.save_config(plain)
+    run.save_versions(plain["trainer"]["seed"], str(device), None if checkpoint is None else str(checkpoint))
+    trim_metrics(run.metrics, 0 if state is None else state["global_step"])

@@ -13,12 +13,14 @@ import torch
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.data.nl50 import NowcastDataset
+from spatspark_fast.data.reader import Reader
 from spatspark_fast.data.resident import cache, places
 from spatspark_fast.data.resident.cache import NoRoomError, unpacked
-from spatspark_fast.data.resident.places import OnDevice, OnHost, SentAhead, choose_place
+from spatspark_fast.data.resident.places import OnDevice, OnHost, Place, SentAhead, choose_place
 from spatspark_fast.data.resident.store import Encoding, decode, encode, in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.training.feed import open_place
+from spatspark_fast.data.windows import WholeWindows
+from spatspark_fast.training.feed import open_store
 from spatspark_fast.training.options import DataOptions
 from spatspark_fast.training.stream import BatchStream
 
@@ -38,15 +40,22 @@ def depths(windows: int, frames: int = 5, size: tuple[int, int] = (40, 48)) -> n
     return (hundredths * 0.01).astype(np.float32) / np.float32(SCALE)
 
 
-def write(path: Path, images: np.ndarray, scale: float = SCALE) -> Path:
+def write(path: Path, images: np.ndarray, scale: float = SCALE, valid: np.ndarray | None = None) -> Path:
     with h5py.File(path, "w") as file:
         file.create_dataset("train/images", data=images, compression="gzip", chunks=(1, *images.shape[1:]))
+        if valid is not None:
+            file.create_dataset("train/valid", data=valid, compression="gzip", chunks=(1, *images.shape[1:]))
         file.attrs["scale_mm_per_5min"] = scale
     return path
 
 
-def open_file(path: Path, **options: Any) -> NowcastDataset:
-    return NowcastDataset(path, input_length=4, output_length=0, seed=3, **options)
+def open_file(path: Path, **options: Any) -> WholeWindows:
+    return WholeWindows(NowcastDataset(path, input_length=4, output_length=0, seed=3, **options))
+
+
+def stream_of(windows: WholeWindows, place: Place | None = None, seed: int = 0) -> BatchStream:
+    """Return batches of two of all windows, out of a place or read from the file."""
+    return BatchStream(place or Reader(windows), range(len(windows)), 2, seed=seed)
 
 
 def all_batches(stream: BatchStream, epochs: int = 2) -> list[dict[str, Any]]:
@@ -60,15 +69,41 @@ def test_every_place_serves_what_the_file_serves(tmp_path: Path, options: dict[s
     kept = unpacked(windows, tmp_path / "cache")
     assert kept.encoding.unit == pytest.approx(0.01 / SCALE)
     assert kept.codes.dtype == np.uint16
-    read, held = (
-        all_batches(BatchStream(windows, 2, seed=1, place=p)) for p in (None, place(kept, windows.augmentation))
-    )
+    read, held = (all_batches(stream_of(windows, p, seed=1)) for p in (None, place(kept, windows.augmentation)))
     assert len(read) == len(held) == 10
     for a, b in zip(read, held, strict=True):
         assert torch.equal(a["index"], b["index"])
         assert (a["position"], b["input"].dtype) == (b["position"], torch.float32)
         torch.testing.assert_close(b["input"], a["input"], rtol=2.0**-22, atol=0)
     assert any(not torch.equal(held[0]["input"], batch["input"]) for batch in held[1:])
+
+
+@pytest.mark.parametrize("options", [{}, TREATED])
+@pytest.mark.parametrize("off_the_grid", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_serves_frames_to_come_with_their_gaps(
+    tmp_path: Path, options: dict[str, Any], off_the_grid: bool, place: Callable
+) -> None:
+    """Pixels without data are NaN in the two last frames, and 0 as in the file in the three before."""
+    images, valid = depths(11), np.random.default_rng(1).random((11, 5, 40, 48)) < 0.9
+    images[~valid] = 0
+    if off_the_grid:
+        images[7] *= 1.01
+    path = write(tmp_path / "a.h5", images, valid=valid)
+    windows = WholeWindows(NowcastDataset(path, input_length=3, include_valid=True, **options))
+    kept = unpacked(windows, tmp_path / "cache")
+    assert kept.codes.dtype == (np.float32 if off_the_grid else np.uint16)
+    again = unpacked(windows, tmp_path / "cache")
+    numbers = [0, 2, 3, 7, 9, 10]
+    places = Reader(windows), place(kept, windows.augmentation), place(again, windows.augmentation)
+    read, held, mapped = (all_batches(BatchStream(p, numbers, 2, seed=1)) for p in places)
+    assert sorted(int(i) for batch in read[:3] for i in batch["index"]) == numbers
+    for a, b, c in zip(read, held, mapped, strict=True):
+        assert torch.equal(a["index"], b["index"])
+        assert a["input"][:, 3:].isnan().any()
+        assert not a["input"][:, :3].isnan().any()
+        torch.testing.assert_close(b["input"], a["input"], rtol=2.0**-22, atol=0, equal_nan=True)
+        torch.testing.assert_close(c["input"], b["input"], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -81,8 +116,8 @@ def test_values_off_the_grid_are_kept_bit_by_bit(tmp_path: Path, place: Callable
     assert (kept.encoding, kept.codes.dtype) == (Encoding(None), np.float32)
     assert [word for text in said for word in ("uint16", "float32") if word in text] == ["uint16", "float32"]
     for a, b in zip(
-        all_batches(BatchStream(windows, 2)),
-        all_batches(BatchStream(windows, 2, place=place(kept, windows.augmentation))),
+        all_batches(stream_of(windows)),
+        all_batches(stream_of(windows, place(kept, windows.augmentation))),
         strict=True,
     ):
         assert torch.equal(a["input"], b["input"])
@@ -90,7 +125,7 @@ def test_values_off_the_grid_are_kept_bit_by_bit(tmp_path: Path, place: Callable
 
 def test_synthetic_radar_is_kept_bit_by_bit() -> None:
     windows = SyntheticRadar(3, 4, 0, 64)
-    kept = in_memory(windows, windows.scale)
+    kept = in_memory(WholeWindows(windows))
     assert kept.codes.dtype == np.uint16
     for place in PLACES:
         (batch,) = place(kept, Augmentation()).batches([[(0, 2), (5, 0)]])
@@ -124,8 +159,8 @@ def test_what_fits_16_bits(values: list[float], fits: bool) -> None:
 def test_a_resumed_stream_takes_up_its_place(tmp_path: Path) -> None:
     windows = open_file(write(tmp_path / "a.h5", depths(11)), **TREATED)
     place = OnHost(unpacked(windows, tmp_path / "cache"), windows.augmentation)
-    whole = all_batches(BatchStream(windows, 2, seed=1, place=place), epochs=3)
-    later = BatchStream(windows, 2, seed=1, place=place)
+    whole = all_batches(stream_of(windows, place, seed=1), epochs=3)
+    later = stream_of(windows, place, seed=1)
     later.load_state_dict({"position": 7})
     for a, b in zip(whole[7:], all_batches(later), strict=True):
         assert a["position"] == b["position"]
@@ -148,7 +183,7 @@ def copy_of(source: Path) -> Path:
 
 def expected(source: Path) -> np.ndarray:
     windows = open_file(source)
-    return np.stack([windows.whole_input(i) for i in range(len(windows))])
+    return np.stack([windows.untreated(i) for i in range(len(windows))])
 
 
 def test_the_copy_is_made_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +191,7 @@ def test_the_copy_is_made_once(source: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise AssertionError("the file was read again")
 
     truth = expected(source)
-    monkeypatch.setattr(NowcastDataset, "whole_input", read_again)
+    monkeypatch.setattr(NowcastDataset, "whole", read_again)
     kept = unpacked(open_file(source), source.parent / "cache")
     np.testing.assert_allclose(decode(kept.codes, kept.encoding), truth, rtol=2.0**-22)
     assert isinstance(kept.codes, np.memmap)
@@ -203,7 +238,7 @@ def test_a_changed_source_is_read_anew(source: Path) -> None:
 
 def test_a_killed_writer_leaves_no_copy_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = open_file(write(tmp_path / "a.h5", depths(20)))
-    read = NowcastDataset.whole_input
+    read = NowcastDataset.whole
 
     def killed(self: NowcastDataset, index: int) -> np.ndarray:
         if index == 12:
@@ -211,7 +246,7 @@ def test_a_killed_writer_leaves_no_copy_and_no_rest(tmp_path: Path, monkeypatch:
         return read(self, index)
 
     with monkeypatch.context() as patch:
-        patch.setattr(NowcastDataset, "whole_input", killed)
+        patch.setattr(NowcastDataset, "whole", killed)
         with pytest.raises(KeyboardInterrupt):
             unpacked(windows, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.windows"))
@@ -255,14 +290,14 @@ def test_without_room_the_file_is_read_window_by_window_unless_asked_otherwise(
 ) -> None:
     windows = open_file(write(tmp_path / "a.h5", depths(6)))
     said: list[str] = []
-    config = DataOptions(path=str(windows.path), input_length=4, cache=str(make(tmp_path, monkeypatch)))
-    assert open_place(config, windows, CPU, said.append) is None
+    config = DataOptions(path=str(tmp_path / "a.h5"), input_length=4, cache=str(make(tmp_path, monkeypatch)))
+    assert open_store(config, windows, said.append) is None
     assert "window by window" in said[-1]
     config.resident = "host"
     with pytest.raises(NoRoomError, match=r"--data\.cache"):
-        open_place(config, windows, CPU, said.append)
+        open_store(config, windows, said.append)
     config.resident = "off"
-    assert open_place(config, windows, CPU, said.append) is None
+    assert open_store(config, windows, said.append) is None
 
 
 def test_the_place_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

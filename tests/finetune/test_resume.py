@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spatspark_fast.finetune.validation import Validation
-from spatspark_fast.training.recorder import MetricsCsv
+from spatspark_fast.training.metrics import MetricsCsv
 
 from ..pretrain.runs import checkpoint, pretrain, rows, same, same_training
 from .runs import finetune

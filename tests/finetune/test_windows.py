@@ -1,4 +1,4 @@
-"""Windows for finetuning: past and future in one stack, a part held out by time."""
+"""A part of the windows is held out by time, and shares no frame with the others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.radar.timestamps import format_timestamp
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.finetune.windows import ForecastWindows, hold_out
+from spatspark_fast.finetune.windows import hold_out
 
 START = datetime(2016, 7, 1)
 
@@ -71,41 +70,3 @@ def test_one_run_of_rain_cannot_be_cut(tmp_path: Path) -> None:
 def test_made_up_windows_have_days_of_their_own() -> None:
     split = hold_out(SyntheticRadar(10, 3, 3, 32), 0.25)
     assert (split.train, split.validation, split.dropped) == (list(range(8)), [8, 9], 0)
-
-
-def test_the_future_is_nan_where_nothing_was_measured_and_the_past_is_as_in_the_file(tmp_path: Path) -> None:
-    data = write(tmp_path / "a.h5", [10, 0, 20])
-    windows = ForecastWindows(data, [2, 0])
-    assert len(windows) == 2
-    item = windows[1]
-    assert item["index"] == 0
-    stack = item["input"]
-    assert stack.shape == (6, 32, 32)
-    with h5py.File(tmp_path / "a.h5") as file:
-        images: h5py.Dataset = file["train/images"]  # pyright: ignore[reportAssignmentType]
-        stored = torch.from_numpy(images[0])
-    missing = torch.zeros(32, 32, dtype=torch.bool)
-    missing[4:9, 20:] = True
-    past, future = (part[0] for part in windows.split_frames(stack[None]))
-    assert torch.equal(past, stored[:3])
-    assert torch.equal(future.isnan(), missing.expand(3, -1, -1))
-    assert torch.equal(future[:, ~missing], stored[3:][:, ~missing])
-    assert not windows[0]["input"].isnan().any()
-
-
-def test_missing_pixels_turn_with_the_picture(tmp_path: Path) -> None:
-    write(tmp_path / "a.h5", [0])
-    data = NowcastDataset(tmp_path / "a.h5", "train", 3, 3, flip=True, quarter_turns=True, include_valid=True)
-    windows = ForecastWindows(data)
-    shapes = set()
-    for epoch in range(8):
-        windows.set_epoch(epoch)
-        rows, columns = torch.nonzero(windows[0]["input"][5].isnan(), as_tuple=True)
-        assert len(rows) == 5 * 12
-        shapes.add((int(rows.min()), int(columns.min())))
-    assert len(shapes) > 3
-
-
-def test_made_up_windows_are_made_once() -> None:
-    windows = ForecastWindows(SyntheticRadar(3, 2, 2, 32))
-    assert windows[1] is windows[1]

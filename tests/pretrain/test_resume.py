@@ -19,7 +19,7 @@ from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain import run as training_run
 from spatspark_fast.pretrain.__main__ import main
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
-from spatspark_fast.training.recorder import MetricsCsv
+from spatspark_fast.training.metrics import MetricsCsv
 from spatspark_fast.training.rundir import RunDirectory, trim_metrics
 
 from .runs import arguments, checkpoint, pretrain, rows, same, same_training, start
@@ -210,7 +210,7 @@ def test_resume_refuses_a_damaged_and_a_foreign_checkpoint(
     assert "damaged" in capsys.readouterr().err
     torch.save({"state_dict": {}}, path)
     assert pretrain(out, "--resume", trainer__epochs=2) == 2
-    assert "no checkpoint of pretrain" in capsys.readouterr().err
+    assert "no checkpoint of a training: it lacks the options or the position" in capsys.readouterr().err
 
 
 def test_a_failing_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

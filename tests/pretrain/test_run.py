@@ -18,6 +18,7 @@ from patchsparse import PatchGrid
 from spatspark_fast.common.options import from_plain, to_plain
 from spatspark_fast.common.plots import RAIN_COLOURS
 from spatspark_fast.data.nl50 import NowcastDataset
+from spatspark_fast.data.reader import Reader
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.models.masks import num_visible
 from spatspark_fast.models.spark import build_spark
@@ -228,7 +229,7 @@ class Windows:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_is_a_function_of_seed_and_position(workers: int) -> None:
-    stream = BatchStream(Windows(11), 2, seed=3, num_workers=workers)
+    stream = BatchStream(Reader(Windows(11), workers), range(11), 2, seed=3)
     whole = [batch for _ in range(3) for batch in stream]
     assert [batch["position"] for batch in whole] == list(range(15))
     for batch in whole:
@@ -236,14 +237,14 @@ def test_the_stream_is_a_function_of_seed_and_position(workers: int) -> None:
         expected = epoch_order(11, 3, epoch)[2 * place : 2 * place + 2].tolist()
         assert batch["index"].tolist() == expected
         assert batch["input"][:, 0, 0].tolist() == [[epoch, index] for index in expected]
-    later = BatchStream(Windows(11), 2, seed=3, num_workers=workers)
+    later = BatchStream(Reader(Windows(11), workers), range(11), 2, seed=3)
     later.load_state_dict({"position": 7})
     again = [batch for _ in range(2) for batch in later]
     assert same(again, whole[7:])
 
 
 def test_devices_share_each_batch_without_overlap() -> None:
-    streams = [BatchStream(Windows(12), 2, rank=rank, world_size=3) for rank in range(3)]
+    streams = [BatchStream(Reader(Windows(12)), range(12), 2, rank=rank, world_size=3) for rank in range(3)]
     seen = [index for batches in zip(*streams, strict=True) for batch in batches for index in batch["index"].tolist()]
     assert sorted(seen) == list(range(12))
 

@@ -17,10 +17,10 @@ from spatspark_fast.pretrain.build import build_masks, build_model
 from spatspark_fast.pretrain.clock import Lap, StepClock, _Mark
 from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.pretrain.module import SparkPretraining
-from spatspark_fast.training import lamb
-from spatspark_fast.training import recorder as record
+from spatspark_fast.pretrain.run import COLUMNS
+from spatspark_fast.training import lamb, recorder
+from spatspark_fast.training.metrics import MetricsCsv
 from spatspark_fast.training.reading import Reading
-from spatspark_fast.training.recorder import COLUMNS, MetricsCsv
 from spatspark_fast.training.schedules import make_plan
 from spatspark_fast.training.speed import Speed
 
@@ -152,7 +152,7 @@ def test_rows_that_are_on_their_way_are_written_later_and_none_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pretrain(tmp_path / "early") == 0
-    monkeypatch.setattr(record, "Reading", Late)
+    monkeypatch.setattr(recorder, "Reading", Late)
     written: list[tuple[int, int]] = []
     log = MetricsCsv.log_metrics
     steps: list[int] = []

@@ -1,4 +1,4 @@
-"""Unpack a compressed file of windows once, into a file that is mapped into memory ever after.
+"""Unpack a compressed file of windows once, into a file that later runs map into memory.
 
 ::
 
@@ -28,7 +28,8 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.parallel import ordered_map
-from spatspark_fast.data.resident.store import Encoding, OffGridError, WindowStore, encoding_of, frames_of, stored
+from spatspark_fast.data.resident.store import Encoding, OffGridError, WindowStore, encoding_of, stored
+from spatspark_fast.data.windows import WholeWindows
 
 __all__ = ["NoRoomError", "default_folder", "unpacked"]
 
@@ -51,12 +52,12 @@ def default_folder() -> Path:
 
 
 def unpacked(
-    windows: NowcastDataset,
+    windows: WholeWindows,
     folder: Path | None = None,
     workers: int = 0,
     say: Callable[[str], None] = lambda text: None,
 ) -> WindowStore:
-    """Return the input frames of all windows, mapped from the uncompressed copy in ``folder``.
+    """Return all windows of a file, mapped from their uncompressed copy in ``folder``.
 
     The copy is made where there is none yet, where the source has another size or time of change, and where
     it is damaged. It is written beside its place and then renamed, so a killed process leaves no half of one.
@@ -93,17 +94,22 @@ class _Copy:
     path: Path
     source: dict[str, Any]
     shape: tuple[int, ...]
-    scale: float
+    gaps: bool
 
     @classmethod
-    def of(cls, windows: NowcastDataset, folder: Path) -> _Copy:
-        path = windows.path.resolve()
+    def of(cls, windows: WholeWindows, folder: Path) -> _Copy:
+        file = windows.windows
+        if not isinstance(file, NowcastDataset):
+            raise TypeError(f"windows of a file are unpacked, got those of a {type(file).__name__}")
+        path = file.path.resolve()
         found = path.stat()
-        shape = (len(windows), windows.input_length, *windows.stored_size)
-        key = {"path": str(path), "split": windows.split, "frames": windows.input_length, "scale": windows.scale}
+        shape = (len(file), windows.frames, *file.stored_size)
+        key = {"path": str(path), "split": file.split, "frames": windows.frames, "scale": windows.scale}
+        if windows.gaps:  # what is NaN begins behind the past
+            key["past"] = windows.past
         digest = hashlib.sha256(json.dumps([FORMAT, key]).encode()).hexdigest()[:16]
         source = {**key, "bytes": found.st_size, "changed_ns": found.st_mtime_ns}
-        return cls(folder / f"{path.stem}-{windows.split}-{digest}.windows", source, shape, windows.scale)
+        return cls(folder / f"{path.stem}-{file.split}-{digest}.windows", source, shape, windows.gaps)
 
     def header(self, encoding: Encoding) -> bytes:
         text = {"format": FORMAT, "source": self.source, "shape": self.shape, "unit": encoding.unit}
@@ -122,7 +128,7 @@ class _Copy:
             with self.path.open("rb") as file:
                 header = file.read(HEADER)
             unit = json.loads(header)["unit"]
-            encoding = Encoding(None if unit is None else float(unit))
+            encoding = Encoding(None if unit is None else float(unit), self.gaps)
             if header != self.header(encoding) or self.path.stat().st_size != self.bytes_of(encoding):
                 return None
             codes = np.memmap(self.path, encoding.dtype, "r", HEADER, self.shape)
@@ -135,17 +141,17 @@ class _Copy:
                 return None
         return WindowStore(codes, encoding)
 
-    def make(self, windows: NowcastDataset, workers: int, say: Callable[[str], None]) -> None:
+    def make(self, windows: WholeWindows, workers: int, say: Callable[[str], None]) -> None:
         """Write the copy; with 16 bits a pixel if all windows allow it, else with 32."""
         for stale in self.path.parent.glob(f".{self.path.name}.*.tmp"):
             stale.unlink(missing_ok=True)  # of a process that was killed: whoever still writes holds the lock
-        encoding = encoding_of(_Plain(windows), self.scale)
+        encoding = encoding_of(windows)
         try:
             self._write(windows, encoding, workers, say)
         except OffGridError:
-            self._write(windows, Encoding(None), workers, say)
+            self._write(windows, Encoding(None, self.gaps), workers, say)
 
-    def _write(self, windows: NowcastDataset, encoding: Encoding, workers: int, say: Callable[[str], None]) -> None:
+    def _write(self, windows: WholeWindows, encoding: Encoding, workers: int, say: Callable[[str], None]) -> None:
         size = self.bytes_of(encoding)
         free = shutil.disk_usage(self.path.parent).free
         if size + SPARE > free:
@@ -165,28 +171,14 @@ class _Copy:
 
 
 @dataclass
-class _Plain:
-    """Serve the windows of a file as they are stored, without augmentation."""
-
-    windows: NowcastDataset
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"input": self.windows.whole_input(index)}
-
-
-@dataclass
 class _Reader:
     """Read and encode windows, in this process or in another."""
 
-    windows: NowcastDataset
+    windows: WholeWindows
     encoding: Encoding
 
     def __call__(self, indices: list[int]) -> list[np.ndarray]:
-        plain = _Plain(self.windows)
-        return [stored(frames_of(plain[index]), self.encoding) for index in indices]
+        return [stored(self.windows.untreated(index), self.encoding) for index in indices]
 
 
 def _checksum(codes: np.ndarray) -> int:

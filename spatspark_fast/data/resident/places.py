@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spatspark_fast.data.augment import Augmentation
-from spatspark_fast.data.resident.store import WindowStore, decode
+from spatspark_fast.data.resident.store import Encoding, WindowStore, decode
 
 __all__ = ["Key", "OnDevice", "OnHost", "Place", "SentAhead", "choose_place", "free_memory", "place_windows"]
 
@@ -53,7 +53,7 @@ def free_memory(device: torch.device) -> int:
 
 def choose_place(asked: Literal["auto", "device", "host"], nbytes: int, device: torch.device) -> Where:
     """Return where windows of ``nbytes`` stay; ``auto`` leaves two thirds of a GPU's free memory to the step."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return "host"
     if asked == "auto":
         return "device" if nbytes <= DEVICE_SHARE * free_memory(device) else "host"
@@ -64,7 +64,7 @@ def place_windows(store: WindowStore, augmentation: Augmentation, where: Where, 
     """Bring windows to where they stay during training."""
     if where == "device":
         return OnDevice(store, augmentation, device)
-    return OnHost(store, augmentation) if device.type == "cpu" else SentAhead(store, augmentation, device)
+    return SentAhead(store, augmentation, device) if device.type == "cuda" else OnHost(store, augmentation)
 
 
 class OnHost:
@@ -92,7 +92,7 @@ class OnDevice:
         self.device = device
         self.image_size = store.image_size
         self.size = augmentation.check(store.image_size)
-        self.unit = store.encoding.unit
+        self.encoding = store.encoding
         self.codes = torch.empty(store.codes.shape, dtype=_torch_type(store), device=device)
         for start in range(0, len(store), UPLOAD):
             part = _as_tensor(np.array(store.codes[start : start + UPLOAD]))
@@ -102,7 +102,7 @@ class OnDevice:
         """Yield batches on the device; nothing waits for it."""
         for keys in jobs:
             order = _sent(_order(keys, self.augmentation, self.image_size), self.device)
-            yield _treat(self.codes.index_select(0, order[0]), order, self.size, self.unit)
+            yield _treat(self.codes.index_select(0, order[0]), order, self.size, self.encoding)
 
 
 class SentAhead:
@@ -128,7 +128,7 @@ class SentAhead:
                 current.wait_event(sent)  # the device waits, not this thread
                 codes.record_stream(current)
                 order.record_stream(current)
-            yield _treat(codes, order, self.size, self.store.encoding.unit)
+            yield _treat(codes, order, self.size, self.store.encoding)
 
     def _send(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, Any]:
         shape = (len(keys), *self.store.codes.shape[1:])
@@ -170,7 +170,7 @@ def _sent(order: Tensor, device: torch.device) -> Tensor:
     return (order.pin_memory() if device.type == "cuda" else order).to(device, non_blocking=True)
 
 
-def _treat(codes: Tensor, order: Tensor, size: tuple[int, int], unit: float | None) -> Tensor:
+def _treat(codes: Tensor, order: Tensor, size: tuple[int, int], encoding: Encoding) -> Tensor:
     """Gather the pixels of treated windows ``(B, T, *size)`` from ``codes`` ``(B, T, H, W)``, and scale them."""
     if len(order) > 1:
         offset, down, right = order[1:, :, None, None]
@@ -178,7 +178,10 @@ def _treat(codes: Tensor, order: Tensor, size: tuple[int, int], unit: float | No
         places = (offset + rows[:, None] * down + columns * right).flatten(1)
         codes = codes.flatten(2).gather(2, places[:, None].expand(-1, codes.shape[1], -1)).unflatten(2, size)
     frames = codes.float()
-    return frames if unit is None else frames.mul_(unit)
+    if encoding.unit is None:
+        return frames
+    frames.mul_(encoding.unit)
+    return frames.masked_fill_(codes < 0, torch.nan) if encoding.gaps else frames  # only `MISSING` is below 0
 
 
 def _torch_type(store: WindowStore) -> torch.dtype:

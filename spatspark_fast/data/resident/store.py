@@ -1,48 +1,49 @@
 """Keep all windows of a data set uncompressed, two bytes a pixel where that changes nothing.
 
 Radar depths come in whole hundredths of a millimetre, so 16 bits hold them. Where the values of a file do not
-lie on that grid (rain made from reflectivities), they are kept in float32 as they are.
+lie on that grid (rain made from reflectivities), they are kept in float32 as they are. A pixel without data is NaN.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spatspark_fast.data.windows import WholeWindows
+
 __all__ = [
     "HUNDREDTH",
+    "MISSING",
     "Encoding",
     "OffGridError",
     "WindowStore",
     "decode",
     "encode",
     "encoding_of",
-    "frames_of",
     "in_memory",
     "stored",
 ]
 
 HUNDREDTH = 0.01  # mm per 5 min
 LARGEST = np.iinfo(np.int16).max  # 327 mm in 5 min; the sign bit stays free, since GPU kernels know int16 only
+MISSING = np.iinfo(np.uint16).max  # code of NaN; as int16 it is -1, and no other code is negative
 ROUNDING = 2.0**-22  # of a value: two units in the last place of float32
 
 Frames = NDArray[Any]
 
 
-class _Windows(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
-
-
 @dataclass(frozen=True)
 class Encoding:
-    """Say how pixels are stored: uint16 multiples of ``unit`` (data units), or float32 as they are (None)."""
+    """Say how pixels are stored: uint16 multiples of ``unit`` (data units), or float32 as they are (None).
+
+    With ``gaps`` pixels may be NaN.
+    """
 
     unit: float | None
+    gaps: bool = False
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -77,37 +78,37 @@ class WindowStore:
 
 
 def encode(window: Frames, unit: float) -> Frames | None:
-    """Return data values as uint16 multiples of ``unit``; None if that would change them.
+    """Return data values as uint16 multiples of ``unit``, NaN as `MISSING`; None if that would change a value.
 
     Unchanged means: equal to two units in the last place of float32, which is what is lost when a file's
-    writer divides by the scale in float32. Values must be finite and not negative.
+    writer divides by the scale in float32. Values must not be infinite or negative.
     """
-    codes = np.rint(window.astype(np.float64) / unit)
+    missing = np.isnan(window)
+    values = np.where(missing, 0.0, window.astype(np.float64))
+    codes = np.rint(values / unit)
     if codes.size and codes.max() > LARGEST:
         return None
-    if (np.abs(codes * unit - window) > ROUNDING * np.abs(window)).any():
+    if (np.abs(codes * unit - values) > ROUNDING * values).any():
         return None
-    return codes.astype(np.uint16)
+    return np.where(missing, MISSING, codes).astype(np.uint16)
 
 
 def decode(codes: Frames, encoding: Encoding, out: Frames | None = None) -> Frames:
     """Return stored pixels as float32 data values, written into ``out`` if it is given."""
     if encoding.unit is None:
         return np.positive(codes, out=out, dtype=np.float32)
-    return np.multiply(codes, np.float32(encoding.unit), out=out, dtype=np.float32, casting="unsafe")
+    frames = np.multiply(codes, np.float32(encoding.unit), out=out, dtype=np.float32, casting="unsafe")
+    if encoding.gaps:
+        np.copyto(frames, np.float32(np.nan), where=codes == MISSING)
+    return frames
 
 
-def encoding_of(windows: _Windows, scale: float, probes: int = 3) -> Encoding:
+def encoding_of(windows: WholeWindows, probes: int = 3) -> Encoding:
     """Return the encoding that a few windows spread over the data set allow; `stored` checks each of them."""
-    unit = HUNDREDTH / scale
+    unit = HUNDREDTH / windows.scale
     places = np.linspace(0, len(windows) - 1, min(probes, len(windows))).round().astype(int)
-    fits = all(encode(frames_of(windows[int(place)]), unit) is not None for place in places)
-    return Encoding(unit if fits else None)
-
-
-def frames_of(item: dict[str, Any]) -> Frames:
-    """Return the input frames ``(T, H, W)`` float32 of an item of a data set."""
-    return np.asarray(item["input"], dtype=np.float32)
+    fits = all(encode(windows.untreated(int(place)), unit) is not None for place in places)
+    return Encoding(unit if fits else None, windows.gaps)
 
 
 def stored(window: Frames, encoding: Encoding) -> Frames:
@@ -126,17 +127,17 @@ class OffGridError(ValueError):
     """Tell that 16 bits would change a value."""
 
 
-def in_memory(windows: _Windows, scale: float) -> WindowStore:
+def in_memory(windows: WholeWindows) -> WindowStore:
     """Read all windows of a data set into memory; raise what the data set raises for one that is bad."""
-    encoding = encoding_of(windows, scale)
+    encoding = encoding_of(windows)
     try:
         return _read(windows, encoding)
     except OffGridError:
-        return _read(windows, Encoding(None))
+        return _read(windows, Encoding(None, encoding.gaps))
 
 
-def _read(windows: _Windows, encoding: Encoding) -> WindowStore:
-    codes = np.empty((len(windows), *frames_of(windows[0]).shape), encoding.dtype)
+def _read(windows: WholeWindows, encoding: Encoding) -> WindowStore:
+    codes = np.empty((len(windows), *windows.untreated(0).shape), encoding.dtype)
     for index in range(len(windows)):
-        codes[index] = stored(frames_of(windows[index]), encoding)
+        codes[index] = stored(windows.untreated(index), encoding)
     return WindowStore(codes, encoding)
