@@ -98,18 +98,6 @@ def test_options_of_one_name_are_shared() -> None:
 
 
 @BOTH
-def test_the_device_is_what_lightning_calls_an_accelerator(command: Command) -> None:
-    for argv, accelerator in (
-        ([], "auto"),
-        (["--device=cuda"], "gpu"),
-        (["--device", "cpu"], "cpu"),
-        (["--trainer.accelerator=cpu"], "cpu"),
-        (["--trainer.accelerator=gpu", "--device=auto"], "auto"),
-    ):
-        assert parse_training(command, argv).config.trainer.accelerator == accelerator
-
-
-@BOTH
 def test_every_option_says_what_it_is(command: Command) -> None:
     silent = [name for name, action in actions_of(command).items() if not action.help]
     assert silent == []
