@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,12 +27,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("run") / "model.ckpt", lengths=(4, 3), name="tiny")
 
 
-def test_everything_is_written_and_agrees(file: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_everything_is_written_and_agrees(
+    file: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-W", "error", "-m", "spatspark_fast.evaluate", "--checkpoint", str(checkpoint)]
-    command += ["--checkpoint", f"again={checkpoint}", "--data.path", str(file), "--out", str(out)]
-    done = subprocess.run([*command, "--thresholds", "0.5", "200"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    argv = ["--checkpoint", str(checkpoint), "--checkpoint", f"again={checkpoint}", "--data.path", str(file)]
+    assert main([*argv, "--out", str(out), "--thresholds", "0.5", "200"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
     names = {path.name for path in out.iterdir()}
     assert names >= {"scores.json", "scores.csv", "scores.md", "lead_times.png", "spectra.png", "panel_00001.png"}
     content = json.loads((out / "scores.json").read_text())
@@ -53,7 +54,7 @@ def test_everything_is_written_and_agrees(file: Path, checkpoint: Path, tmp_path
     assert float(table["persistence", "all", "fss", "0.5", "15"]["value"]) > 0.9
     assert table["persistence", "all", "precision", "200", ""]["value"] == ""
     assert "| persistence |" in (out / "scores.md").read_text()
-    assert "| persistence |" in done.stdout
+    assert "| persistence |" in shown.out
     for picture in out.glob("*.png"):
         with Image.open(picture) as image:
             assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 15, picture

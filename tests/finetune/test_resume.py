@@ -10,6 +10,7 @@ import torch
 from spatspark_fast.finetune.validation import Validation
 from spatspark_fast.training.metrics import MetricsCsv
 
+from ..matrix import rest_but
 from ..pretrain.runs import checkpoint, pretrain, rows, same, same_training
 from .runs import finetune
 
@@ -21,11 +22,15 @@ def unmoved_signals() -> object:
     assert before == {signum: signal.getsignal(signum) for signum in before}, "a signal was not given back"
 
 
-@pytest.mark.parametrize("step", [4, 6], ids=["between epochs", "within an epoch"])
+@pytest.mark.parametrize(
+    ("step", "encoder"),
+    rest_but([(4, "test_resnet"), (6, "test_resnet")], [(4, "test_resnet"), (6, "test_resnet"), (6, "resnet10t")]),
+)
 def test_a_signal_saves_and_resume_is_bitwise_exact(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    step: int, encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes = {"model__encoder": "resnet10t", "optim__ema": 0.5, "data__num_workers": 0}
+    """Step 4 ends an epoch, step 6 lies within one."""
+    changes = {"model__encoder": encoder, "optim__ema": 0.5, "data__num_workers": 0}
     assert finetune(tmp_path / "whole", **changes) == 0
     log = MetricsCsv.log_metrics
 

@@ -15,7 +15,7 @@ from spatspark_fast.models.forecaster import Forecaster
 from spatspark_fast.models.registry import LoadedForecaster, build_forecaster, describe_forecaster
 
 START = datetime(2020, 6, 1, 12, 0)
-SMALL = {"encoder": "resnet18", "decoder_width": 32, "unit": 1 / 47.83}
+SMALL = {"encoder": "test_resnet", "decoder_width": 32, "unit": 1 / 47.83}
 
 
 def moving_rain(windows: int, frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:

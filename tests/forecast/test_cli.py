@@ -1,6 +1,5 @@
 """The command forecast: files, ONNX, and refusals in one sentence."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import xarray as xr
 from spatspark_fast.forecast.__main__ import main
 from spatspark_fast.models.registry import load_forecaster
 from tests.forecast.forecasts import SMALL, moving_rain, save_checkpoint, write_windows
+from tests.matrix import rest_but
 from tests.prepare.archives import write_archive
 from tests.refusals import refusal
 
@@ -26,15 +26,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("run") / "model.ckpt", "persistence", lengths=(4, 3))
 
 
-def test_the_command_writes_what_it_says(file: Path, tmp_path: Path) -> None:
+def test_the_command_writes_what_it_says(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = save_checkpoint(tmp_path / "m.ckpt", lengths=(4, 3))
-    command = [sys.executable, "-W", "error", "-m", "spatspark_fast.forecast", "--checkpoint", str(checkpoint)]
-    command += ["--data.path", str(file), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    argv = ["--checkpoint", str(checkpoint), "--data.path", str(file), "--out", str(tmp_path / "out")]
+    assert main(argv) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
     names = {f"forecast_20200601T1330Z.{kind}" for kind in ("nc", "gif", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    assert "2020-06-01 13:30 UTC, 15 minutes" in done.stdout
+    assert "2020-06-01 13:30 UTC, 15 minutes" in shown.out
     with xr.open_dataset(tmp_path / "out" / "forecast_20200601T1330Z.nc") as data:
         assert data["rainfall_rate"].shape == (3, 40, 72)
         assert data["rainfall_rate"].values.min() >= 0
@@ -115,12 +115,13 @@ def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None
         assert words in text
 
 
-def test_onnx_gives_the_same_forecast_at_other_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("decoder", rest_but(["light"], ["light", "unet"]))
+def test_onnx_gives_the_same_forecast_at_other_sizes(decoder: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f'no {package}: pip install "spatspark-fast[onnx]"')
     import onnxruntime
 
-    options = {**SMALL, "output_norm": "input_patch", "translation": "attention"}
+    options = {**SMALL, "decoder": decoder, "output_norm": "input_patch", "translation": "attention"}
     checkpoint = save_checkpoint(tmp_path / "m.ckpt", lengths=(4, 3), **options)
     model = tmp_path / "m.onnx"
     assert main(["--checkpoint", str(checkpoint), "--export", str(model)]) == 0
