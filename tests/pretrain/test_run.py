@@ -40,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pretrain") / "run"
     changes: dict[str, Any] = {
         "data__synthetic_windows": 16,
-        "data__synthetic_size": 128,
+        "data__synthetic_size": 96,
         "data__batch_size": 4,
         "model__encoder": "resnet10t",
         "model__decoder": "unet",
@@ -106,7 +106,7 @@ def losses_before_and_after(out: Path, frames: torch.Tensor) -> tuple[float, flo
 
 
 def test_the_loss_falls_on_what_was_seen(finished: Path) -> None:
-    windows = SyntheticRadar(16, 3, 0, 128)
+    windows = SyntheticRadar(16, 3, 0, 96)
     before, after = losses_before_and_after(finished, torch.stack([windows[i]["input"] for i in range(16)]))
     assert after < 0.99 * before
 
