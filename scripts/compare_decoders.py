@@ -60,6 +60,7 @@ class Options:
 
 
 def checked(code: int, what: str) -> None:
+    """Raise SystemExit unless the exit code of a command is 0."""
     if code:
         raise SystemExit(f"{what} ended with exit code {code}")
 
@@ -152,6 +153,7 @@ def spread(values: Sequence[float], digits: str) -> str:
 
 
 def main() -> None:
+    """Train with each decoder, and print what finetuning makes of the encoders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="file whose train split is finetuned on, whose test split is scored")

@@ -34,8 +34,7 @@ def package_versions() -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Give a temporary file beside ``target`` to write to, and rename it to ``target`` when the block ends
-    well.
+    """Give a temporary file beside ``target`` to write to; rename it to ``target`` when the block ends well.
 
     Whoever reads sees the old file or the whole new one, whatever happens to this process. The temporary
     file lies in the same folder, since a rename between file systems is a copy.

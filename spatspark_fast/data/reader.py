@@ -23,7 +23,8 @@ class WindowDataset(Protocol):
 
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
-    def set_epoch(self, epoch: int) -> None: ...
+    def set_epoch(self, epoch: int) -> None:
+        """Draw what is random as epoch ``epoch`` asks."""
 
 
 class Reader:

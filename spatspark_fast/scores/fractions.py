@@ -42,9 +42,9 @@ class RunningSums:
 
 
 class FractionsSkill(Metric):
-    """Accumulate what the fractions skill score (Roberts and Lean, 2008) needs, for every lead time, threshold
-    in mm/h and scale in pixels.
+    """Accumulate what the fractions skill score (Roberts and Lean, 2008) needs.
 
+    It does so for every lead time, threshold in mm/h and scale in pixels.
     ``compute`` returns ``(L, K, S, 2)`` float64: sums of squared differences of the fractions, and of the squares
     of both. A pixel without data is dry in forecast and observation alike.
     """

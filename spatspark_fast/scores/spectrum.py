@@ -35,9 +35,9 @@ def radial_bins(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def radial_power(fields: Tensor) -> Tensor:
-    """Return the mean power of each ring ``(..., R)`` float64 of fields ``(..., H, W)`` without NaN, in the
-    square of their unit.
+    """Return the mean power of each ring ``(..., R)`` float64 of fields ``(..., H, W)`` without NaN.
 
+    It is in the square of their unit.
     Equivalent to ``pysteps.utils.spectral.rapsd(field, fft_method=numpy.fft)`` for square fields; for others the
     wavenumber, not the index, is what makes a ring.
     """
@@ -92,8 +92,9 @@ class SpectralPower(Metric):
         return side / torch.arange(self.sums.shape[-1], dtype=torch.float64)
 
     def small_scale_power(self) -> Tensor:
-        """Return ``(2, L)``: summed power of forecast and observation below ``SMALL_SCALE``, each ring weighted by
-        its number of coefficients, so that it is the variance of those scales.
+        """Return ``(2, L)``: the summed power of forecast and observation below ``SMALL_SCALE``.
+
+        Each ring is weighted by its number of coefficients, so that the sum is the variance of those scales.
         """
         ring, weight = radial_bins(*self.size)
         counts = torch.zeros(self.sums.shape[-1], dtype=torch.float64).index_add_(0, ring.flatten(), weight.flatten())

@@ -115,8 +115,9 @@ class RainErrors(Metric):
 
 
 def rain_errors(sums: Tensor, scale: float) -> dict[str, Tensor]:
-    """Turn sums ``(..., 4)`` of `RainErrors` into ``mse`` (of values / ``scale``, mm per 5 min), ``pmse`` in
-    (mm/5min)^2, ``mae`` and ``mean_error`` in mm/h.
+    """Turn sums ``(..., 4)`` of `RainErrors` into errors with units.
+
+    They are ``mse`` (of values / ``scale``, mm per 5 min), ``pmse`` in (mm/5min)^2, ``mae`` and ``mean_error`` in mm/h.
     """
     squares, absolutes, errors, pixels = sums.unbind(-1)
     # A rate is 12 depths, a squared one 144; the conversion of 1 says how many without repeating it.

@@ -59,11 +59,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Write ``last.ckpt`` after every epoch, at the last step, and on SIGINT or SIGTERM; keep some epochs
-    for good.
+    """Write ``last.ckpt`` after every epoch, at the last step and on a signal; keep some epochs for good.
 
-    A signal is answered after the current optimiser step, a second one at once. Checkpoint callbacks run
-    after all others, so what is saved is complete.
+    A signal (SIGINT, SIGTERM) is answered after the current optimiser step, a second one at once. Checkpoint
+    callbacks run after all others, so what is saved is complete.
     """
 
     def __init__(self, run: RunDirectory, keep_every: int, poll_every: int) -> None:

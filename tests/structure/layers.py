@@ -22,13 +22,19 @@ LAYERS = (
     ("tests",),
 )
 KERNEL_LAYERS = (
-    ("patchsparse.geometry", "patchsparse.grid", "patchsparse.layout", "patchsparse.processor"),
+    (
+        "patchsparse.geometry",
+        "patchsparse.grid",
+        "patchsparse.layout",
+        "patchsparse.precision",
+        "patchsparse.processor",
+    ),
     ("patchsparse.backends",),
     ("patchsparse.ops",),
     ("patchsparse.packing", "patchsparse.pointwise"),
     ("patchsparse.functional",),
     ("patchsparse.whole_images",),
-    ("patchsparse.adoption",),
+    ("patchsparse.adoption", "patchsparse.explanation"),
     ("patchsparse.testing",),
     ("=patchsparse",),
 )

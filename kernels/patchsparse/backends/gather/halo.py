@@ -23,6 +23,7 @@ def from_rows(rows: Tensor, count: int, size: Size) -> Tensor:
 
 
 def patch_size(x: Tensor) -> Size:
+    """Return the height and width of the patches ``(N, C, ph, pw)``, in pixels."""
     return x.shape[2], x.shape[3]
 
 
