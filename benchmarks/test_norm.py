@@ -13,25 +13,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchsparse import PatchGrid, pack, patch_batch_norm_act, unpack
+from patchsparse import pack, patch_batch_norm_act, unpack
 
 from .measure.scales import MASKED
 from .measure.timing import check_parity, in_turn
 from .subjects.convolutions import GROUPS, LIMITS
 from .subjects.encoders import DENSE, DENSE_AND_MASK
+from .subjects.images import random_grid, random_image
 
 
 @pytest.mark.parametrize("shape", [GROUPS["3x3"][0], GROUPS["3x3"][2]], ids=str)
 def test_norm(benchmark, record, scale, shape):
     """Packed rows and the fused operator over whole images, plain and masked."""
     generator = torch.Generator().manual_seed(0)
-    grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED, generator=generator)
-    grid, channels = grid.to(scale.device), shape.c_in
+    grid, channels = random_grid(scale, generator), shape.c_in
     pixels = grid.pixels([patches * shape.p for patches in grid.shape])
-
-    def normal() -> Tensor:
-        whole = torch.randn(scale.layer_batch, channels, *(s * shape.p for s in grid.shape), generator=generator)
-        return whole.to(scale.device, scale.precision).contiguous(memory_format=torch.channels_last)
 
     def masked_norm(x: Tensor, residual: Tensor) -> Tensor:
         rows = F.batch_norm(x.permute(0, 2, 3, 1)[pixels], None, None, weight, bias, training=True)
@@ -40,7 +36,7 @@ def test_norm(benchmark, record, scale, shape):
         return F.relu(y.permute(0, 3, 1, 2) + residual)
 
     weight, bias = (torch.rand(channels, generator=generator).to(scale.device).requires_grad_() for _ in range(2))
-    image, residual, g = (normal() for _ in range(3))
+    image, residual, g = (random_image(grid, channels, shape.p, scale.precision, generator) for _ in range(3))
     packed = [pack(t, grid) for t in (image, residual, g)]
     zeroed = [unpack(t, grid) for t in packed]
 

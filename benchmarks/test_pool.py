@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchsparse import PatchGrid, pack, patch_max_pool2d, unpack
+from patchsparse import pack, patch_max_pool2d, unpack
 
 from .measure.scales import MASKED
 from .measure.timing import check_parity, in_turn
 from .subjects.encoders import DENSE, DENSE_AND_MASK
+from .subjects.images import random_grid, random_image
 
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-2}  # gradients are summed where stencils overlap, and rounded
 
@@ -24,14 +25,8 @@ def test_max_pool(benchmark, record, scale, engine):
     """An engine over whole images, plain and masked."""
     channels, p = 64, 16
     generator = torch.Generator().manual_seed(0)
-    grid = PatchGrid.random(scale.layer_batch, (scale.layer_side,) * 2, 1 - MASKED, generator=generator)
-    grid = grid.to(scale.device)
-
-    def normal(size: int) -> Tensor:
-        whole = torch.randn(scale.layer_batch, channels, *(side * size for side in grid.shape), generator=generator)
-        return whole.to(scale.device, scale.precision).contiguous(memory_format=torch.channels_last)
-
-    image, direction = normal(p), normal(p // 2)
+    grid = random_grid(scale, generator)
+    image, direction = (random_image(grid, channels, size, scale.precision, generator) for size in (p, p // 2))
     packed, g = pack(image, grid).requires_grad_(), pack(direction, grid)
     zeroed, g_zeroed = unpack(packed.detach(), grid).requires_grad_(), unpack(g, grid)
     image.requires_grad_()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from patchsparse import pack, unpack
+from patchsparse import pack, testing, unpack
 
 from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer
@@ -15,23 +14,18 @@ __all__ = ["Dense", "DenseAndMask"]
 
 
 class _DenseLayer(Layer):
-    """A convolution of whole channels_last images; with ``masks`` inactive pixels of the output are set to 0."""
+    """A convolution of whole channels_last images."""
 
-    def __init__(self, p: Problem, masks: bool) -> None:
+    def __init__(self, p: Problem) -> None:
         self.p = p
-        self.masks = masks
-        self.weight = p.weight.detach().clone(memory_format=torch.channels_last).requires_grad_()
+        self.conv = conv_of(p)
+        self.weight = self.conv.weight
 
     def build_map(self) -> None:
-        """Spread the active patches to pixels of the output."""
-        if self.masks:
-            size = [patches * self.p.shape.out_p for patches in self.p.grid.shape]
-            self.active = self.p.grid.pixels(size)[:, None].to(self.weight.dtype)
+        """Do nothing: whole images need no map."""
 
     def forward(self, x: Tensor) -> Tensor:
-        stride, padding, dilation, groups = self.p.options
-        y = F.conv2d(x, self.weight, None, stride, padding, dilation, groups)
-        return y * self.active if self.masks else y
+        return self.conv(x)
 
     def operand(self, packed: Tensor) -> Tensor:
         return unpack(packed, self.p.grid)
@@ -49,6 +43,26 @@ class _DenseLayer(Layer):
         return weight
 
 
+class _MaskedLayer(_DenseLayer):
+    """The same with its input masked."""
+
+    def __init__(self, p: Problem) -> None:
+        super().__init__(p)
+        self.masking = testing.DenseAndMask(self.conv, p.grid)
+        self.weight = next(self.masking.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.masking(x)
+
+
+def conv_of(p: Problem) -> nn.Conv2d:
+    """Return the convolution of a problem as a module of PyTorch, its weight in channels_last memory."""
+    s = p.shape
+    conv = nn.Conv2d(s.c_in, s.c_out, s.k, s.stride, s.k // 2, groups=s.groups, bias=False)
+    conv.weight = nn.Parameter(p.weight.detach().clone(memory_format=torch.channels_last))
+    return conv
+
+
 class Dense(Peer):
     """Convolve whole images, on a GPU by cuDNN."""
 
@@ -64,15 +78,15 @@ class Dense(Peer):
 
     def build(self, p: Problem) -> Layer:
         """Return the convolution of a problem."""
-        return _DenseLayer(p, masks=False)
+        return _DenseLayer(p)
 
 
 class DenseAndMask(Dense):
-    """Convolve whole images and set what is inactive to 0 after each layer: SparK's way."""
+    """Set what is inactive to 0 and convolve whole images: SparK's way."""
 
     name = "dense-and-mask"
-    note = "convolves whole channels_last images and multiplies with the mask: SparK's way"
+    note = "multiplies with the mask and convolves whole channels_last images: SparK's way"
 
     def build(self, p: Problem) -> Layer:
         """Return the convolution of a problem."""
-        return _DenseLayer(p, masks=True)
+        return _MaskedLayer(p)

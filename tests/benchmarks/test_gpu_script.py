@@ -63,7 +63,7 @@ class Wrong(Dense):
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return super().forward(x) * 1.1
 
-        return Larger(p, masks=False)
+        return Larger(p)
 
 
 class Broken(Dense):
