@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -14,6 +15,7 @@ from timm.layers.blur_pool import BlurPool2d
 from timm.layers.drop import DropBlock2d
 from torch import Tensor, nn
 
+import patchsparse
 from patchsparse import PatchGrid, UnsupportedModuleError, bind, pack, sparsify
 from patchsparse.adoption.binding import bindings_of
 from patchsparse.adoption.modules import PatchConv2d, PatchModule
@@ -205,6 +207,12 @@ def test_sparsifying_twice_is_an_error() -> None:
     model = sparsify(encoder("resnet18"))
     with pytest.raises(ValueError, match="already"):
         sparsify(model)
+
+
+def test_sparsify_is_a_function_and_no_module() -> None:
+    assert callable(patchsparse.sparsify)
+    with pytest.raises(ModuleNotFoundError, match=r"patchsparse\.sparsify"):
+        importlib.import_module("patchsparse.sparsify")
 
 
 def test_an_unknown_backend_is_an_error_before_anything_changes() -> None:
