@@ -1,4 +1,4 @@
-"""Write metrics.csv row by row."""
+"""Write metrics.csv row by row, and cut off rows that a run does again."""
 
 import csv
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-__all__ = ["MetricsCsv"]
+from spatspark_fast.common.files import atomic_path
+
+__all__ = ["MetricsCsv", "trim_metrics"]
 
 
 class MetricsCsv(Logger):
@@ -53,3 +55,18 @@ class MetricsCsv(Logger):
             return None
         with self.path.open(newline="") as file:
             return next(csv.reader(file), None)
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Drop the rows of a ``metrics.csv`` after an optimiser step, and a last row that was cut off."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    if not rows or "step" not in rows[0]:
+        path.unlink()
+        return
+    header, column = rows[0], rows[0].index("step")
+    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *(row for row in whole if int(row[column]) <= step)])

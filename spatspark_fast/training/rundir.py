@@ -14,7 +14,6 @@
 """
 
 import contextlib
-import csv
 import json
 import os
 import platform
@@ -30,22 +29,7 @@ import yaml
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path, package_versions
 
-__all__ = ["RunDirectory", "trim_metrics"]
-
-
-def trim_metrics(path: Path, step: int) -> None:
-    """Drop the rows of a ``metrics.csv`` after an optimiser step, and a last row that was cut off."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows or "step" not in rows[0]:
-        path.unlink()
-        return
-    header, column = rows[0], rows[0].index("step")
-    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
-    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *(row for row in whole if int(row[column]) <= step)])
+__all__ = ["RunDirectory"]
 
 
 class RunDirectory:

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
-from spatspark_fast.training.metrics import MetricsCsv
+from spatspark_fast.training.metrics import MetricsCsv, trim_metrics
 from spatspark_fast.training.options import OptimOptions, TrainerOptions
-from spatspark_fast.training.rundir import RunDirectory, trim_metrics
+from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.schedules import Plan, make_plan
 from spatspark_fast.training.stream import BatchStream
 

@@ -19,8 +19,8 @@ from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain import run as training_run
 from spatspark_fast.pretrain.__main__ import main
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO
-from spatspark_fast.training.metrics import MetricsCsv
-from spatspark_fast.training.rundir import RunDirectory, trim_metrics
+from spatspark_fast.training.metrics import MetricsCsv, trim_metrics
+from spatspark_fast.training.rundir import RunDirectory
 
 from .runs import arguments, checkpoint, pretrain, rows, same, same_training, start
 
