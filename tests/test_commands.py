@@ -14,6 +14,7 @@ from tests.options import OPTIONS
 from tests.refusals import refusal
 
 PACKAGE = Path(spatspark_fast.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def test_every_folder_that_can_be_run_is_a_command() -> None:
@@ -105,3 +106,12 @@ def test_hyphens_are_taken_for_underscores(name: str, capsys: pytest.CaptureFixt
         if "_" in option:
             words[0] = words[0].replace("_", "-")
             assert refusal(capsys, main, [name, *words]) == said
+
+
+@pytest.mark.parametrize("page", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("**/*.md")))
+def test_pages_call_commands_by_options_that_exist(page: str) -> None:
+    pattern = rf"(?:spatspark |spatspark_fast\.)({'|'.join(COMMANDS)})\b((?:[^`\n\\]|\\\n)*)"
+    for name, words in re.findall(pattern, (ROOT / page).read_text()):
+        used = re.findall(r"(?<!\S)--([a-z][\w.-]*)", words.split("#")[0])
+        unknown = [option for option in used if name not in OPTIONS.get(option, ("", ""))[1].split()]
+        assert not unknown, f"{page}: {name} has no {unknown}"
