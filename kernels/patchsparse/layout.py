@@ -18,8 +18,9 @@ def packed_empty(like: Tensor, count: int | torch.SymInt, channels: int, height:
 
 
 def packed_like(x: Tensor) -> Tensor:
-    """Return ``x`` ``(N, C, ph, pw)`` with channels_last strides; a view where memory allows."""
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    """Return ``x`` ``(N, C, ph, pw)`` with channels_last strides: itself where it has them."""
+    rows = x.permute(0, 2, 3, 1)
+    return x if rows.is_contiguous() else rows.contiguous().permute(0, 3, 1, 2)
 
 
 def dense_operand(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from .backends import choose, gather
 from .geometry import POINT, Call, Stencil
 from .grid import whole_grid
 from .ops import conv as ops
-from .ops.calls import is_plain
+from .ops.calls import call_on, is_plain
 
 __all__ = ["conv_call", "linear_call", "local_conv2d", "local_linear", "local_pool_call"]
 
@@ -49,20 +49,23 @@ def conv_call(x: Tensor, weight: Tensor, stencil: Stencil, groups: int) -> Call:
 
     A GPU keeps ``F.conv2d``: its float32 precision is not set by that of products.
     """
-    meets = groups == 1 and stencil.dilation == (1, 1) and x.device.type == "cpu"
-    return _call("product" if meets else "local_conv2d", x, x.shape[1], weight.shape[0], stencil, groups)
+    where, size, channels = (
+        (x.device.type, x.dtype, x.shape[0]),
+        (x.shape[2], x.shape[3]),
+        (x.shape[1], weight.shape[0]),
+    )
+    if groups == 1 and stencil.dilation == (1, 1) and x.device.type == "cpu":
+        return Call("product", *where, size, *channels, stencil, 1, is_plain(x))
+    return Call("local_conv2d", *where, size, *channels, stencil, groups)
 
 
 def linear_call(x: Tensor, weight: Tensor) -> Call:
     """Return the call of :func:`local_linear`."""
-    return _call("product", x.permute(0, 3, 1, 2), x.shape[3], weight.shape[0], POINT, 1)
+    count, height, width, channels = x.shape
+    where, size = (x.device.type, x.dtype, count), (height, width)
+    return Call("product", *where, size, channels, weight.shape[0], POINT, 1, is_plain(x))
 
 
 def local_pool_call(operation: str, x: Tensor, stencil: Stencil) -> Call:
     """Return the call of a pooling of ``(N, C, ph, pw)`` without a halo."""
-    return _call(operation, x, x.shape[1], x.shape[1], stencil, x.shape[1])
-
-
-def _call(operation: str, x: Tensor, c_in: int, c_out: int, stencil: Stencil, groups: int) -> Call:
-    size = (x.shape[2], x.shape[3])
-    return Call(operation, x.device.type, x.dtype, x.shape[0], size, c_in, c_out, stencil, groups, is_plain(x))
+    return call_on(operation, x, x.shape[2:], (x.shape[1], x.shape[1]), stencil, x.shape[1])

@@ -156,7 +156,7 @@ def choose(call: Call, backend: str) -> str:
     name = requested(backend)
     if name == "auto":
         best = order(call)[0]
-        return best if best == "gather" or why_not(best, call) is None else "gather"
+        return best if best == "gather" or _why_not(best, call, left=False) is None else "gather"
     _check_name(name)
     left = leaves(name, call) is not None
     reason = _why_not(name, call, left)

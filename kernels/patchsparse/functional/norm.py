@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..grid import PatchGrid
@@ -135,9 +134,11 @@ def given_statistics(
 def _update_running(
     packed: Tensor, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float
 ) -> None:
-    """Move the running statistics towards the batch's ``mean`` and biased ``var``, in place; no rows leave them."""
+    """Move the running statistics towards the batch's ``mean`` and biased ``var``, in place; no rows leave them.
+
+    The operators mark ``mean`` and ``var`` as not differentiable.
+    """
     count = packed.numel() // max(1, packed.shape[1])
     if running_mean is not None and running_var is not None and count > 1:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)

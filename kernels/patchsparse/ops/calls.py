@@ -45,9 +45,9 @@ def pool_call(operation: str, x: Tensor, size: Ints, stencil: Stencil) -> Call:
 
 def norm_call(operation: str, x: Tensor, patches: int) -> Call:
     """Return the call of a normalisation of packed ``x`` that goes through ``patches`` patches."""
-    channels = x.shape[1]
-    size = (x.shape[2], x.shape[3])
-    return Call(operation, x.device.type, x.dtype, patches if x.shape[0] else 0, size, channels, channels, POINT)
+    count, channels, height, width = x.shape
+    number = patches if count else 0
+    return Call(operation, x.device.type, x.dtype, number, (height, width), channels, channels, POINT)
 
 
 def is_plain(x: Tensor) -> bool:

@@ -104,7 +104,7 @@ def _used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tupl
 
 def _column(values: Tensor) -> Tensor:
     """Return ``(C,)`` as ``(C, 1, 1)`` in the type that sums are kept in."""
-    return wide(values)[:, None, None]
+    return wide(values).view(-1, 1, 1)
 
 
 def _normalised(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
