@@ -12,7 +12,7 @@ from torch import nn
 import patchsparse
 from patchsparse import PatchGrid, explain, patch_batch_norm_act, patch_conv2d, sparsify, why_unavailable
 from patchsparse.backends import BODIES, ENGINES, OPERATIONS, OVERRIDE, engine
-from patchsparse.backends.cpp import choice, native
+from patchsparse.backends.cpp import choice, library
 from patchsparse.backends.minkowski import loading
 from patchsparse.explanation import OPERATORS
 from patchsparse.geometry import Stencil
@@ -53,7 +53,7 @@ def _fill() -> None:
 
 _fill()
 every_operator = pytest.mark.parametrize("label", CASES)
-built = pytest.mark.skipif(native.library().problem is not None, reason=str(native.library().problem))
+built = pytest.mark.skipif(library.load().problem is not None, reason=str(library.load().problem))
 
 
 def call(label: str, **more: Any) -> Any:
@@ -130,7 +130,7 @@ def test_an_engine_that_cannot_run_here_says_why(label, backend, monkeypatch):
         pytest.skip("Triton runs here")
     reason = {"triton": "CUDA|imported", "minkowski": "it is away", "cpp": "was not built"}[backend]
     monkeypatch.setattr(loading, "library", lambda: loading.Library(None, None, "it is away"))
-    monkeypatch.setattr(native, "library", lambda: native.Library(None, "the C++ engine was not built"))
+    monkeypatch.setattr(library, "load", lambda: library.Library(None, "the C++ engine was not built"))
     for ask in (call, told):
         with pytest.raises(RuntimeError, match=rf"backend '{backend}' cannot run \w+: .*({reason})"):
             ask(label, backend=backend)
@@ -269,8 +269,8 @@ def test_gradients_of_no_rows_are_zero(operation):
 
 @pytest.mark.parametrize("backend", ["auto", "cpp", "dense"])
 def test_operators_that_choose_outside_a_registered_one_compile_to_one_graph(backend):
-    if backend == "cpp" and native.library().problem is not None:
-        pytest.skip(str(native.library().problem))
+    if backend == "cpp" and library.load().problem is not None:
+        pytest.skip(str(library.load().problem))
     packed, weight, image = torch.randn(8, 32, 4, 4), torch.randn(32, 32, 1, 1), torch.randn(2, 32, 6, 6)
 
     def network(packed: torch.Tensor, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
