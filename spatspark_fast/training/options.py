@@ -127,7 +127,7 @@ class TrainerOptions:
         precision: "fp32", or "bf16" (autocast; weights stay in float32)
         compile: torch.compile of the model: "off", or its mode ("reduce-overhead" for small batches on a GPU)
         accumulate: forward passes for one optimiser step
-        device: "auto", "cpu" or "cuda"
+        device: where to train: "auto" (on a GPU if there is one), "cpu" or "cuda"
         devices: number of devices, or "auto" for all (one process on a CPU)
         threads: threads of one process on a CPU; 0 leaves torch's own choice
         log_every: optimiser steps between two rows of metrics.csv
