@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     found = commands.add_parser("headline", help="measure the README's headline ratios, in a few minutes")
     found.add_argument("--json", type=Path, required=True, metavar="FILE", help="where to write them")
     found.add_argument("--scale", choices=NAMES, default="quick", help="sizes and rounds (default: quick)")
-    commands.add_parser("report", help="render results/<device>/*.csv into README.md and docs/benchmarks.md")
+    commands.add_parser("report", help="render results/<device>/*.csv into docs/benchmarks.md and the README's table")
     found = commands.add_parser("roofline", help="measure both ceilings, and count what a step needs at least")
     found.add_argument("--encoder", default="resnet18", help="timm model (default: resnet18)")
     found.add_argument("--scale", choices=NAMES, default="quick", help="sizes (default: quick)")

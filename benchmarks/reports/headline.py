@@ -1,4 +1,4 @@
-"""The README's headline ratios: ``python -m benchmarks headline --json FILE``.
+"""The ratios of the README's table, but for MinkowskiEngine's: ``python -m benchmarks headline --json FILE``.
 
 Runs the suites that hold them (a few minutes) and picks their rows, so that there is one way to measure a thing. The
 file holds ``{name: {"ratio": median, "low": ..., "high": ..., "config": ...}}``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,9 +21,13 @@ QUIET = ("no:cacheprovider", "no:xdist", "no:timeout", "no:faulthandler")
 
 @contextmanager
 def _as_in_a_new_process(arguments: list[str]) -> Iterator[None]:
-    """Forget what was compared before, and let rows name the command that a reader would type."""
+    """Forget what was compared before, hide the outer session, and let rows name the command that a reader types."""
     step_ways.forget()
-    with mock.patch.object(sys, "orig_argv", [sys.executable, "-m", "pytest", *arguments]):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    with (
+        mock.patch.dict(os.environ, kept, clear=True),
+        mock.patch.object(sys, "orig_argv", [sys.executable, "-m", "pytest", *arguments]),
+    ):
         yield
     step_ways.forget()
 
