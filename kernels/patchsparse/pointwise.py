@@ -45,25 +45,19 @@ def local_linear(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str = 
 
 
 def conv_call(x: Tensor, weight: Tensor, stencil: Stencil, groups: int) -> Call:
-    """Return the call of :func:`local_conv2d`: on a CPU a product of matrices, if all channels meet.
+    """Return the call of :func:`local_conv2d`: on a CPU a product of matrices, unless it has groups or gaps.
 
     A GPU keeps ``F.conv2d``: its float32 precision is not set by that of products.
     """
-    where, size, channels = (
-        (x.device.type, x.dtype, x.shape[0]),
-        (x.shape[2], x.shape[3]),
-        (x.shape[1], weight.shape[0]),
-    )
+    size, channels = x.shape[2:], (x.shape[1], weight.shape[0])
     if groups == 1 and stencil.dilation == (1, 1) and x.device.type == "cpu":
-        return Call("product", *where, size, *channels, stencil, 1, is_plain(x))
-    return Call("local_conv2d", *where, size, *channels, stencil, groups)
+        return call_on("product", x, size, channels, stencil, 1, is_plain(x))
+    return call_on("local_conv2d", x, size, channels, stencil, groups)
 
 
 def linear_call(x: Tensor, weight: Tensor) -> Call:
     """Return the call of :func:`local_linear`."""
-    count, height, width, channels = x.shape
-    where, size = (x.device.type, x.dtype, count), (height, width)
-    return Call("product", *where, size, channels, weight.shape[0], POINT, 1, is_plain(x))
+    return call_on("product", x, x.shape[1:3], (x.shape[3], weight.shape[0]), POINT, 1, is_plain(x))
 
 
 def local_pool_call(operation: str, x: Tensor, stencil: Stencil) -> Call:

@@ -11,7 +11,7 @@ from .backends import choose, gather
 from .functional import patch_conv2d, patch_conv_transpose2d
 from .geometry import POINT, Call, Stencil
 from .grid import PatchGrid, whole_grid
-from .ops.calls import is_plain
+from .ops.calls import call_on, is_plain
 from .pointwise import local_conv2d
 
 __all__ = [
@@ -120,6 +120,4 @@ def grid_call(image: Tensor) -> Call:
 
 
 def _call(operation: str, image: Tensor, out_channels: int, stencil: Stencil) -> Call:
-    size, channels = (image.shape[2], image.shape[3]), (image.shape[1], out_channels)
-    where = (image.device.type, image.dtype, image.shape[0])
-    return Call(operation, *where, size, *channels, stencil, plain=is_plain(image))
+    return call_on(operation, image, image.shape[2:], (image.shape[1], out_channels), stencil, 1, is_plain(image))

@@ -258,12 +258,13 @@ def test_gradients_of_no_rows_are_zero(operation):
         "conv2d": lambda: patch_conv2d(packed, weight, None, nothing, padding=1),
         "max_pool2d": lambda: patchsparse.patch_max_pool2d(packed, nothing, 3, 1, 1),
         "avg_pool2d": lambda: patchsparse.patch_avg_pool2d(packed, nothing, 3, 1, 1, count_include_pad=False),
-        "batch_norm_unpack": lambda: patchsparse.patch_batch_norm_unpack(packed, nothing, *[None] * 4),
+        "batch_norm_unpack": lambda: patchsparse.patch_batch_norm_unpack(packed, nothing, None, None, None, None),
     }[operation]
     run().sum().backward()
     assert packed.grad is not None
     assert packed.grad.shape == (0, 4, 2, 2)
     if operation == "conv2d":
+        assert weight.grad is not None
         assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 

@@ -36,13 +36,13 @@ def patch_conv2d(
         padding: pixels; the output must be ``1 / stride`` of the image ("same" padding for odd kernels).
         dilation: pixels between taps.
         groups: as in ``F.conv2d``.
-        backend: ``"auto"`` or the name of an engine; see :func:`explain`.
+        backend: ``"auto"`` or the name of an engine; see `patchsparse.explain`.
 
     Returns:
         ``(N, C_out, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if shapes disagree, or the stencil does not map patches to patches.
+        ValueError: if shapes disagree, the stencil does not map patches to patches, or the backend is unknown.
         TypeError: if dtypes disagree.
         RuntimeError: if a named backend cannot run, with its reason.
 
@@ -78,15 +78,21 @@ def patch_conv_transpose2d(
         weight: ``(C_in, C_out / groups, kh, kw)``.
         bias: ``(C_out,)`` or None.
         grid: N active patches.
-        stride, padding, output_padding, groups, dilation: as in ``F.conv_transpose2d``; the output must be ``stride``
-            times the image, that is ``dilation * (kernel - 1) + 1 + output_padding - 2 * padding = stride``.
+        stride: pixels; the output must be ``stride`` times the image, that is
+            ``dilation * (kernel - 1) + 1 + output_padding - 2 * padding = stride``.
+        padding: pixels, as in ``F.conv_transpose2d``.
+        output_padding: pixels, likewise.
+        groups: likewise.
+        dilation: pixels between taps.
         backend: ``"auto"`` or the name of an engine.
 
     Returns:
         ``(N, C_out, ph * stride, pw * stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if shapes disagree, or the output is not ``stride`` times the image.
+        ValueError: if shapes disagree, the output is not ``stride`` times the image, or the backend is unknown.
+        TypeError: if dtypes disagree.
+        RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
 

@@ -31,21 +31,24 @@ def patch_batch_norm_act(
 
     Args:
         packed: ``(N, C, ph, pw)``.
-        weight, bias: ``(C,)`` or None.
-        running_mean, running_var: ``(C,)`` float, updated in place if ``training``; None uses batch statistics always.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        running_mean: ``(C,)`` float, updated in place if ``training``; None uses the statistics of the batch always.
+        running_var: the same for the variance.
         training: use the statistics of this batch.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         activation: ``"identity"``, ``"relu"``, ``"leaky_relu"`` or ``"silu"``.
         slope: of ``leaky_relu`` below zero.
         residual: ``(N, C, ph, pw)``, added before the activation, or None.
-        backend: ``"auto"`` or the name of an engine; ``triton`` has a body for it, for the others ``gather`` serves.
+        backend: ``"auto"`` or the name of an engine; ``triton`` has kernels for it, else ``gather`` serves.
 
     Returns:
         ``(N, C, ph, pw)`` in channels_last memory. First derivatives only.
 
     Raises:
-        ValueError: for an unknown activation, a residual of another shape, or one value per channel in training.
+        ValueError: for an unknown activation or backend, a residual of another shape, or one value per channel in
+            training.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
@@ -80,21 +83,23 @@ def patch_batch_norm_unpack(
     Args:
         packed: ``(N, C, ph, pw)``.
         grid: N active patches.
-        weight, bias: ``(C,)`` or None.
-        running_mean, running_var: ``(C,)`` float, updated in place if ``training``; None uses batch statistics always.
+        weight: ``(C,)`` or None.
+        bias: ``(C,)`` or None.
+        running_mean: ``(C,)`` float, updated in place if ``training``; None uses the statistics of the batch always.
+        running_var: the same for the variance.
         fill: value of inactive patches: a number, or a ``(C,)`` tensor such as a learned mask token (differentiable).
             It is not normalised.
         training: use the statistics of this batch.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
-        backend: ``"auto"`` or the name of an engine; ``triton`` has a body for it, for the others ``gather`` serves.
+        backend: ``"auto"`` or the name of an engine; ``triton`` has kernels for it, else ``gather`` serves.
 
     Returns:
         ``(B, C, Gh * ph, Gw * pw)`` in channels_last memory and the dtype of ``packed``. First derivatives only.
 
     Raises:
-        ValueError: if N differs from ``grid.num_active``, ``fill`` is not a number or ``(C,)``, or there is one value
-            per channel in training.
+        ValueError: if N differs from ``grid.num_active``, ``fill`` is not a number or ``(C,)``, there is one value per
+            channel in training, or the backend is unknown.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::

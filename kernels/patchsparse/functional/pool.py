@@ -29,14 +29,19 @@ def patch_max_pool2d(
     Args:
         packed: ``(N, C, ph, pw)``.
         grid: N active patches.
-        kernel_size, stride, padding, dilation, ceil_mode: as in ``F.max_pool2d``; at most 255 taps.
+        kernel_size: pixels; at most 255 taps.
+        stride: pixels; None is the kernel size. It must divide the patch.
+        padding: pixels of -inf around the image.
+        dilation: pixels between taps.
+        ceil_mode: as in ``F.max_pool2d``.
         backend: ``"auto"`` or the name of an engine.
 
     Returns:
         ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if the stencil does not map patches to patches.
+        ValueError: if the stencil does not map patches to patches, or the backend is unknown.
+        RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
 
@@ -65,15 +70,20 @@ def patch_avg_pool2d(
     Args:
         packed: ``(N, C, ph, pw)``.
         grid: N active patches.
-        kernel_size, stride, padding, count_include_pad, divisor_override: as in ``F.avg_pool2d``.
+        kernel_size: pixels.
+        stride: pixels; None is the kernel size. It must divide the patch.
+        padding: pixels around the image.
         ceil_mode: accepted where it changes nothing.
-        backend: ``"auto"`` or the name of an engine; no engine but ``gather`` has a body for it, which serves for all.
+        count_include_pad: whether pixels of the padding count; those of inactive patches always do.
+        divisor_override: what the sum is divided by; None is the number of pixels.
+        backend: ``"auto"`` or the name of an engine; the body in ``gather`` serves for all, as no other has one.
 
     Returns:
         ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if the stencil does not map patches to patches.
+        ValueError: if the stencil does not map patches to patches, or the backend is unknown.
+        RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
 

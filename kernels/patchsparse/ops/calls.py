@@ -27,10 +27,16 @@ def body(call: Call, backend: str) -> ModuleType:
 
 
 def call_on(
-    operation: str, x: Tensor, size: Ints, channels: tuple[int, int], stencil: Stencil = POINT, groups: int = 1
+    operation: str,
+    x: Tensor,
+    size: Ints,
+    channels: tuple[int, int],
+    stencil: Stencil = POINT,
+    groups: int = 1,
+    plain: bool = True,
 ) -> Call:
     """Return a call on packed ``x`` with patches of ``size`` pixels and ``channels`` (input, output)."""
-    return Call(operation, x.device.type, x.dtype, x.shape[0], (size[0], size[1]), *channels, stencil, groups)
+    return Call(operation, x.device.type, x.dtype, x.shape[0], (size[0], size[1]), *channels, stencil, groups, plain)
 
 
 def conv_call(operation: str, x: Tensor, weight: Tensor, stencil: Stencil, groups: int) -> Call:
