@@ -62,7 +62,7 @@ def from_plain(config: type[Config], plain: Mapping[str, Any]) -> Config:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Name the options that differ, as ``group.name (theirs -> ours)``; what is no group of options counts not."""
+    """Name the options in groups that differ, as ``group.name (theirs -> ours)``."""
     found = []
     for group in sorted(set(ours) | set(theirs)):
         a, b = ours.get(group) or {}, theirs.get(group) or {}

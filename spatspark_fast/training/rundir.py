@@ -6,10 +6,10 @@
     OUT/versions.json          seed, and for each session: versions, command, time, device
     OUT/metrics.csv            one row per logged optimiser step
     OUT/checkpoints/last.ckpt  newest state; also epoch-NNNN.ckpt, where asked for
-    OUT/checkpoints/best.ckpt  of finetuning: the forecaster with the best validation score
-    OUT/forecast.png           of finetuning: observation and forecast of one window
-    OUT/pictures/              reconstructions; OUT/reconstruction.png is the newest
-    OUT/encoder.safetensors    weights of the encoder under timm's names, at the end
+    OUT/checkpoints/best.ckpt  of a forecaster: the weights with the best validation score
+    OUT/forecast.png           of a forecaster: observation and forecast of one window
+    OUT/pictures/              of an encoder: reconstructions; OUT/reconstruction.png is the newest
+    OUT/encoder.safetensors    of an encoder: its weights under timm's names, at the end
     OUT/tensorboard/           the same metrics for TensorBoard
 """
 
