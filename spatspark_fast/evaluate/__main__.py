@@ -144,7 +144,7 @@ def _open_windows(path: str, split: str, needed: int) -> NowcastDataset:
     windows = NowcastDataset(path, split, input_length=needed, include_valid=True)
     stated = windows.attributes.get("input_length")
     if isinstance(stated, int) and stated > needed:
-        # Baselines need fewer frames than a model; they shall forecast from the same present.
+        # Baselines need fewer frames than a model, and must forecast from the same present.
         windows = NowcastDataset(path, split, input_length=stated, include_valid=True)
     return windows
 

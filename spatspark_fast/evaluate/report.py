@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ UNITS: Mapping[str, str] = {
 }
 """Units of the scores that have one; all others are pure numbers."""
 
-# Larger is better (1), smaller is better (-1), or best at that value.
-_BEST: Mapping[str, float | str] = {
-    **dict.fromkeys(("mse", "pmse", "mae", "far"), "small"),
-    **dict.fromkeys(("accuracy", "precision", "recall", "f1", "csi", "hss", "fss"), "large"),
-    "mean_error": 0.0,
-    "bias": 1.0,
-    "small_scale_power": 1.0,
+# How far a score is from the best; the smallest cost wins.
+_COST: Mapping[str, Callable[[float], float]] = {
+    **dict.fromkeys(("mse", "pmse", "mae", "far"), lambda value: value),
+    **dict.fromkeys(("accuracy", "precision", "recall", "f1", "csi", "hss", "fss"), lambda value: -value),
+    "mean_error": abs,
+    **dict.fromkeys(("bias", "small_scale_power"), lambda value: abs(value - 1)),
 }
 
 Scores = Mapping[str, Mapping[str, Any]]
@@ -123,10 +122,9 @@ def _table(heads: Sequence[str], rows: Mapping[str, Sequence[float]], keys: Sequ
 
 def _best(values: Sequence[float], name: str) -> set[int]:
     """Return the positions of the best values, by what is printed of them."""
-    rule = _BEST[name]
-    cost = {i: {"small": v, "large": -v}.get(str(rule), abs(v - rule) if isinstance(rule, float) else v)
-            for i, v in enumerate(values) if not math.isnan(v)}  # fmt: skip
-    return {i for i in cost if _number(cost[i]) == _number(min(cost.values()))} if cost else set()
+    costs = {i: _COST[name](value) for i, value in enumerate(values) if not math.isnan(value)}
+    least = _number(min(costs.values(), default=math.nan))
+    return {i for i, cost in costs.items() if _number(cost) == least}
 
 
 def _number(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -92,16 +92,14 @@ def evaluate_forecaster(
     settings = ScoringOptions(**options)
     if isinstance(model, str | Path):
         model = load_forecaster(model, settings.device)
+    windows = _open_windows(data, split, model.in_length)
     if isinstance(model, Forecaster):
-        # Known below where the data are a file: their scale is that of the model unless the caller says another.
+        lengths = model.in_length, model.out_length
         loaded = LoadedForecaster(
-            model, type(model).__name__, model.in_length, model.out_length, scale or units.NL50_SCALE, model.multiple
+            model, type(model).__name__, *lengths, float(windows.scale) if scale is None else scale, model.multiple
         )
     else:
         loaded = model
-    windows = _open_windows(data, split, loaded.in_length)
-    if isinstance(model, Forecaster) and scale is None:
-        loaded = replace(loaded, scale=float(windows.scale))
     training = loaded.model.training
     loaded.model.eval()
     try:

@@ -74,8 +74,8 @@ def _parser() -> ArgumentParser:
         "--start",
         type=str,
         default="newest",
-        help="newest: from the newest frames; every: from every window of the file, or every --stride-th frame of the "
-        "folder; or the time (UTC) of the newest frame to use, such as 2010-08-26T06:15",
+        help="newest: from the newest frames; every: from every window of the file, or every frame of the folder "
+        "that --stride picks; or the time (UTC) of the newest frame to use, such as 2010-08-26T06:15",
     )
     add("--steps", type=int, help="frames of 5 minutes to forecast (default: those of training; more go on from those)")
     add("--source", type=str, help="raw files: knmi, mch, fmi or an importer of pysteps (default: by the file names)")

@@ -1,4 +1,4 @@
-"""Carry the newest rain on along its motion, by pysteps (extra ``radar``): the baseline to beat for an hour.
+"""Move the newest rain along its motion, by pysteps (extra ``radar``): the baseline to beat for an hour.
 
 Motion by Lucas and Kanade's method on the newest frames in dB, then semi-Lagrangian advection, as in pysteps'
 own examples. Growth and decay are left out.
@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,14 @@ from spatspark_fast.common.errors import UserError
 
 __all__ = ["ExtrapolationPredictor"]
 
-_DRY_DB = -15.0  # dB of no rain: pysteps' custom, well below the -10 dB of the smallest rate that counts as wet
+_DRY_DB = -15.0  # dB of no rain, as in pysteps: well below the -10 dB of the smallest rate that counts as wet
 
 
 class ExtrapolationPredictor:
     """Advect the newest frame; NaN where the rain would come from outside the image.
 
     Raises:
-        UserError: pysteps or OpenCV, which it takes to find the motion, cannot be imported.
+        UserError: pysteps, or OpenCV, which finds the motion, cannot be imported.
     """
 
     in_length = 3
@@ -78,7 +79,7 @@ def _import(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Keep what pysteps prints and warns of out of our output."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -140,9 +140,8 @@ def _window_start(windows: NowcastDataset, index: int, first: int, count: int) -
 
 def _stored_place(attributes: dict[str, Any]) -> Georeference:
     numbers = {name: _number(attributes, name) for name in ("pixel_size_x", "pixel_size_y", "x_left", "y_top")}
-    return Georeference(
-        str(attributes.get("projection", "")), str(attributes.get("projection_unit", "m")), **numbers
-    )  # fmt: skip
+    unit = str(attributes.get("projection_unit", "m"))
+    return Georeference(str(attributes.get("projection", "")), unit, **numbers)
 
 
 def _number(attributes: dict[str, Any], name: str, default: float = float("nan")) -> float:

@@ -24,11 +24,10 @@ WetRule = Literal["target-mean", "target-last", "frame-after"]
 class WindowRules:
     """Say which windows are kept.
 
-    ``wet_rule`` compares with ``wet_fraction`` the wet share of: all target frames on average
-    (``target-mean``), the last target frame (``target-last``), or the frame that follows the window
-    (``frame-after``, as the published NL-50 files were made). A pixel is wet above ``wet_threshold`` mm/h; no
-    data counts as dry.
-    ``stride`` counts frames between the starts of windows, from the start of a gapless run.
+    A window is kept if a wet share reaches ``wet_fraction``. ``wet_rule`` says which: that of all target frames on
+    average (``target-mean``), of the last target frame (``target-last``), or of the frame that follows the window
+    (``frame-after``, as the published NL-50 files were made). A pixel is wet above ``wet_threshold`` mm/h; no data
+    counts as dry. ``stride`` counts frames between the starts of windows, from the start of a run without gaps.
     """
 
     input_length: int = 12
@@ -92,9 +91,8 @@ class Cut:
 class WindowCutter:
     """Take frames in order of time and emit the windows that the rules keep.
 
-    A gap in time, and the time ``test_from`` at which the test split starts, end the run of frames: no window
-    reaches across, and no frame is in both splits. A frame with fewer valid pixels than ``min_valid`` is a
-    gap.
+    A gap in time ends the run of frames, and so does the time ``test_from`` at which the test split starts: no window
+    reaches across, and no frame is in both splits. A frame with fewer valid pixels than ``min_valid`` is a gap.
     """
 
     def __init__(self, rules: WindowRules, test_from: datetime | None, emit: Callable[[Window], None]) -> None:
@@ -102,7 +100,7 @@ class WindowCutter:
         self._test_from = test_from
         self._emit = emit
         self._run: deque[tuple[Frame, float]] = deque(maxlen=rules.needed)
-        self._length = 0  # frames of the gapless run so far
+        self._length = 0  # frames of the run without gaps so far
         self._last: datetime | None = None
         self.cut = Cut()
 

@@ -15,8 +15,8 @@ __all__ = ["OutputFile"]
 class OutputFile(io.FileIO):
     """Write to a file until the first error, keep that, and take all later writes as done.
 
-    HDF5 cannot close a file whose last blocks do not reach the disk, and crashes when the process ends. Who
-    writes must look at ``error``, throw the file away if there is one, and tell.
+    HDF5 cannot close a file whose last blocks do not reach the disk, and crashes when the process ends. The caller
+    must look at ``error`` and, if there is one, throw the file away and say so.
 
     Raises:
         UserError: the file cannot be opened, or another process is writing it.

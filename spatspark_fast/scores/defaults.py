@@ -1,4 +1,4 @@
-"""What is scored unless one says otherwise; kept apart from torch, so that ``--help`` is quick."""
+"""What is scored by default; apart from torch, so that ``--help`` is quick."""
 
 __all__ = ["FSS_SCALES", "THRESHOLDS"]
 

@@ -1,4 +1,4 @@
-"""Fractions skill score: is there as much rain in the neighbourhood, be it not on the very pixel?"""
+"""Fractions skill score: is there as much rain in the neighbourhood, even if not on the same pixel?"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunningSums:
         self._size = tuple(events.shape[-2:])
         self._before = largest // 2
         after = largest - 1 - self._before
-        # One more in front, so that a sum up to "nothing yet" exists.
+        # One more row and column in front, so that there is a sum of nothing.
         padded = F.pad(events.to(torch.int32), (self._before + 1, after, self._before + 1, after))
         self._sums = padded.cumsum(-2, dtype=torch.int32).cumsum(-1, dtype=torch.int32)
 

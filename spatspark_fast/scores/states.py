@@ -120,7 +120,7 @@ def rain_errors(sums: Tensor, scale: float) -> dict[str, Tensor]:
     They are ``mse`` (of values / ``scale``, mm per 5 min), ``pmse`` in (mm/5min)^2, ``mae`` and ``mean_error`` in mm/h.
     """
     squares, absolutes, errors, pixels = sums.unbind(-1)
-    # A rate is 12 depths, a squared one 144; the conversion of 1 says how many without repeating it.
+    # Errors are rates; squared depths are smaller by the square of the conversion.
     pmse = ratio(squares, pixels) * units.mm_per_hour_to_mm_per_5min(1.0) ** 2
     return {
         "mse": pmse / scale**2,
