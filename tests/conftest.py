@@ -25,3 +25,17 @@ def radar() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("no real radar files: set SPATSPARK_RADAR to a folder with knmi_201008/ and the others")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the pictures of trainings blank, whose drawing takes longer than a small training.
+
+    Those of fixtures with a wider scope, and of tests marked ``drawn``, are drawn.
+    """
+    trains = request.path.parent.name in ("pretrain", "finetune", "training", "experiments")
+    if trains and request.node.get_closest_marker("drawn") is None:
+        from matplotlib.figure import Figure
+
+        for name in ("pretrain.pictures.reconstruction_figure", "finetune.run.panel_figure"):
+            monkeypatch.setattr(f"spatspark_fast.{name}", lambda *_: Figure((1, 1)))

@@ -1,5 +1,6 @@
 """Draw how a model reconstructs one window while it is trained."""
 
+import shutil
 from typing import Any
 
 import lightning as L
@@ -48,5 +49,6 @@ class Pictures(L.Callback):
         model.train(training)
         epoch = f"{module.epochs_done:g}"
         figure = reconstruction_figure(self.sample[0], self.grid.active[0], made[0], self.scale, f"epoch {epoch}")
-        self.run.write(self.run.pictures / f"epoch-{epoch}.png", lambda path: save_figure(figure, path))
-        self.run.write(self.run.picture, lambda path: save_figure(figure, path))
+        drawn = self.run.pictures / f"epoch-{epoch}.png"
+        self.run.write(drawn, lambda path: save_figure(figure, path))
+        self.run.write(self.run.picture, lambda path: shutil.copyfile(drawn, path))
