@@ -1,7 +1,6 @@
 """One dispatcher for every operator: names, reasons, the environment variable, and what runs is what `explain` says."""
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -74,7 +73,7 @@ def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bodies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def bodies(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list of the engines' bodies as they are called, such as ``"gather.conv2d"``."""
     called: list[str] = []
     for name in ("cpp", "gather", "minkowski", "dense"):

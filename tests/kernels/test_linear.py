@@ -32,8 +32,9 @@ def test_the_product_of_the_engine_is_that_of_pytorch(size, inputs, outputs, bia
     monkeypatch.setattr(cpp, "conv2d", lambda *args: called.append(1) or original(*args))
     x = torch.randn(9, size, size, inputs, requires_grad=True)
     weight = (torch.randn(outputs, inputs) / inputs**0.5).requires_grad_()
-    leaves = (x, weight, torch.randn(outputs, requires_grad=True)) if bias else (x, weight)
-    actual = local_linear(*leaves, *(() if bias else (None,)))
+    added = torch.randn(outputs, requires_grad=True) if bias else None
+    leaves = (x, weight) if added is None else (x, weight, added)
+    actual = local_linear(x, weight, added)
     assert called
     assert actual.is_contiguous()
     wide = tuple(t.detach().double().requires_grad_() for t in leaves)

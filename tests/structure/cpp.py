@@ -60,7 +60,8 @@ def _kind_and_name(header: str) -> tuple[str, str]:
 
 def bodies(text: str) -> Iterator[Body]:
     """Yield the bodies at namespace and class level; what stands inside of a function counts to the function."""
-    code, outer, start = code_of(text), [], 0
+    code, start = code_of(text), 0
+    outer: list[tuple[str, str, int]] = []
     inner, depth = ("", "", 0), 0  # the function or initialiser that is being passed over
     for place, letter in enumerate(code):
         if depth:
