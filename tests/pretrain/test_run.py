@@ -290,7 +290,6 @@ def test_real_knmi_rain_trains(radar: Path, tmp_path: Path) -> None:
         "data__path": file,
         "data__input_length": 4,
         "data__batch_size": 4,
-        "data__crop": 160,
         "data__flip": "true",
         "model__decoder": "unet",
         "model__decoder_width": 32,
