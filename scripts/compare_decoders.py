@@ -1,13 +1,13 @@
 """Does sparse decoding learn as well? Pretrain with each decoder, measure the loss of exact decoding, finetune, score.
 
-    python scripts/compare_decoders.py --data knmi.h5 --out runs/decoders
-    python scripts/compare_decoders.py --data knmi.h5 --out runs/decoders --measure      (on an idle machine)
-    python scripts/compare_decoders.py --data knmi.h5 --out runs/decoders --equal-time
+    python scripts/compare_decoders.py --data.path knmi.h5 --out runs/decoders
+    python scripts/compare_decoders.py --data.path knmi.h5 --out runs/decoders --measure      (on an idle machine)
+    python scripts/compare_decoders.py --data.path knmi.h5 --out runs/decoders --equal_time
 
-``--data`` is a file of `spatspark_fast.prepare` with a test split. Every way takes the same windows in the same order
-and the same masks, for every seed the same number of steps; with ``--equal-time`` steps in proportion to the images/s
-of `--measure`, so that nothing depends on what else the machine does meanwhile. Runs that are there are not repeated,
-and stopped ones go on.
+The file is one of `spatspark_fast.prepare` with a test split; ``--pretrain data.path=FILE`` pretrains on another. Every
+way takes the same windows in the same order and the same masks, for every seed the same number of steps. With
+``--equal_time`` the steps are in proportion to the images/s of ``--measure``, so that nothing depends on what else the
+machine does meanwhile. Runs that are there are not repeated, and stopped ones go on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from patchsparse import PatchGrid
+from spatspark_fast.common.cli import underscored
 from spatspark_fast.common.options import from_plain
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.evaluate.scoring import evaluate_forecaster
@@ -156,46 +157,39 @@ def main() -> None:
     """Train with each decoder, and print what finetuning makes of the encoders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="file whose train split is finetuned on, whose test split is scored")
-    add("--pretrain-data", type=Path, help="file for pretraining, if it is another (prepare --merge)")
-    add("--out", type=Path, required=True)
-    add("--steps", type=int, default=300, help="pretraining steps; at equal time, those of the exact decoder")
-    add("--finetune-steps", type=int, default=150)
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--width", type=int, default=256, help="decoder width of the U-Net")
+    add("--data.path", dest="data", type=Path, required=True, help="file with the splits train and test")
+    add("--out", type=Path, required=True, help="folder for all runs and the table")
+    add("--pretrain_steps", type=int, default=300, help="at equal time, those of the exact decoder")
+    add("--finetune_steps", type=int, default=150)
+    add("--seeds", type=int, default=3, help="runs of each way, with seeds 0, 1, ...")
+    add("--model.decoder_width", dest="width", type=int, default=256, help="of the U-Net")
     add("--ways", nargs="+", default=[*WAYS, SCRATCH], choices=[*WAYS, SCRATCH], metavar="WAY", help="default: all")
     add("--measure", action="store_true", help="only measure images/s into OUT/rates.json; wants an idle machine")
-    add("--equal-time", action="store_true", help="give each way steps in proportion to its images/s")
+    add("--equal_time", action="store_true", help="give each way steps in proportion to its images/s")
     add("--pretrain", nargs="*", default=[], metavar="OPTION=VALUE", help="options of pretrain")
     add("--finetune", nargs="*", default=[], metavar="OPTION=VALUE", help="options of finetune")
-    args = parser.parse_args()
+    args = parser.parse_args(underscored(sys.argv[1:]))
     args.out.mkdir(parents=True, exist_ok=True)
-    first = args.pretrain_data or args.data
     options = Options(args.width, args.finetune_steps, args.pretrain, args.finetune)
     if args.measure:
-        sys.stdout.write(json.dumps(measured(args.out, first, options), indent=1) + "\n")
+        sys.stdout.write(json.dumps(measured(args.out, args.data, options), indent=1) + "\n")
         return
-    rates = measured(args.out, first, options) if args.equal_time else dict.fromkeys(WAYS, 1.0)
+    rates = measured(args.out, args.data, options) if args.equal_time else dict.fromkeys(WAYS, 1.0)
     kind = "equal-time" if args.equal_time else "equal-steps"
-    steps = {way: round(args.steps * rates[way] / rates["exact"]) for way in WAYS}
+    steps = {way: round(args.pretrain_steps * rates[way] / rates["exact"]) for way in WAYS}
     rows: dict[str, dict[str, list[float]]] = {}
-    for seed in args.seeds:
+    for seed in range(args.seeds):
         for way in args.ways:
             if way == SCRATCH:
                 scores = finetuned(args.out / "runs" / "scratch" / f"seed-{seed}", args.data, seed, options, None)
                 add_row(rows, way, {"steps": 0, "loss": blank(args.data), **scores})
                 continue
             folder = args.out / "runs" / way.replace(" ", "-") / f"{steps[way]}-steps" / f"seed-{seed}"
-            run = pretrained(folder / "pretrain", first, seed, steps[way], options, way)
+            run = pretrained(folder / "pretrain", args.data, seed, steps[way], options, way)
             # The light decoder is thrown away, as it has other parameters than the U-Net.
             init = run / ("encoder.safetensors" if way == "light" else "checkpoints/last.ckpt")
             scores = finetuned(folder / "finetune", args.data, seed, options, init)
-            found = {
-                "steps": steps[way],
-                "loss": reconstruction(run, args.data),
-                **scores,
-            }
-            add_row(rows, way, found)
+            add_row(rows, way, {"steps": steps[way], "loss": reconstruction(run, args.data), **scores})
         report(args.out, kind, rows)
 
 
