@@ -1,6 +1,6 @@
-"""The memory-bound kernels: depthwise convolution and max-pooling over packed rows; launch code is in ``pool.py``.
+"""The memory-bound kernels: depthwise convolution and max-pooling over packed rows; launches in ``depthwise_pool.py``.
 
-Notation as in ``kernels.py``. Each program owns a tile of target rows and channels and visits the taps in a loop;
+Notation as in ``conv_kernels.py``. Each program owns a tile of target rows and channels and visits the taps in a loop;
 sums are kept in float32.
 """
 

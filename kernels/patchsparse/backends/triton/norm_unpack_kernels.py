@@ -1,7 +1,7 @@
-"""Kernels of batch normalisation fused with ``unpack``: packed rows to whole images; launch code is in ``image.py``.
+"""Kernels of batch normalisation fused with ``unpack``: packed rows to whole images; launches in ``norm_unpack.py``.
 
 An image batch in channels_last memory is a matrix of ``B * H * W`` rows of C values, one per pixel. Every pixel finds
-its packed row through the slot map, so an image is written once, in the order of its memory. As in ``norms.py``,
+its packed row through the slot map, so an image is written once, in the order of its memory. As in ``norm_kernels.py``,
 ``u = (x - mean) * rstd``; ``y = u * weight + bias`` at active pixels and ``y = fill`` at the others; ``d = grad``.
 """
 
