@@ -89,5 +89,5 @@ def test_pretrained_weights_leave_the_head_of_changes_at_zero() -> None:
 def test_unknown_scalings_are_refused() -> None:
     scaling: Any = "sqrt"
     for build in (build_spark, build_spatspark):
-        with pytest.raises(UserError, match="input_scaling must be one of none, log"):
+        with pytest.raises(UserError, match="input_scaling must be one of log, none"):
             build("resnet18", 3, decoder_width=32, input_scaling=scaling)
