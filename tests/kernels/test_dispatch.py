@@ -10,11 +10,11 @@ from torch import nn
 
 import patchsparse
 from patchsparse import PatchGrid, explain, patch_batch_norm_act, patch_conv2d, sparsify, why_unavailable
-from patchsparse.backends import BODIES, ENGINES, OPERATIONS, OVERRIDE, engine
+from patchsparse.backends import BODIES, ENGINES, OPERATIONS, OVERRIDE, choose, engine
 from patchsparse.backends.cpp import choice, library
 from patchsparse.backends.minkowski import loading
 from patchsparse.explanation import OPERATORS
-from patchsparse.geometry import Stencil
+from patchsparse.geometry import Call, Stencil
 
 GRID = PatchGrid.random(2, (3, 3), keep=4, generator=torch.Generator().manual_seed(0))
 # Small valid arguments of every operator, and the operation that it asks for.
@@ -206,6 +206,19 @@ def test_a_usable_engine_without_a_body_leaves_the_operator_to_gather(label, bac
         call(label, **more)
     assert all(name.startswith("gather.") for name in bodies)
     assert len(bodies) == (0 if label in ("image_engine", "image_grid") else 2)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_on_a_gpu_auto_takes_triton_where_it_has_a_body_and_runs(operation, monkeypatch):
+    if "imported" in str(why_unavailable("triton")):
+        pytest.skip(str(why_unavailable("triton")))
+    on_a_gpu = Call(operation, "cuda", torch.float32, 8, (4, 4), 32, 32, Stencil((3, 3), (1, 1), (1, 1)))
+    monkeypatch.setattr(engine("triton"), "why_unusable", lambda device, dtype: "too old a device")
+    assert choose(on_a_gpu, "auto") == "gather"
+    monkeypatch.setattr(engine("triton"), "why_unusable", lambda device, dtype: None)
+    assert choose(on_a_gpu, "auto") == ("triton" if operation in BODIES["triton"] else "gather")
+    large = on_a_gpu._replace(num_active=2**31)
+    assert choose(large, "auto") == "gather"
 
 
 def test_an_operator_without_a_body_is_said_to_run_in_gather(bodies):

@@ -12,10 +12,9 @@ import torch
 
 from patchsparse import PatchGrid, patch_conv2d
 from patchsparse.backends import why_not
-from patchsparse.backends.triton.configs import CONV, FULL, WGRAD, conv_tiles, is_large, wgrad_tiles
 from patchsparse.geometry import Call, Stencil
 
-pytest.importorskip("triton", reason="Triton is not installed")
+configs = pytest.importorskip("patchsparse.backends.triton.configs", reason="Triton is not installed")
 
 SAME = Stencil((3, 3), padding=(1, 1))
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,18 +68,19 @@ def test_every_shape_finds_a_shipped_configuration():
     def shape(tile):
         return tile.m, tile.n, tile.warps, tile.stages
 
-    conv, wgrad, full = ({shape(t) for t in tiles} for tiles in (CONV, WGRAD, FULL))
+    conv, wgrad, full = ({shape(t) for t in tiles} for tiles in (configs.CONV, configs.WGRAD, configs.FULL))
     for c_in in (1, 12, 64, 512):
         for c_out in (1, 24, 64, 2048):
             for itemsize, tensor_cores in ((2, True), (4, True), (4, False)):
                 for share in (0.3, 0.8, 1.0):
                     options = (itemsize, tensor_cores, share)
-                    tiles = conv_tiles(4096, c_in, c_out, *options, True)
+                    tiles = configs.conv_tiles(4096, c_in, c_out, *options, True)
                     assert {shape(t) for t in tiles} <= (conv if tensor_cores else full)
                     assert all(16 <= t.k <= 128 for t in tiles)
                     assert tiles[0].sorted == (share < 0.75)
-                    assert not any(is_large(t) for t in conv_tiles(4096, c_in, c_out, *options, True, False))
-                    tiles = wgrad_tiles(c_in, c_out, *options)
+                    small = configs.conv_tiles(4096, c_in, c_out, *options, True, False)
+                    assert not any(configs.is_large(t) for t in small)
+                    tiles = configs.wgrad_tiles(c_in, c_out, *options)
                     assert {shape(t) for t in tiles} <= (wgrad if tensor_cores else full)
 
 
