@@ -262,6 +262,18 @@ def test_no_rows_are_no_reason_to_ask_nobody(label, bodies):
     assert all(name.startswith("gather.") for name in bodies)
 
 
+@every_operator
+def test_on_the_meta_device_any_engine_will_do(label):
+    """Nothing is computed there, so that no engine need run."""
+    _, arguments, options = CASES[label]
+    grid = GRID.to("meta")
+    moved = [grid if a is GRID else a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    function = OPERATORS[label.split()[0]][0]
+    results = [function(*moved, **options, backend=name) for name in ("auto", *ENGINES)]
+    for result in results:
+        assert result in (False, None) if label in ("image_engine", "image_grid") else result.is_meta
+
+
 @pytest.mark.parametrize("operation", ["conv2d", "max_pool2d", "avg_pool2d", "batch_norm_unpack"])
 def test_gradients_of_no_rows_are_zero(operation):
     nothing = PatchGrid.random(2, (3, 3), keep=0)

@@ -108,7 +108,7 @@ def leaves(name: str, call: Call) -> str | None:
         return f"has no {call.operation} of its own"
     if not call.plain and call.operation in _REPLACED:
         return "leaves this to PyTorch under autocast, in torch.compile and for subclasses of Tensor"
-    if call.num_active == 0:
+    if call.num_active == 0 or call.device == "meta":
         return "has nothing to compute"
     return engine(name).leaves(call) if call.operation in _REPLACED else None
 
@@ -125,7 +125,7 @@ def why_not(name: str, call: Call) -> str | None:
 
 def _why_not(name: str, call: Call, left: bool) -> str | None:
     if left:
-        return why_unusable(name, call.device, call.dtype)
+        return None if call.device == "meta" else why_unusable(name, call.device, call.dtype)
     return _why_missing(name) or engine(name).why_not(call)
 
 

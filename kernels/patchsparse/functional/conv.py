@@ -157,7 +157,7 @@ def _stencil(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Ste
 def autocast(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast float32 and half operands to the autocast dtype, as ``F.conv2d`` does; without autocast return them."""
     device = packed.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return packed, weight, bias
     dtype = torch.get_autocast_dtype(device)
 
