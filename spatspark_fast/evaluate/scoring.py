@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.progress import Track, silently
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.forecast.predictors import ModelPredictor, Predictor
@@ -23,9 +24,7 @@ from spatspark_fast.scores.nowcast import NowcastScores
 
 __all__ = ["Evaluation", "Kept", "ScoringOptions", "Windows", "evaluate_forecaster", "evaluate_predictors"]
 
-Item = TypeVar("Item")
 Windows: TypeAlias = NowcastDataset | SyntheticRadar
-Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,12 @@ def evaluate_predictors(
     windows: Windows,
     options: ScoringOptions | None = None,
     keep: Sequence[int] = (),
-    track: Track | None = None,
+    track: Track = silently,
 ) -> Evaluation:
     """Score several predictors on the same pixels of the same windows.
 
     ``windows`` must give at least as many past frames as any predictor needs; each takes the newest. ``keep`` names
-    windows (by index) of which everything is returned, for pictures. ``track(items, what, total)`` may show
-    progress.
+    windows (by index) of which everything is returned, for pictures. ``track`` may show progress.
 
     Raises:
         UserError: no window, or too few frames in one.
@@ -132,7 +130,6 @@ def evaluate_predictors(
     kept: list[Kept] = []
     chosen = spread(len(windows), options.max_windows or len(windows))
     batches = [chosen[start : start + options.batch_size] for start in range(0, len(chosen), options.batch_size)]
-    track = track or (lambda items, what, total: iter(items))
     for indices in track(batches, "scoring", len(batches)):
         past, future = _read(windows, indices, leads, options.device)
         forecasts = {p.name: meters[p.name].forecast(p, past, leads) for p in predictors}

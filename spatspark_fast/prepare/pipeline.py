@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
 
 from spatspark_fast import __version__
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import check_file
+from spatspark_fast.common.progress import Track, silently
 from spatspark_fast.data.radar.archive import Entry, Skipped, choose_split, find_files, put_in_order, read_frames
 from spatspark_fast.data.radar.archive import scan_times as scan
 from spatspark_fast.data.radar.frames import Crop, Frame, FrameError, Georeference, Source, centre_crop
@@ -20,9 +19,6 @@ from spatspark_fast.prepare.cutter import Cut, WindowCutter, WindowRules
 from spatspark_fast.prepare.writer import NL50Writer
 
 __all__ = ["Plan", "Report", "prepare_archive"]
-
-Item = TypeVar("Item")
-Track = Callable[[Iterable[Item], str, int], Iterator[Item]]
 
 _FILES_PER_WORKER = 200  # a spawned process takes as long to start as about this many files to read
 
@@ -60,18 +56,17 @@ class Report:
     cut: Cut = field(default_factory=Cut)
 
 
-def prepare_archive(plan: Plan, track: Track | None = None) -> Report:
+def prepare_archive(plan: Plan, track: Track = silently) -> Report:
     """Write ``plan.out`` and report what was used and what was not.
 
     Every image is read once. What is held at a time: one window of frames, a few frames and compressed
     windows on their way, and about a quarter of a kilobyte for each file (its name and time).
-    ``track(items, what, total)`` may show progress.
+    ``track`` may show progress.
 
     Raises:
         UserError: nothing to read, nothing readable, no window kept, or ``out`` exists already.
     """
     _check(plan)
-    track = track or (lambda items, what, total: iter(items))
     files, other_files = find_files(plan.folder, plan.source, plan.pattern)
     report = Report(plan.out, files=len(files), other_files=other_files)
     workers = _workers(plan.workers, len(files))
