@@ -13,6 +13,7 @@ from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, fore
 from spatspark_fast.models.registry import build_forecaster
 from spatspark_fast.training.command import preset_names
 
+from ..matrix import rest_but
 from ..pretrain.runs import pretrain
 from ..pretrain.test_cli import (
     a_folder,
@@ -66,7 +67,7 @@ def test_wrong_data_ends_in_one_sentence_and_leaves_nothing(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", rest_but([0], [0, 2]))
 def test_bad_values_found_while_validating_end_in_one_sentence(
     workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from patchsparse.backends.cpp import library, native, plans
 from patchsparse.geometry import Stencil
 from patchsparse.ops import conv as ops
 
+from ..matrix import pairwise
 from .cases import cases, packed_of, upsampled
 from .test_conv import gradients, masked_conv
 
@@ -133,9 +134,17 @@ def everything(grid: PatchGrid, packed: Tensor, weight: Tensor, deep: Tensor) ->
     return [o.detach() for o in outputs] + list(torch.autograd.grad(total, leaves))
 
 
-@pytest.mark.parametrize(("isa", "dtype"), WAYS)
-@pytest.mark.parametrize(("size", "channels"), [(1, 96), (2, 70), (4, 33)])
-def test_results_depend_neither_on_threads_nor_on_the_run(isa, dtype, size, channels, monkeypatch):
+@pytest.mark.parametrize(
+    ("isa", "dtype", "shape"),
+    pairwise(
+        ISAS,
+        [torch.float32, torch.bfloat16],
+        [(1, 96), (2, 70), (4, 33)],
+        allowed=lambda isa, dtype, _: (isa, dtype) in WAYS,
+    ),
+)
+def test_results_depend_neither_on_threads_nor_on_the_run(isa, dtype, shape, monkeypatch):
+    size, channels = shape
     use(monkeypatch, isa)
     grid = PatchGrid.random(12, (7, 6), keep=0.6, generator=torch.Generator().manual_seed(1))
     packed = torch.randn(grid.num_active, channels, size, size).to(dtype)

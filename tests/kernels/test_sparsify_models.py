@@ -29,19 +29,13 @@ EXACT = [
 ]
 
 LARGEST = (
-    "wide_resnet50_2",
-    "resnet50",
-    "resnext50_32x4d",
-    "nfnet_f0",
-    "hrnet_w18",
-    "resnetv2_50",
-    "gcresnet50t",
-    "cspdarknet53",
+    *("wide_resnet50_2", "resnet50", "resnext50_32x4d", "resnetv2_50", "gcresnet50t", "convnext_tiny"),
+    *("nfnet_f0", "hrnet_w18", "cspdarknet53", "inception_next_tiny", "rexnet_100"),
 )
 
 
 def but_the_largest(names: list[str]) -> list[Any]:
-    """Mark the largest models as the rest: smaller ones of their kind are checked by default."""
+    """Mark the largest models as the rest: others of their kind are checked by default."""
     return rest_but([name for name in names if name not in LARGEST], names)
 
 
@@ -97,7 +91,8 @@ def test_without_a_grid_the_model_is_the_plain_one_bit_for_bit(name: str) -> Non
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", rest_but(["resnet10t"], ["resnet10t", "resnet18"]))
+@pytest.mark.rest  # of whole models: tests/models/test_spark_parity.py
+@pytest.mark.parametrize("name", ["resnet10t", "resnet18"])
 def test_twenty_steps_of_sgd_stay_together(name: str) -> None:
     model = encoder(name, 12)
     reference = DenseMasked(model)

@@ -20,6 +20,7 @@ from spatspark_fast.models.smaat import CBAM, SmaAtUNet
 from spatspark_fast.models.spark import build_spark
 from spatspark_fast.models.spatspark import SpatSpark, build_spatspark
 
+from ..matrix import pairwise
 from .parity import make_frames, relative_error, scramble
 
 KINDS = get_args(TranslationKind)
@@ -30,12 +31,11 @@ def frames_of(length: int, height: int = 64, width: int = 96, batch: int = 2) ->
     return torch.rand(batch, length, height, width, generator=torch.Generator().manual_seed(5))
 
 
-@pytest.mark.parametrize("translation", KINDS)
-@pytest.mark.parametrize("decoder", ["unet", "light"])
-@pytest.mark.parametrize(("in_length", "out_length"), [(3, 7), (5, 2)])
+@pytest.mark.parametrize(("translation", "decoder", "lengths"), pairwise(KINDS, ["unet", "light"], [(3, 7), (5, 2)]))
 def test_input_and_output_lengths_may_differ_and_all_weights_learn(
-    translation: TranslationKind, decoder: DecoderKind, in_length: int, out_length: int
+    translation: TranslationKind, decoder: DecoderKind, lengths: tuple[int, int]
 ) -> None:
+    in_length, out_length = lengths
     torch.manual_seed(0)
     model = build_spatspark(
         "resnet18", in_length, out_length, decoder=decoder, decoder_width=32, translation=translation

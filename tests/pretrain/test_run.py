@@ -284,8 +284,8 @@ def test_a_rival_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.drawn
 def test_real_knmi_rain_trains(radar: Path, tmp_path: Path) -> None:
     file = tmp_path / "knmi.h5"
-    argv = ["--source=knmi", f"--input={radar / 'knmi_201008'}", f"--out={file}", "--stride=6"]
-    assert prepare.main([*argv, "--input_length=4", "--output_length=2", "--wet_fraction=0.1"]) == 0
+    argv = ["--source=knmi", f"--data.path={radar / 'knmi_201008'}", f"--out={file}", "--stride=6"]
+    assert prepare.main([*argv, "--data.input_length=4", "--data.output_length=2", "--wet_fraction=0.1"]) == 0
     changes: dict[str, Any] = {
         "data__path": file,
         "data__input_length": 4,
