@@ -30,8 +30,8 @@ class StepMemory(NamedTuple):
     """Hold the parts of the peak in bytes: the weights and all that belongs to them, and each window.
 
     ``weights`` are parameters and buffers, ``gradients`` theirs, ``optimiser`` LAMB's or AdamW's two moments.
-    ``step`` is what forward and backward need however small the batch is. ``scratch`` is what the optimiser needs
-    besides, when activations are gone.
+    ``step`` is what forward and backward need even for the smallest batch. ``scratch`` is what the optimiser needs in
+    addition, when activations are gone.
     """
 
     weights: int

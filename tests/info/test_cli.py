@@ -33,6 +33,15 @@ def test_multiply_adds_of_the_paper_s_encoder(capsys: pytest.CaptureFixture[str]
     assert costs["decoder"] == pytest.approx([16.75, 16.75], abs=0.05)
 
 
+def test_fewer_levels_of_smaller_patches(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model.encoder=resnet18", "--model.levels=3", "--model.patch=16", "--data.crop=64"]
+    assert main([*argv, "--model.decoder_width=64", "--data.batch_size=4"]) == 0
+    report = capsys.readouterr().out
+    assert "encoder.layer3" in report
+    assert "encoder.layer4" not in report
+    assert "4 windows" in report
+
+
 def test_blocks_and_memory_of_sparse_decoding(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--model.encoder=resnet18", "--model.decoder-width=768", "--model.decode-ratio=0.25", "--mask.ratio=0.5"]
     assert main([*argv, "--data.crop=128", "--data.batch-size=16"]) == 0
