@@ -33,7 +33,7 @@ def quieten() -> None:
 
 @contextlib.contextmanager
 def known_warnings_off() -> Iterator[None]:
-    """Ignore warnings that Lightning causes by its own code and that nobody here can heed."""
+    """Ignore warnings about Lightning's own code, which nobody here can change."""
     with warnings.catch_warnings():
         # Lightning 2.6 flattens its loaders by a class that torch 2.10 and later call deprecated.
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)

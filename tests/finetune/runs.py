@@ -32,6 +32,7 @@ ARCHITECTURE = ("data.input_length", "model.encoder", "model.decoder", "model.de
 def arguments(out: Path, *more: str, init: Path | None = None, **changes: Any) -> list[str]:
     """Return a command line; in ``changes`` a double underscore stands for the dot of an option."""
     options = {name: value for name, value in SMALL.items() if init is None or name not in ARCHITECTURE}
+    options |= {"data.cache": out.parent / "cache"}
     options |= {name.replace("__", "."): value for name, value in changes.items()}
     begin = [] if init is None else [f"--init={init}"]
     return [f"--out={out}", *begin, *(f"--{name}={value}" for name, value in options.items()), *more]
