@@ -123,6 +123,7 @@ def test_headlines_are_ratios_of_the_rows(rows: list[Row], tmp_path: Path, monke
     assert json.loads(target.read_text()) == found
 
 
+@pytest.mark.rest
 def test_a_suite_runs_in_a_process_of_its_own_from_any_directory(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -156,6 +156,7 @@ def test_timm_models_with_grad_checkpointing(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12 * largest)
 
 
+@pytest.mark.rest
 # Dynamo asks a non-leaf input for its .grad and relies on a warning filter, which "error" defeats.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_checkpoints_inside_and_outside_of_compiled_code() -> None:

@@ -281,6 +281,7 @@ def test_a_rival_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.rounds == 0
 
 
+@pytest.mark.rest
 @pytest.mark.drawn
 def test_real_knmi_rain_trains(radar: Path, tmp_path: Path) -> None:
     file = tmp_path / "knmi.h5"

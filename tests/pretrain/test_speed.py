@@ -24,7 +24,6 @@ from spatspark_fast.training.reading import Reading
 from spatspark_fast.training.schedules import make_plan
 from spatspark_fast.training.speed import Speed
 
-from ..matrix import rest_but
 from .runs import checkpoint, pretrain, rows, same
 
 SHARES = ("data_wait_share", "encoder_share", "decoder_share", "optimiser_share")
@@ -243,7 +242,8 @@ def test_a_training_step_reads_nothing_back(decode_ratio: float, monkeypatch: py
 
 # Under warnings as errors, what dynamo looks at for itself ends its tracing.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("mode", rest_but(["default"], ["off", "default"]))
+@pytest.mark.rest
+@pytest.mark.parametrize("mode", ["off", "default"])
 def test_compiled_training_is_the_same_training(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile without generating code: what is tested is where graphs begin and end, and the names of the weights."""
     compiled: list[str | None] = []

@@ -1,6 +1,7 @@
 """Runs of the version before the big move load, go on, and end where that version would have ended."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from spatspark_fast.evaluate.__main__ import main as evaluate
+from spatspark_fast.evaluate.scoring import evaluate_forecaster
 from spatspark_fast.finetune.__main__ import main as finetune
 from spatspark_fast.forecast.__main__ import main as forecast
 from spatspark_fast.models.registry import load_forecaster
@@ -64,9 +65,8 @@ def test_an_old_finetuning_forecasts_and_is_scored(tmp_path: Path) -> None:
     loaded = load_forecaster(checkpoint)
     assert (loaded.in_length, loaded.out_length) == (3, 3)
     file = write_windows(tmp_path / "windows.h5", moving_rain(2, 6, 64, 64))
-    argv = ["--checkpoint", str(checkpoint), "--data.path", str(file), "--out"]
-    assert evaluate([*argv, str(tmp_path / "scores")]) == 0
-    scores = json.loads((tmp_path / "scores" / "scores.json").read_text())["models"]
-    assert set(scores) == {loaded.name, "persistence"}
-    assert forecast([*argv, str(tmp_path / "forecasts")]) == 0
-    assert {path.suffix for path in (tmp_path / "forecasts").iterdir()} == {".nc", ".gif", ".png"}
+    scores = evaluate_forecaster(checkpoint, file, fss_scales=())["all"]
+    assert 0 < scores["pmse"] < math.inf
+    argv = ["--checkpoint", str(checkpoint), "--data.path", str(file), "--out", str(tmp_path / "forecasts")]
+    assert forecast([*argv, "--pictures", "false"]) == 0
+    assert [path.suffix for path in (tmp_path / "forecasts").iterdir()] == [".nc"]
