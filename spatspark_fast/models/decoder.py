@@ -53,19 +53,19 @@ class UNetBlock(nn.Module):
         else:
             x = image_conv_transpose2d(x, self.up.weight, self.up.bias, backend)
             x = image_conv2d(x, self.conv1.weight, None, backend)
-        return self.norm2(image_conv2d(self._norm_act(x), self.conv2.weight, None, backend))
+        return self.norm2(image_conv2d(self._norm_act(x, backend), self.conv2.weight, None, backend))
 
     def forward_packed(self, x: Tensor, decoded: PatchGrid, backend: str) -> Tensor:
         """Map packed ``(N, channels, p, p)`` to ``(N, out_channels, 2p, 2p)``, with halos from ``decoded`` alone."""
         up, options = self.up, {"padding": 1, "backend": backend}
         x = patch_conv_transpose2d(x, up.weight, up.bias, decoded, stride=2, **options)
-        x = self._norm_act(patch_conv2d(x, self.conv1.weight, None, decoded, **options))
+        x = self._norm_act(patch_conv2d(x, self.conv1.weight, None, decoded, **options), backend)
         return self.norm2(patch_conv2d(x, self.conv2.weight, None, decoded, **options))
 
-    def _norm_act(self, x: Tensor) -> Tensor:
-        """Normalise and activate; on a GPU in one pass over memory."""
+    def _norm_act(self, x: Tensor, backend: str) -> Tensor:
+        """Normalise and activate; on a GPU in one pass over memory, unless the backend is ``"dense"``."""
         norm = self.norm1
-        if not x.is_cuda or type(norm) is not nn.BatchNorm2d or norm.momentum is None:
+        if backend == "dense" or not x.is_cuda or type(norm) is not nn.BatchNorm2d or norm.momentum is None:
             return self.act(norm(x))
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -78,7 +78,8 @@ class UNetBlock(nn.Module):
             norm.momentum,
             norm.eps,
         )
-        return patch_batch_norm_act(x, *statistics, activation="leaky_relu", slope=self.act.negative_slope)
+        slope = self.act.negative_slope
+        return patch_batch_norm_act(x, *statistics, activation="leaky_relu", slope=slope, backend=backend)
 
 
 class UNetDecoder(nn.Module):

@@ -48,7 +48,7 @@ class DensifyLevel(nn.Module):
         With ``decoded``, only its patches are mapped, to packed ``(M, width, p, p)``; their halos are read from the
         whole image, so that they have the values they would have there. ``backend`` as in `patchsparse.image_conv2d`.
         """
-        image = self._filled(features, grid)
+        image = self._filled(features, grid, backend)
         if decoded is None:
             return self.project(image, backend)
         if isinstance(self.proj, nn.Identity):
@@ -62,16 +62,17 @@ class DensifyLevel(nn.Module):
             return image
         return image_conv2d(image, self.proj.weight, self.proj.bias, backend)
 
-    def _filled(self, features: Tensor, grid: PatchGrid | None) -> Tensor:
+    def _filled(self, features: Tensor, grid: PatchGrid | None, backend: str) -> Tensor:
         """Return the norm of the features as whole images, tokens at masked patches."""
         norm = self.norm
         if (
             grid is not None
             and isinstance(norm, nn.BatchNorm2d)
             and norm.momentum is not None
+            and backend != "dense"
             and self._fuses(features)
         ):
-            return self._densified(features, grid, norm, norm.momentum)
+            return self._densified(features, grid, norm, norm.momentum, backend)
         features = norm(features)
         return features if grid is None else unpack(features, grid, fill=self.mask_token)
 
@@ -79,7 +80,9 @@ class DensifyLevel(nn.Module):
         """Return whether one operator for norm and token is faster: on a GPU, where both are bound by memory."""
         return features.is_cuda
 
-    def _densified(self, features: Tensor, grid: PatchGrid, norm: nn.BatchNorm2d, momentum: float) -> Tensor:
+    def _densified(
+        self, features: Tensor, grid: PatchGrid, norm: nn.BatchNorm2d, momentum: float, backend: str
+    ) -> Tensor:
         """Return ``unpack(norm(features), grid, mask_token)``, and count the batch as the module does."""
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
@@ -94,6 +97,7 @@ class DensifyLevel(nn.Module):
             norm.training,
             momentum,
             norm.eps,
+            backend,
         )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from patchsparse import PatchGrid
+from patchsparse import PatchGrid, patch_batch_norm_unpack
+from spatspark_fast.models import densify
 from spatspark_fast.models.densify import DensifyLevel, NormKind
 
 
@@ -31,8 +33,8 @@ def test_fused_level_equals_norm_then_unpack(
         features = packed.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             for _ in range(2):
-                level(features, grid)  # running statistics of several batches
-            y = level(features, grid)
+                level(features, grid, backend="auto")  # running statistics of several batches
+            y = level(features, grid, backend="auto")
         y.float().square().mean().backward()
         gradients = [features.grad, *(p.grad for p in level.parameters())]
         results.append([y, *gradients, *level.buffers()])
@@ -50,5 +52,22 @@ def test_layer_norm_and_dense_maps_keep_their_own_way(monkeypatch: pytest.Monkey
     packed, image = torch.randn(6, 6, 2, 2), torch.randn(2, 6, 4, 4)
     expected = level(packed, grid), level(image)
     monkeypatch.setattr(level, "_fuses", lambda _: norm == "batch" or pytest.fail("asked for layer norm"))
-    torch.testing.assert_close(level(packed, grid), expected[0])
-    torch.testing.assert_close(level(image), expected[1])
+    torch.testing.assert_close(level(packed, grid, backend="auto"), expected[0])
+    torch.testing.assert_close(level(image, backend="auto"), expected[1])
+
+
+def test_the_backend_reaches_the_fused_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    level = DensifyLevel(6, 8, 1, "batch")
+    grid = PatchGrid.random(2, (2, 2), 3)
+    packed = torch.randn(6, 6, 2, 2)
+    asked = []
+
+    def spy(*args: Any) -> torch.Tensor:
+        asked.append(args[-1])
+        return patch_batch_norm_unpack(*args)
+
+    monkeypatch.setattr(level, "_fuses", lambda _: True)
+    monkeypatch.setattr(densify, "patch_batch_norm_unpack", spy)
+    for backend in ("auto", "gather", "dense"):
+        level(packed, grid, backend=backend)
+    assert asked == ["auto", "gather"]  # "dense" keeps to PyTorch's layers
