@@ -31,7 +31,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     options = [*model, "trainer.max_steps=2", "data.batch_size=2", "trainer.threads=1", "data.num_workers=0"]
     held = ["data.validation_fraction=0.2", "optim.base_lr=0.1"]
     fixed = [f"--data.path={data}", f"--out={out}", "--seeds=2", "--mask.ratio=0.5", *more]
-    return [*fixed, "--pretrain", *options, "data.resident=off", "--finetune", *options, *held]
+    return [*fixed, "--pretrain", *options, "data.resident=off", "--finetune", *options, *held, "data.resident=off"]
 
 
 def test_an_experiment_trains_each_model_once_and_goes_on_after_a_stop(
