@@ -32,7 +32,14 @@ from spatspark_fast.training.recorder import Recorder
 from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.schedules import Plan
 from spatspark_fast.training.stream import BatchStream
-from spatspark_fast.training.trainer import known_warnings_off, make_trainer, open_run, plan_of, quieten, take_up
+from spatspark_fast.training.trainer import (
+    known_warnings_off,
+    make_trainer,
+    open_run,
+    plan_of,
+    prepare_process,
+    take_up,
+)
 from spatspark_fast.training.windows import open_windows, stack_of, wettest
 
 __all__ = ["train"]
@@ -46,11 +53,8 @@ FIRST = 4  # windows that set the norms before the first step
 
 def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, checkpoint: Path | None) -> None:
     """Train to the end of the plan, from ``checkpoint`` if there is one; check all input before writing."""
-    quieten()
-    console = Console()
-    options = config.trainer
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    console, options = Console(), config.trainer
+    prepare_process(options.threads)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     windows, plain, split = open_split(config)
     sample = wettest(plain, split.validation) if split.validation else wettest(windows, split.train)

@@ -23,7 +23,14 @@ from spatspark_fast.training.feed import open_store, open_stream
 from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
 from spatspark_fast.training.recorder import Recorder
 from spatspark_fast.training.rundir import RunDirectory
-from spatspark_fast.training.trainer import known_warnings_off, make_trainer, open_run, plan_of, quieten, take_up
+from spatspark_fast.training.trainer import (
+    known_warnings_off,
+    make_trainer,
+    open_run,
+    plan_of,
+    prepare_process,
+    take_up,
+)
 from spatspark_fast.training.windows import open_windows, stack_of, wettest
 
 __all__ = ["COLUMNS", "train"]
@@ -37,11 +44,8 @@ MEASURED_WINDOWS = 4  # few, to be quick on a CPU
 
 def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) -> None:
     """Train to the end of the plan, from ``checkpoint`` if there is one; check all input before writing."""
-    quieten()
-    console = Console()
-    options = config.trainer
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    console, options = Console(), config.trainer
+    prepare_process(options.threads)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     windows = open_windows(config.data, output_length=0, seed=options.seed)
     masks = build_masks(config)

@@ -20,13 +20,15 @@ from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.schedules import Plan, make_plan
 from spatspark_fast.training.stream import BatchStream
 
-__all__ = ["known_warnings_off", "make_trainer", "open_run", "plan_of", "quieten", "take_up"]
+__all__ = ["known_warnings_off", "make_trainer", "open_run", "plan_of", "prepare_process", "take_up"]
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
-def quieten() -> None:
-    """Silence what Lightning says on its own behalf: devices found, tips, advertisements. Warnings stay."""
+def prepare_process(threads: int) -> None:
+    """Set the threads of a CPU (0 leaves torch's choice), and silence Lightning's tips and advertisements."""
+    if threads:
+        torch.set_num_threads(threads)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
