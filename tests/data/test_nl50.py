@@ -147,7 +147,7 @@ def test_crops_reach_every_corner(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.rest)])
 def test_workers_read_what_the_parent_reads(tmp_path: Path, method: str) -> None:
     data = images(12, 24)
     dataset = NowcastDataset(write(tmp_path / "a.h5", data), crop=32, flip=True)
