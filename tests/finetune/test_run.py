@@ -257,7 +257,6 @@ print("loaded:", sorted(name for name in loaded if name.split(".")[2] == "triton
 """
 
 
-@pytest.mark.rest
 def test_finetuning_and_forecasting_need_no_engine(pretrained: Path, tmp_path: Path) -> None:
     """Neither Triton nor MinkowskiEngine can be imported, and there is no compiled engine."""
     argv = arguments(tmp_path / "run", init=pretrained / "checkpoints" / "last.ckpt", trainer__epochs=1)

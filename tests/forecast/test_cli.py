@@ -11,6 +11,7 @@ import xarray as xr
 from spatspark_fast.forecast.__main__ import main
 from spatspark_fast.models.registry import load_forecaster
 from tests.forecast.forecasts import SMALL, moving_rain, save_checkpoint, write_windows
+from tests.matrix import rest_but
 from tests.prepare.archives import write_archive
 from tests.refusals import refusal
 
@@ -114,8 +115,7 @@ def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None
         assert words in text
 
 
-@pytest.mark.rest  # the exporter takes half a minute
-@pytest.mark.parametrize("decoder", ["light", "unet"])
+@pytest.mark.parametrize("decoder", rest_but(["light"], ["light", "unet"]))  # the exporter takes half a minute
 def test_onnx_gives_the_same_forecast_at_other_sizes(decoder: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f'no {package}: pip install "spatspark-fast[onnx]"')

@@ -131,7 +131,6 @@ def test_without_an_openmp_runtime_one_thread_gives_the_same(problem):
     assert torch.equal(alone, expected)
 
 
-@pytest.mark.rest
 @built
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_the_engine_brings_no_second_openmp_runtime():

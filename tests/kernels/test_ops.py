@@ -86,7 +86,6 @@ def test_compiles_to_one_graph_and_never_again_for_a_new_grid():
     assert counter.frame_count == 1
 
 
-@pytest.mark.rest
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile's inductor needs a C++ compiler")
 def test_inductor_gets_the_strides_that_the_shape_functions_promise(grid):
     def block(x, weight):

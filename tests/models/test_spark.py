@@ -17,7 +17,6 @@ from spatspark_fast.models.spark import Observer, build_spark
 from .parity import make_frames, scramble
 
 
-@pytest.mark.rest
 def test_full_size_step_of_the_published_model() -> None:
     """12 frames of 288x288, ResNet-18, U-Net of width 768: one step trains every parameter."""
     torch.manual_seed(0)

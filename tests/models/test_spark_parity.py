@@ -223,7 +223,6 @@ def test_float32_is_as_exact_as_dense_and_mask(case: Case, backend: str) -> None
     assert ours_errors[-1] <= 2 * reference_errors[-1], errors
 
 
-@pytest.mark.rest
 def test_float32_training_drifts_no_further_than_dense_and_mask() -> None:
     case = Case("resnet18", "light", "masked", patch=16, levels=3)
     models = make_single(case, "gather")

@@ -176,7 +176,6 @@ def test_the_summary_compares_epochs_also_when_rows_span_several(
     assert often == seldom == f"{first:.4f} in the first epoch, {last:.4f} in the last"
 
 
-@pytest.mark.rest
 def test_two_processes_train_one_run(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(arguments(out, trainer__device="cpu", trainer__devices=2, trainer__epochs=2), strict=False)
@@ -281,7 +280,6 @@ def test_a_rival_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.rounds == 0
 
 
-@pytest.mark.rest
 @pytest.mark.drawn
 def test_real_knmi_rain_trains(radar: Path, tmp_path: Path) -> None:
     file = tmp_path / "knmi.h5"
