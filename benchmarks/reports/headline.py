@@ -55,17 +55,21 @@ def headlines(rows: Iterable[Row]) -> dict[str, dict[str, object]]:
     return found
 
 
-def headline(target: Path, scale: str) -> int:
-    """Run the suites and write the headlines; return the exit status, nonzero if any parity check failed."""
+def headline(target: Path | None, scale: str) -> int:
+    """Run the suites, print the headlines, and write them to ``target`` if there is one.
+
+    Returns the exit status, nonzero if any parity check failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(HERE / suite) for suite in SUITES]
         command = [sys.executable, "-m", "pytest", *paths, "--scale", scale, "--results", folder, "-q"]
         status = subprocess.run(command, cwd=HERE.parent, check=False).returncode
         found = headlines(read_folder(Path(folder)))
     if status:
-        sys.stderr.write("a benchmark failed, see above: no headline is written\n")
+        sys.stderr.write("a benchmark failed, see above: there is no headline\n")
         return status
-    target.write_text(json.dumps(found, indent=1) + "\n")
+    if target is not None:
+        target.write_text(json.dumps(found, indent=1) + "\n")
     for name, values in found.items():
         sys.stdout.write(f"{values['ratio']:6.2f}x ({values['low']:.2f}-{values['high']:.2f})  {name}\n")
     return 0

@@ -101,7 +101,9 @@ def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Pat
             assert (tmp_path / "docs" / target).exists()
 
 
-def test_headlines_are_ratios_of_the_rows(rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headlines_are_ratios_of_the_rows(
+    rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = headlines(rows)
     name = "encoder: test_resnet, 60% masked, auto over dense"
     assert {"ratio", "low", "high", "config"} == set(found[name])
@@ -121,6 +123,9 @@ def test_headlines_are_ratios_of_the_rows(rows: list[Row], tmp_path: Path, monke
     status = 0
     assert commands.main(["headline", "--json", str(target)]) == 0
     assert json.loads(target.read_text()) == found
+    capsys.readouterr()
+    assert commands.main(["headline"]) == 0  # as `make headline` calls it
+    assert len(capsys.readouterr().out.splitlines()) == len(found)
 
 
 @pytest.mark.rest
