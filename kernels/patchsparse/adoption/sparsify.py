@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..backends import ENGINES
+from ..backends import check_name
 from .adopt import Model, adopt, plan_adoption
 from .parity import check_parity
 
@@ -33,8 +33,8 @@ def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Mo
         UnsupportedModuleError: naming the module, the reason and a remedy.
         ValueError: if ``backend`` is unknown, part of the model is sparsified, or ``verify`` could not run it.
     """
-    if backend != "auto" and backend not in ENGINES:
-        raise ValueError(f"backend {backend!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
+    if backend != "auto":
+        check_name(backend)
     plan = plan_adoption(model, trust_forward=verify)
     if verify:
         check_parity(model)

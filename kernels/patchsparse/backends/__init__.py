@@ -21,6 +21,7 @@ __all__ = [
     "ENGINES",
     "OPERATIONS",
     "OVERRIDE",
+    "check_name",
     "choose",
     "engine",
     "leaves",
@@ -71,11 +72,12 @@ def engine(name: str) -> ModuleType:
         ValueError: for a name that is not one.
         ImportError: if the package that the engine is written in is not installed.
     """
-    _check_name(name)
+    check_name(name)
     return import_module(f"{__name__}.{name}")
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that is not an engine's."""
     if name not in ENGINES:
         raise ValueError(f"backend {name!r} is unknown; choose one of auto, {', '.join(ENGINES)}")
 
@@ -119,7 +121,7 @@ def why_not(name: str, call: Call) -> str | None:
     Raises:
         ValueError: for an unknown name.
     """
-    _check_name(name)
+    check_name(name)
     return _why_not(name, call, leaves(name, call) is not None)
 
 
@@ -157,7 +159,7 @@ def choose(call: Call, backend: str) -> str:
     if name == "auto":
         best = order(call)[0]
         return best if best == "gather" or _why_not(best, call, left=False) is None else "gather"
-    _check_name(name)
+    check_name(name)
     left = leaves(name, call) is not None
     reason = _why_not(name, call, left)
     if reason is not None:
