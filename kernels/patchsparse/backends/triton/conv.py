@@ -12,7 +12,7 @@ from . import tuning
 from .configs import Tile, conv_tiles, wgrad_tiles
 from .conv_kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
 from .launch import Launch, as_rows, processors, row_major, rows_like, takes_large_tiles
-from .orders import active_share, order_of, pairs_of
+from .row_tables import active_share, listed_rows, row_table, turned
 
 __all__ = ["MOST_TAPS", "axes", "conv2d", "conv2d_dgrad", "conv2d_wgrad", "forward_launch", "wgrad_launches"]
 
@@ -70,13 +70,12 @@ def conv2d_dgrad(
     taps = as_rows(weight)
     c_out, c_in = taps.shape[0] // groups, taps.shape[3]
     strides = {"w_out": 1, "w_tap": c_in, "w_in": stencil.taps * c_in, "w_first": 0}
-    reach = [d * (k - 1) - p for k, p, d in zip(stencil.kernel, stencil.padding, stencil.dilation, strict=True)]
-    if stencil.stride != (1, 1) or min(reach) < 0:
+    if stencil.stride != (1, 1):
         options = (slot, coords, stencil, groups, (c_out, c_in), strides, size)
         return _run_forward("conv2d_dgrad", grad, taps, None, *options)
     strides |= {"w_tap": -c_in, "w_first": (stencil.taps - 1) * c_in}
-    turned = Stencil(stencil.kernel, (1, 1), (reach[0], reach[1]), stencil.dilation)
-    return _run_forward("conv2d_dgrad", grad, taps, None, slot, coords, turned, groups, (c_out, c_in), strides)
+    options = (slot, coords, turned(stencil), groups, (c_out, c_in), strides)
+    return _run_forward("conv2d_dgrad", grad, taps, None, *options)
 
 
 def _run_forward(
@@ -130,7 +129,7 @@ def forward_launch(
     source, size = (rows.shape[1], rows.shape[2]), (y.shape[2], y.shape[3])
     kinds = stencil.stride if transposed else (1, 1)
     count = y.shape[0] * size[0] * size[1] // (kinds[0] * kinds[1])
-    order = order_of(slot, coords, source, stencil) if tile.sorted else (None, None)
+    order = row_table(slot, coords, source, stencil, by_taps=True)[1:] if tile.sorted else (None, None)
     programs = ceil(count / tile.m) * ceil(channels[1] / tile.n)
     scalars = (count, slot.shape[1], slot.shape[2], *channels, groups, taps.numel() // groups)
     return Launch(
@@ -177,7 +176,7 @@ def wgrad_launches(
     wanted = ceil(processors(x.device) * tile.waves / (tiles * groups))
     splits = max(1, min(wanted, ceil(count / (4 * tile.k))))
     parts = x.new_empty(splits, weight.numel(), dtype=torch.float32)
-    pairs = pairs_of(slot, coords, source, stencil) if tile.sorted else (None, None, None)
+    pairs = listed_rows(slot, coords, source, stencil) if tile.sorted else (None, None, None)
     partial = Launch(
         patch_conv2d_wgrad_kernel,
         (tiles * splits, groups, 1),
