@@ -30,7 +30,7 @@ def sources() -> set[str]:
         path.relative_to(top).as_posix()
         for top, package in ((ROOT, "spatspark_fast"), (ROOT / "kernels", "patchsparse"))
         for path in (top / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".typed")
+        if path.suffix in (".py", ".yaml", ".typed", ".json")
     }
     assert {"patchsparse/py.typed", "spatspark_fast/py.typed", "spatspark_fast/pretrain/presets/demo.yaml"} <= found
     return found

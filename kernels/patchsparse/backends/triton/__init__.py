@@ -15,6 +15,7 @@ from .depthwise_pool import max_pool2d, max_pool2d_grad
 from .launch import is_interpreted
 from .norm import batch_norm_act, batch_norm_act_grad
 from .norm_unpack import batch_norm_unpack, batch_norm_unpack_grad
+from .tuned import tuned_for
 
 __all__ = [
     "batch_norm_act",
@@ -61,7 +62,7 @@ def why_not(call: Call) -> str | None:
 def how(call: Call) -> str:
     """Return the method by which this engine computes a call, in a few words."""
     if call.operation.startswith("conv2d"):
-        return "depthwise kernel" if _depthwise(call) else "implicit GEMM"
+        return "depthwise kernel" if _depthwise(call) else f"implicit GEMM{tuned_for(call)}"
     return "one kernel" if call.operation.startswith("max_pool2d") else "fused kernels"
 
 

@@ -13,6 +13,7 @@ from .configs import Tile, conv_tiles, wgrad_tiles
 from .conv_kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
 from .launch import Launch, as_rows, processors, row_major, rows_like, takes_large_tiles
 from .row_tables import active_share, listed_rows, row_table, turned
+from .tuned import Kind, card_of
 
 __all__ = ["MOST_TAPS", "axes", "conv2d", "conv2d_dgrad", "conv2d_wgrad", "forward_launch", "wgrad_launches"]
 
@@ -41,12 +42,11 @@ def _density(slot: Tensor, coords: Tensor) -> float:
     return coords.shape[0] / max(1, slot.numel())
 
 
-def _key(name: str, x: Tensor, size: Size, stencil: Stencil, channels: Size, groups: int, density: float):
+def _key(name: str, x: Tensor, size: Size, stencil: Stencil, channels: Size, groups: int, density: float) -> Kind:
     """Return what tuned configurations are remembered by; density and rows in coarse steps."""
     rows = (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
-    where = torch.cuda.get_device_name(x.device) if x.device.type == "cuda" else "cpu"
-    bucket = round(density * 8)
-    return name, where, x.dtype, precision_of(x), size, stencil, channels, groups, rows, bucket
+    card, eighths = card_of(x.device), round(density * 8)
+    return Kind(name, card, x.dtype, precision_of(x), size, stencil, channels, groups, rows, eighths)
 
 
 def conv2d(

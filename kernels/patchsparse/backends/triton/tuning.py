@@ -1,7 +1,11 @@
-"""Choice among configurations: the default, or the fastest measured one that computes the same."""
+"""Choice among configurations: the one that was tuned for this kind of call, or the default.
+
+Tuned ones come from the table of the package (``tuned.py``), or from :func:`tune` in this process, which comes first.
+"""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Measured", "Tuner", "best", "tune"]
+from .tuned import Kind, shipped
+
+__all__ = ["Measured", "Tuner", "best", "forget", "tune"]
+
+CALLS = 10  # that are timed as one
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,12 @@ class Tuner:
     found: dict[Hashable, list[Measured]] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def best(self, key: Hashable) -> Any | None:
-        """Return the fastest configuration measured for ``key``, or None if it was never measured."""
-        found = self.found.get(key)
+    def best(self, kind: Hashable) -> Any | None:
+        """Return the fastest configuration measured for ``kind``, or None if it was never measured."""
+        found = self.found.get(kind)
         return None if found is None else min(found, key=lambda m: m.seconds).config
 
-    def measure(self, key: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -> None:
+    def measure(self, kind: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -> None:
         """Run every configuration and remember its time; one whose result deviates from the first's is dropped."""
         begun = time.perf_counter()
         reference = run(configs[0])
@@ -54,30 +62,68 @@ class Tuner:
             error = float(((run(config).float() - reference.float()).abs().amax() / scale).item())
             passed = error <= max(limit, 2e-3)  # NaN does not pass; TF32 rounds to 10 bits
             found.append(Measured(config, self._time(run, config) if passed else float("inf"), error))
-        self.found[key] = found
+        self.found[kind] = found
         self.seconds += time.perf_counter() - begun
 
     def _time(self, run: Callable[[Any], Tensor], config: Any) -> float:
-        seconds = []
-        for _ in range(self.repetitions):
-            device = run(config).device
-            _wait(device)
-            begun = time.perf_counter()
-            for _ in range(4):
-                run(config)
-            _wait(device)
-            seconds.append((time.perf_counter() - begun) / 4)
-        return sorted(seconds)[len(seconds) // 2]
+        """Return the median seconds of one call; on a GPU its own time, not that of the host which starts it."""
+        device = run(config).device
+        several = _repeated(run, config) if device.type != "cuda" else captured(run, config).replay
+        clock = _host_seconds if device.type != "cuda" else _device_seconds
+        several()
+        return statistics.median(clock(several) for _ in range(self.repetitions)) / CALLS
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _repeated(run: Callable[[Any], Tensor], config: Any) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(CALLS):
+            run(config)
+
+    return several
 
 
-# What was measured in this process (a memo), and whether calls in this context may measure.
+def captured(run: Callable[[Any], Tensor], config: Any) -> torch.cuda.CUDAGraph:
+    """Return `CALLS` calls as one CUDA graph; what they need beside the kernels was made by a call before this."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")  # autograd calls this in a thread of its own
+        try:
+            _repeated(run, config)()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
+    return graph
+
+
+def _host_seconds(several: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    several()
+    return time.perf_counter() - begun
+
+
+def _device_seconds(several: Callable[[], None]) -> float:
+    begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begun.record()
+    several()
+    ended.record()
+    ended.synchronize()
+    return begun.elapsed_time(ended) / 1e3
+
+
+# What was measured in this process, what is chosen for each kind of call that was met (None: the default; both are
+# memos), and whether calls in this context may measure.
 _tuner = Tuner()
+_chosen: dict[Hashable, Any] = {}
 _tuning: ContextVar[bool] = ContextVar("patchsparse_triton_tuning", default=False)
+_UNMET = object()
+
+
+def forget() -> None:
+    """Forget what was chosen, so that the table of the package is asked again; what was measured stays."""
+    shipped.cache_clear()
+    _chosen.clear()
+    _chosen.update({kind: _tuner.best(kind) for kind in _tuner.found})
 
 
 @contextmanager
@@ -85,7 +131,8 @@ def tune(repetitions: int = 5) -> Iterator[Tuner]:
     """Measure every kind of call that is met inside the ``with`` block for the first time; later calls use the best.
 
     Run one training step in it to warm up. What was found serves the whole process, also under CUDA graph capture,
-    where nothing is ever measured. Without it the default configurations are used.
+    where nothing is ever measured. Without it calls use the table of the package, and the defaults for what is not in
+    it.
 
     Yields:
         the process's :class:`Tuner`: ``found`` per kind of call, ``seconds`` spent.
@@ -104,13 +151,25 @@ def tune(repetitions: int = 5) -> Iterator[Tuner]:
         _tuning.reset(token)
 
 
-def best(key: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
-    """Return ``run`` of the best configuration known for ``key``; measure first if inside :func:`tune`."""
-    chosen = _tuner.best(key)
-    if chosen is None and _tuning.get() and not _capturing():
-        _tuner.measure(key, configs, run)
-        chosen = _tuner.best(key)
+def best(kind: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
+    """Return ``run`` of the best configuration known for ``kind``; measure first if inside :func:`tune`.
+
+    A kind that was met before costs one lookup. Kinds other than :class:`~.tuned.Kind` are not in the table.
+    """
+    chosen = _chosen.get(kind, _UNMET)
+    if chosen is _UNMET or (_tuning.get() and kind not in _tuner.found):
+        chosen = _meet(kind, configs, run)
     return run(configs[0] if chosen is None else chosen)
+
+
+def _meet(kind: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Any | None:
+    """Measure a kind of call if that is wanted, or look it up; remember and return what is chosen."""
+    if _tuning.get() and not _capturing():
+        _tuner.measure(kind, configs, run)
+        _chosen[kind] = _tuner.best(kind)
+    elif kind not in _chosen:
+        _chosen[kind] = shipped().choose(kind, configs) if isinstance(kind, Kind) else None
+    return _chosen[kind]
 
 
 def _capturing() -> bool:
