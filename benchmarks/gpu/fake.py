@@ -1,0 +1,185 @@
+"""Pretend that this machine has a GPU: every Triton kernel is compiled for a named card, nothing is launched.
+
+Two uses, both with tensors in the memory of the host that say they are on ``cuda:0`` (``fake_torch.py``):
+
+* ``with fake_gpu("h100") as seen:`` computes PyTorch's operators for real. With tiny tensors the time that remains is
+  that of the host, and ``seen`` counts what is started.
+* ``with fake_gpu("h100", hollow=True) as seen:`` computes nothing that is large (``hollow.py``), so that whole programs
+  run at real sizes. Kernels are specialised on the alignment of pointers and on integers that are 1 or divisible by
+  16: with real sizes the compiled kernels, and so the entries of Triton's cache, are those of the real run.
+
+Why not torch's FakeTensorMode: without a driver its ``cuda`` tensors have no backward pass (autograd asks the driver
+for streams), they have no addresses, no ``.item()`` and no bytes to write to a file, and code that asks
+``type(x) is Tensor`` takes another way. Tensors of memory that is reserved and never touched have none of this.
+
+Not seen here: the time and the errors of the launch itself in the driver, and what kernels write.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from .cards import CARDS, Card
+from .fake_torch import pretend
+from .hollow import Hollow
+
+__all__ = ["CARDS", "Card", "Compiled", "Seen", "fake_gpu", "install"]
+
+_numbers = itertools.count(1000)  # of devices: Triton keeps the kernels of each one apart
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel that Triton compiled, or found in its cache.
+
+    Attributes:
+        name: of the kernel.
+        seconds: of the compiler; of reading if it was found.
+        cached: whether it was found.
+        key: its folder in the cache.
+    """
+
+    name: str
+    seconds: float
+    cached: bool
+    key: str
+
+
+@dataclass
+class Seen:
+    """What the fake card was asked for.
+
+    Attributes:
+        card: which one it is.
+        launches: how often each Triton kernel was started.
+        compiled: every kernel that was loaded, in order.
+        sources: signatures and constants of the kernels whose launchers Triton would build, as its compiler knows them.
+    """
+
+    card: Card
+    launches: Counter[str] = field(default_factory=Counter)
+    compiled: list[Compiled] = field(default_factory=list)
+    sources: list[tuple[Any, Any]] = field(default_factory=list)
+
+    @property
+    def missed(self) -> list[Compiled]:
+        """Kernels that were not in the cache."""
+        return [c for c in self.compiled if not c.cached]
+
+    def summary(self) -> str:
+        """Return a line of text: kernels, hits of the cache, seconds of the compiler."""
+        missed = self.missed
+        return (
+            f"{self.card.name}: {len(self.compiled)} kernels, {len(self.compiled) - len(missed)} found in the cache, "
+            f"{sum(c.seconds for c in missed):.1f} s compiling, {sum(self.launches.values())} launches"
+        )
+
+
+class _Utils:
+    """What Triton asks its driver about a device and a binary."""
+
+    def __init__(self, card: Card):
+        self.card = card
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        """Return handles of module and function, registers, spills and the most threads; nothing is loaded."""
+        return 1, 1, 0, 0, 1024
+
+    def unload_module(self, module: int) -> None:
+        """Forget a module that was never loaded."""
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        """Return the properties that Triton reads."""
+        return {
+            "max_shared_mem": self.card.shared,
+            "multiprocessor_count": self.card.processors,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
+
+
+class _Driver:
+    """A driver that counts launches."""
+
+    def __init__(self, card: Card, seen: Seen):
+        self.card, self.seen, self.utils, self.number = card, seen, _Utils(card), next(_numbers)
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Any:
+        """Return what Triton calls to start a compiled kernel."""
+        self.seen.sources.append((src, metadata))
+        launches, name = self.seen.launches, metadata.name
+
+        def launch(*arguments: Any) -> None:
+            launches[name] += 1
+
+        return launch
+
+    def get_current_target(self) -> GPUTarget:
+        major, minor = self.card.capability
+        return GPUTarget("cuda", 10 * major + minor, 32)
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return self.card.capability
+
+
+def _listener(seen: Seen):
+    def heard(*, src: Any, metadata: dict[str, Any], metadata_group: Any, times: Any, cache_hit: bool) -> None:
+        seen.compiled.append(Compiled(metadata["name"], times.total / 1e6, cache_hit, metadata["hash"]))
+
+    return heard
+
+
+@contextmanager
+def fake_gpu(card: str = "h100", *, hollow: bool = False) -> Iterator[Seen]:
+    """Let PyTorch and Triton believe in a card inside the ``with`` block; use one card in a process.
+
+    Args:
+        card: a key of ``CARDS``.
+        hollow: reserve large tensors and compute nothing on them. What moves to ``cuda`` says so, the rest stays on
+            the host, and operations that mix the two fail, as on a GPU. Otherwise all tensors say ``cuda:0``.
+
+    Yields:
+        what is seen, filled as it goes on.
+
+    Raises:
+        ValueError: for an unknown card.
+        RuntimeError: under ``TRITON_INTERPRET=1``, where kernels are not compiled.
+    """
+    if card not in CARDS:
+        raise ValueError(f"card {card!r} is unknown; choose one of {', '.join(CARDS)}")
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 runs kernels in Python; unset it to compile them for a fake GPU")
+    seen = Seen(CARDS[card])
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", _Driver(CARDS[card], seen)))
+        stack.enter_context(mock.patch.object(knobs.compilation, "listener", _listener(seen)))
+        stack.enter_context(pretend(CARDS[card], hollow))
+        if hollow:
+            stack.enter_context(Hollow())
+        yield seen
+
+
+def install(card: str = "h100", *, hollow: bool = False) -> Seen:
+    """Do as :func:`fake_gpu` for the rest of the process."""
+    stack = ExitStack()
+    _installed.append(stack)
+    return stack.enter_context(fake_gpu(card, hollow=hollow))
+
+
+_installed: list[ExitStack] = []  # keeps what was installed alive until the process ends

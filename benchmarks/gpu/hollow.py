@@ -1,0 +1,129 @@
+"""Run PyTorch programs at real sizes without computing: large tensors have an address and a shape, and no contents.
+
+Every operator is asked for its result's shapes on ``meta`` tensors. Where all is small it is then computed as ever, so
+that masks, indices, counts and step numbers are right. Otherwise its results are memory that is reserved and never
+touched (the system hands out pages when they are written), and in-place operators do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._prims_common import suggest_memory_format
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from .fake_torch import is_on_card, put_on_card
+
+__all__ = ["SMALL", "Hollow"]
+
+SMALL = 1 << 16  # elements of all arguments and results together, up to which an operator computes
+KNOWS_BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+COPIES = ("copy_", "_to_copy", "index", "index_put", "index_put_", "_foreach_copy_", "_index_put_impl_", "clone")
+UNWRITTEN = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results, also in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _shadow(x: Tensor) -> Tensor:
+    """Return a ``meta`` tensor of the same shape and strides."""
+    if x.is_meta:
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _reserve(x: Tensor, on_card: bool) -> Tensor:
+    """Return memory for a ``meta`` result: zeros if it is small, else untouched."""
+    made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    if made.numel() <= SMALL:
+        made.zero_()
+    return put_on_card(made, on_card)
+
+
+class Hollow(TorchDispatchMode):
+    """Compute what is small, and reserve memory for what is not; use through :func:`benchmarks.gpu.fake.fake_gpu`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator."""
+        kwargs = kwargs or {}
+        if func.namespace not in ("aten", "prims", "prim"):
+            registered = OPDEFS.get(func.name().split(".")[0])
+            if registered is None:
+                return func(*args, **kwargs)
+            with self:
+                return registered._init_fn(*args, **kwargs)
+        given = [*_tensors(args), *_tensors(kwargs.values())]
+        on_card = any(map(is_on_card, given))
+        _check_devices(func, given, on_card)
+        returns = func._schema.returns
+        aliased = [r.alias_info for r in returns]
+        if any(a is not None and not a.is_write for a in aliased):
+            return func(*args, **kwargs)  # a view: it shares the memory, and the mark
+        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        small = sum(t.numel() for t in given) <= SMALL
+        if written:
+            return func(*args, **kwargs) if small else _written(func, written, args, kwargs)
+        return self._functional(func, args, kwargs, small, on_card)
+
+    def _functional(self, func: Any, args: Any, kwargs: Any, small: bool, on_card: bool) -> Any:
+        """Run an operator that only returns new tensors."""
+        if any(tag in func.tags for tag in KNOWS_BY_VALUE) and func.overloadpacket.__name__ != "index":
+            return _marked(func(*args, **kwargs), on_card)
+        try:
+            results = _shapes(func, args, kwargs)
+        except (NotImplementedError, RuntimeError):
+            if not small:
+                raise
+            return _marked(func(*args, **kwargs), on_card)  # its shape follows from values
+        unwritten = func.overloadpacket.__name__ in UNWRITTEN
+        outputs = sum(t.numel() for t in _tensors(results if isinstance(results, (list, tuple)) else [results]))
+        if small and outputs <= SMALL and not unwritten:
+            return _marked(func(*args, **kwargs), on_card)
+        return tree_map_only(Tensor, lambda t: _reserve(t, on_card), results)
+
+
+def _shapes(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the results of an operator as ``meta`` tensors."""
+    args, kwargs = tree_map_only(Tensor, _shadow, (args, kwargs))
+    if any(a.name == "device" for a in func._schema.arguments):
+        kwargs = kwargs | {"device": torch.device("meta")}
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "generator")}
+    results = func(*args, **kwargs)
+    if func is torch.ops.aten.convolution.default and torch.channels_last in map(suggest_memory_format, args[:2]):
+        return results.contiguous(memory_format=torch.channels_last)  # as cuDNN does; meta tensors have no such rule
+    return results
+
+
+def _marked(results: Any, on_card: bool) -> Any:
+    return tree_map_only(Tensor, lambda t: put_on_card(t, on_card), results)
+
+
+def _written(func: Any, names: list[str], args: Any, kwargs: Any) -> Any:
+    """Return what an operator returns that writes into arguments, without writing."""
+    arguments = func._schema.arguments
+    bound = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
+    count = len(func._schema.returns)
+    if count == 0:
+        return None
+    results = [bound[name] for name in names[:count]]
+    return results[0] if count == 1 else tuple(results)
+
+
+def _check_devices(func: Any, given: list[Tensor], on_card: bool) -> None:
+    """Raise RuntimeError if an operator mixes tensors of the card with others, as on a GPU; scalars may mix."""
+    if not on_card or func.overloadpacket.__name__ in COPIES:
+        return
+    others = [tuple(t.shape) for t in given if t.dim() and not is_on_card(t)]
+    if others:
+        raise RuntimeError(f"{func}: expected all tensors on cuda:0, found {others} on the CPU")

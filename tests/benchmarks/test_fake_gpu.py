@@ -1,0 +1,117 @@
+"""The fake GPU: what is compiled and counted, what is computed and what is only reserved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from benchmarks.gpu.fake import fake_gpu
+from patchsparse import PatchGrid
+
+
+@triton.jit
+def doubling_kernel(x, y, count, BLOCK: tl.constexpr):
+    """Write twice ``x`` into ``y``."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, 2 * tl.load(x + at, at < count), at < count)
+
+
+def double(x: Tensor) -> Tensor:
+    """Start the kernel on any tensor."""
+    y = torch.empty_like(x)
+    doubling_kernel[(triton.cdiv(x.numel(), 128),)](x, y, x.numel(), BLOCK=128)  # pyright: ignore[reportArgumentType]
+    return y
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Give each test an empty cache of Triton's."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_kernels_are_compiled_once_for_the_named_card_and_launches_are_counted(cache):
+    for cached in (False, True):
+        with fake_gpu("a100") as seen:
+            double(torch.ones(64, device="cuda"))
+            double(torch.ones(48, device="cuda"))
+        assert dict(seen.launches) == {"doubling_kernel": 2}
+        assert [(c.name, c.cached) for c in seen.compiled] == [("doubling_kernel", cached)]
+        assert len(seen.missed) == (not cached)
+    (ptx,) = cache.glob("*/doubling_kernel.ptx")
+    assert ".target sm_80" in ptx.read_text()
+
+
+def test_alignment_and_divisibility_are_those_of_the_real_run():
+    with fake_gpu("h100", hollow=True) as seen:
+        x = torch.empty(1 << 28, device="cuda")  # 1 GiB that nobody touches
+        double(x)
+        assert len(seen.compiled) == 1
+        double(x[4:])  # 16 bytes on: aligned, and the count is divisible by 4 only
+        assert len(seen.compiled) == 2
+        double(x[1:-3])  # as long, but not aligned
+        assert len(seen.compiled) == 3
+        double(x[16:])
+        assert len(seen.compiled) == 3
+
+
+def test_tensors_say_that_they_are_on_the_card_and_compute_unless_hollow():
+    with fake_gpu("h100"):
+        x = torch.arange(6.0, device="cuda").requires_grad_()
+        assert (x.device, x.is_cuda, torch.empty(3).is_cuda) == (torch.device("cuda", 0), True, True)
+        (x * x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [0, 2, 4, 6, 8, 10]
+        with torch.autocast("cuda", torch.bfloat16):
+            assert torch.nn.functional.linear(x[None], x[None]).dtype == torch.bfloat16
+    assert not torch.cuda.is_available()
+    assert x.device.type == "cpu"
+
+
+def test_hollow_programs_have_the_shapes_of_real_ones_and_their_small_values():
+    scores = torch.rand(8, 9, 9)
+    expected = PatchGrid.from_scores(scores, 32)
+    with fake_gpu("h100", hollow=True):
+        grid = PatchGrid.from_scores(scores.to("cuda"), 32)
+        assert grid.device.type == "cuda"
+        assert torch.equal(grid.slot.cpu(), expected.slot)
+        assert PatchGrid.from_active(grid.active).num_active == 256  # a shape that follows from values
+        net = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1), torch.nn.BatchNorm2d(64)).cuda()
+        x = torch.randn(128, 64, 288, 288, device="cuda").contiguous(memory_format=torch.channels_last)  # 2.7 GB
+        y = net(x)
+        assert (y.shape, y.stride(), y.device.type) == (x.shape, x.stride(), "cuda")
+        y.square().mean().backward()
+        assert all(p.grad is not None and p.grad.shape == p.shape and p.grad.is_cuda for p in net.parameters())
+
+
+def test_hollow_programs_fail_where_devices_are_mixed():
+    with fake_gpu("h100", hollow=True):
+        host, card = torch.ones(3), torch.ones(3, device="cuda")
+        with pytest.raises(RuntimeError, match="expected all tensors on cuda:0"):
+            host.add(card)
+        assert (card * torch.tensor(2.0)).is_cuda  # a scalar of the host may mix
+        assert torch.equal(host, card.cpu())
+        assert not host.is_cuda
+
+
+def test_graphs_and_events_go_through_their_motions():
+    with fake_gpu("h100") as seen:
+        x = torch.ones(8, device="cuda")
+        captured, begun, ended = torch.cuda.CUDAGraph(), torch.cuda.Event(True), torch.cuda.Event(True)
+        begun.record()
+        with torch.cuda.graph(captured):
+            assert torch.cuda.is_current_stream_capturing()
+            double(x)
+        captured.replay()
+        ended.record()
+        assert not torch.cuda.is_current_stream_capturing()
+        assert begun.elapsed_time(ended) > 0
+    assert seen.launches.total() == 1  # a replay starts nothing from Python
+
+
+def test_an_unknown_card_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'h1000' is unknown; choose one of a100, .*h100"), fake_gpu("h1000"):
+        pass
