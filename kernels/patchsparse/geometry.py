@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-__all__ = ["POINT", "Call", "Pair", "Stencil", "pair"]
+from .eager import once
+
+__all__ = ["POINT", "Call", "Pair", "Stencil", "aligned_stencil", "pair"]
 
 Pair = int | tuple[int, int]
 
@@ -65,7 +68,7 @@ class Stencil(NamedTuple):
     @property
     def local(self) -> bool:
         """Whether no output pixel reads beyond its own patch."""
-        return max(*self.before, *self.after) <= 0
+        return max(self.before) <= 0 and max(self.after) <= 0
 
     def output_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the pixels of a patch after the operation."""
@@ -96,6 +99,17 @@ class Stencil(NamedTuple):
                     f"{name}: kernel {k}, stride {s}, padding {pad}, dilation {d}, ceil_mode {ceil_mode} does not map "
                     f"patches to patches; twice the padding must lie in [{max(0, least)}, {most}]"
                 )
+
+
+@once
+def aligned_stencil(
+    kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, size: Sequence[int], name: str, ceil_mode: bool
+) -> Stencil:
+    """Return the stencil of a module's arguments; raise ValueError as `pair` and :meth:`Stencil.check` do."""
+    sides = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
+    stencil = Stencil((int(kernel[0]), int(kernel[1])), *sides)
+    stencil.check((size[0], size[1]), name, ceil_mode)
+    return stencil
 
 
 POINT = Stencil((1, 1))  # of what looks at one pixel alone

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["lacks", "processor_fields"]
+__all__ = ["ISA", "lacks", "processor_fields"]
+
+ISA = "PATCHSPARSE_ISA"  # the environment variable that names an instruction set for the C++ engine
 
 
 @cache

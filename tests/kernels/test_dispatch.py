@@ -13,6 +13,7 @@ from patchsparse import PatchGrid, explain, patch_batch_norm_act, patch_conv2d, 
 from patchsparse.backends import BODIES, ENGINES, OPERATIONS, OVERRIDE, choose, engine
 from patchsparse.backends.cpp import choice, library
 from patchsparse.backends.minkowski import loading
+from patchsparse.eager import forget
 from patchsparse.explanation import OPERATORS
 from patchsparse.geometry import Call, Stencil
 
@@ -216,6 +217,7 @@ def test_on_a_gpu_auto_takes_triton_where_it_has_a_body_and_runs(operation, monk
     monkeypatch.setattr(engine("triton"), "why_unusable", lambda device, dtype: "too old a device")
     assert choose(on_a_gpu, "auto") == "gather"
     monkeypatch.setattr(engine("triton"), "why_unusable", lambda device, dtype: None)
+    forget()
     assert choose(on_a_gpu, "auto") == ("triton" if operation in BODIES["triton"] else "gather")
     large = on_a_gpu._replace(num_active=2**31)
     assert choose(large, "auto") == "gather"

@@ -42,11 +42,11 @@ def test_equals_batch_norm_then_residual_then_activation(activation, training):
 def test_registered_operators_pass_opcheck(with_optional):
     x, residual, weight, bias = (t.float().detach().requires_grad_() for t in problem())
     optional = (residual, weight, bias) if with_optional else (None, None, None)
-    opcheck(ops.batch_norm_act, (x, *optional, None, None, 1e-5, "relu", 0.01, "auto"))
+    opcheck(ops.batch_norm_act.registered, (x, *optional, None, None, 1e-5, "relu", 0.01, "auto"))
     mean, var = torch.zeros(5), torch.ones(5)
     arguments = (x.detach(), x.detach(), *optional, mean, var, 1e-5, "silu", 0.01, True, "auto")
     detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    opcheck(ops.batch_norm_act_grad, detached)
+    opcheck(ops.batch_norm_act_grad.registered, detached)
 
 
 def test_no_rows_leave_the_running_statistics():

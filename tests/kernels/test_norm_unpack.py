@@ -83,12 +83,12 @@ def test_registered_operators_pass_opcheck(with_optional):
     grid, (x, weight, bias, token) = problem(dtype=torch.float32)
     maps = (grid.slot, grid.coords)
     optional = (token, weight, bias) if with_optional else (None, None, None)
-    opcheck(ops.batch_norm_unpack, (x, *optional, None, None, *maps, 1e-5, "auto"))
+    opcheck(ops.batch_norm_unpack.registered, (x, *optional, None, None, *maps, 1e-5, "auto"))
     mean, var = statistics(torch.float32)
-    opcheck(ops.batch_norm_unpack, (x, *optional, mean, var, *maps, 1e-5, "auto"))
+    opcheck(ops.batch_norm_unpack.registered, (x, *optional, mean, var, *maps, 1e-5, "auto"))
     grad = torch.ones(2, CHANNELS, 4, 9)
     scale = weight.detach() if with_optional else None
-    opcheck(ops.batch_norm_unpack_grad, (grad, x.detach(), scale, mean, var, *maps, 1e-5, True, "auto"))
+    opcheck(ops.batch_norm_unpack_grad.registered, (grad, x.detach(), scale, mean, var, *maps, 1e-5, True, "auto"))
 
 
 def test_compiles_without_graph_breaks():

@@ -60,7 +60,7 @@ def operator_calls(grid, size):
 @pytest.mark.parametrize("index", range(10))
 def test_opcheck(grid, size, index):
     operator, arguments = operator_calls(grid, size)[index]
-    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator.registered, arguments)
 
 
 def network(packed, image, weight, grid):

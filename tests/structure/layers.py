@@ -22,6 +22,7 @@ LAYERS = (
     ("tests",),
 )
 KERNEL_LAYERS = (
+    ("patchsparse.eager",),
     (
         "patchsparse.geometry",
         "patchsparse.grid",

@@ -13,7 +13,9 @@ from types import ModuleType
 
 import torch
 
+from ..eager import once
 from ..geometry import Call
+from ..processor import ISA
 
 __all__ = [
     "BODIES",
@@ -155,7 +157,12 @@ def choose(call: Call, backend: str) -> str:
         ValueError: for an unknown name.
         RuntimeError: if the named engine cannot run here, or not this call, with its reason.
     """
-    name = requested(backend)
+    return _choice(call, requested(backend), os.environ.get(ISA))
+
+
+@once
+def _choice(call: Call, name: str, isa: str | None) -> str:
+    """Choose for what is requested; ``isa`` is what the C++ engine reads of the environment, so that it is a key."""
     if name == "auto":
         best = order(call)[0]
         return best if best == "gather" or _why_not(best, call, left=False) is None else "gather"

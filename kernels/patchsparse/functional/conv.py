@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..geometry import Pair, Stencil, pair
+from ..eager import once
+from ..geometry import Pair, Stencil, aligned_stencil, pair
 from ..grid import PatchGrid
 from ..ops import conv as ops
 from ..packing import check_packed
@@ -118,10 +121,8 @@ def conv2d_stencil(
 ) -> Stencil:
     """Check the arguments of :func:`patch_conv2d` and return the stencil."""
     check_packed(packed, grid)
-    stencil = _stencil(weight, stride, padding, dilation)
     _check_weight(packed, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
-    stencil.check((packed.shape[2], packed.shape[3]), "patch_conv2d")
-    return stencil
+    return aligned_stencil(weight.shape[2:], stride, padding, dilation, packed.shape[2:], "patch_conv2d", False)
 
 
 def transposed_stencil(
@@ -137,8 +138,17 @@ def transposed_stencil(
 ) -> Stencil:
     """Check the arguments of :func:`patch_conv_transpose2d` and return the stencil."""
     check_packed(packed, grid)
-    stencil, extra = _stencil(weight, stride, padding, dilation), pair(output_padding, "output_padding")
     _check_weight(packed, weight, bias, weight.shape[0], weight.shape[1] * groups, groups)
+    return _enlarging_stencil(weight.shape[2:], stride, padding, output_padding, dilation)
+
+
+@once
+def _enlarging_stencil(
+    kernel: Sequence[int], stride: Pair, padding: Pair, output_padding: Pair, dilation: Pair
+) -> Stencil:
+    """Return the stencil of a transposed convolution whose image is ``stride`` times the input; raise ValueError."""
+    sides = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
+    stencil, extra = Stencil((int(kernel[0]), int(kernel[1])), *sides), pair(output_padding, "output_padding")
     for k, s, p, d, e in zip(stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, extra, strict=True):
         if d * (k - 1) + 1 + e - 2 * p != s:
             raise ValueError(
@@ -147,11 +157,6 @@ def transposed_stencil(
                 f"2 * padding = stride"
             )
     return stencil
-
-
-def _stencil(weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> Stencil:
-    kernel = (int(weight.shape[2]), int(weight.shape[3]))
-    return Stencil(kernel, pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
 
 
 def autocast(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import choose, gather
-from ..geometry import Pair, Stencil, pair
+from ..geometry import Pair, Stencil, aligned_stencil, pair
 from ..grid import PatchGrid
 from ..ops import pool as ops
 from ..packing import check_packed
@@ -110,8 +110,7 @@ def max_pool2d_stencil(
 ) -> Stencil:
     """Check the arguments of :func:`patch_max_pool2d` and return the stencil."""
     check_packed(packed, grid)
-    stencil = _stencil(kernel_size, stride, padding, dilation)
-    stencil.check((packed.shape[2], packed.shape[3]), "patch_max_pool2d", ceil_mode)
+    stencil = _stencil(packed, kernel_size, stride, padding, dilation, "patch_max_pool2d", ceil_mode)
     if stencil.taps > 255:
         raise ValueError(
             f"patch_max_pool2d: kernel_size {stencil.kernel} has {stencil.taps} taps; at most 255 are supported"
@@ -124,12 +123,12 @@ def avg_pool2d_stencil(
 ) -> Stencil:
     """Check the arguments of :func:`patch_avg_pool2d` and return the stencil."""
     check_packed(packed, grid)
-    stencil = _stencil(kernel_size, stride, padding, 1)
-    stencil.check((packed.shape[2], packed.shape[3]), "patch_avg_pool2d")
-    return stencil
+    return _stencil(packed, kernel_size, stride, padding, 1, "patch_avg_pool2d", False)
 
 
-def _stencil(kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair) -> Stencil:
+def _stencil(
+    packed: Tensor, kernel_size: Pair, stride: Pair | None, padding: Pair, dilation: Pair, name: str, ceil_mode: bool
+) -> Stencil:
     kernel = pair(kernel_size, "kernel_size")
-    strides = kernel if stride is None else pair(stride, "stride")
-    return Stencil(kernel, strides, pair(padding, "padding"), pair(dilation, "dilation"))
+    strides = kernel if stride is None else stride
+    return aligned_stencil(kernel, strides, padding, dilation, packed.shape[2:], name, ceil_mode)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, engine
+from ..eager import once
 from ..geometry import POINT, Call, Stencil
 
 __all__ = ["Ints", "body", "call_on", "conv_call", "is_plain", "norm_call", "pool_call", "stencil_of"]
@@ -16,6 +17,7 @@ __all__ = ["Ints", "body", "call_on", "conv_call", "is_plain", "norm_call", "poo
 Ints = Sequence[int]
 
 
+@once
 def stencil_of(kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Stencil:
     """Return the stencil of an operator's lists of two ints."""
     return Stencil(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))  # pyright: ignore[reportArgumentType]

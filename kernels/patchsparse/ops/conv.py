@@ -8,16 +8,16 @@ both in one pass (MinkowskiEngine).
 from __future__ import annotations
 
 from torch import Tensor
-from torch.library import custom_op
 
 from ..backends import BOTH_GRADIENTS_AT_ONCE, requested
 from ..layout import packed_empty, packed_like
 from .calls import Ints, body, call_on, conv_call, stencil_of
+from .operator import operator
 
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_gradients", "conv2d_wgrad"]
 
 
-@custom_op("patchsparse::conv2d", mutates_args=())
+@operator("patchsparse::conv2d")
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -36,12 +36,12 @@ def conv2d(
     return packed_like(chosen.conv2d(x, weight, bias, slot, coords, stencil, groups))
 
 
-@conv2d.register_fake
+@conv2d.shape
 def _(x, weight, bias, slot, coords, stride, padding, dilation, groups, backend):
     return packed_empty(x, x.shape[0], weight.shape[0], x.shape[2] // stride[0], x.shape[3] // stride[1])
 
 
-@custom_op("patchsparse::conv2d_dgrad", mutates_args=())
+@operator("patchsparse::conv2d_dgrad")
 def conv2d_dgrad(
     grad: Tensor,
     weight: Tensor,
@@ -61,13 +61,13 @@ def conv2d_dgrad(
     return packed_like(chosen.conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups))
 
 
-@conv2d_dgrad.register_fake
+@conv2d_dgrad.shape
 def _(grad, weight, slot, coords, stride, padding, dilation, groups, backend):
     height, width = grad.shape[2] * stride[0], grad.shape[3] * stride[1]
     return packed_empty(grad, grad.shape[0], weight.shape[1] * groups, height, width)
 
 
-@custom_op("patchsparse::conv2d_wgrad", mutates_args=())
+@operator("patchsparse::conv2d_wgrad")
 def conv2d_wgrad(
     x: Tensor,
     grad: Tensor,
@@ -87,12 +87,12 @@ def conv2d_wgrad(
     return packed_like(chosen.conv2d_wgrad(x, grad, slot, coords, stencil, groups))
 
 
-@conv2d_wgrad.register_fake
+@conv2d_wgrad.shape
 def _(x, grad, slot, coords, kernel, stride, padding, dilation, groups, backend):
     return packed_empty(x, grad.shape[1], x.shape[1] // groups, kernel[0], kernel[1])
 
 
-@custom_op("patchsparse::conv2d_gradients", mutates_args=())
+@operator("patchsparse::conv2d_gradients")
 def conv2d_gradients(
     grad: Tensor,
     x: Tensor,
@@ -112,7 +112,7 @@ def conv2d_gradients(
     return packed_like(grad_x), packed_like(grad_weight)
 
 
-@conv2d_gradients.register_fake
+@conv2d_gradients.shape
 def _(grad, x, weight, slot, coords, stride, padding, dilation, groups, backend):
     return packed_empty(x, *x.shape), packed_empty(weight, *weight.shape)
 
@@ -183,7 +183,7 @@ def _gradients_backward(ctx, grad_x, grad_weight):
     return to_grad, to_x, to_weight, *(None for _ in range(7))
 
 
-conv2d.register_autograd(_conv2d_backward, setup_context=_conv2d_context)
-conv2d_dgrad.register_autograd(_dgrad_backward, setup_context=_dgrad_context)
-conv2d_wgrad.register_autograd(_wgrad_backward, setup_context=_wgrad_context)
-conv2d_gradients.register_autograd(_gradients_backward, setup_context=_gradients_context)
+conv2d.differentiable(_conv2d_context, _conv2d_backward)
+conv2d_dgrad.differentiable(_dgrad_context, _dgrad_backward)
+conv2d_wgrad.differentiable(_wgrad_context, _wgrad_backward)
+conv2d_gradients.differentiable(_gradients_context, _gradients_backward)

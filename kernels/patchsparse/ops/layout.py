@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from ..layout import gather_patches, packed_empty, packed_like, scatter_patches
+from .operator import operator
 
 __all__ = ["pack", "unpack"]
 
 
-@custom_op("patchsparse::pack", mutates_args=())
+@operator("patchsparse::pack")
 def pack(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:
     """Return the active patches of ``image`` ``(B, C, H, W)``."""
     return packed_like(gather_patches(image, slot, coords))
 
 
-@pack.register_fake
+@pack.shape
 def _(image, slot, coords):
     height, width = image.shape[2] // slot.shape[1], image.shape[3] // slot.shape[2]
     return packed_empty(image, coords.shape[0], image.shape[1], height, width)
 
 
-@custom_op("patchsparse::unpack", mutates_args=())
+@operator("patchsparse::unpack")
 def unpack(packed: Tensor, fill: Tensor | None, slot: Tensor, coords: Tensor) -> Tensor:
     """Return the image with ``fill`` ``(C,)`` or 0 at inactive patches."""
     return packed_like(scatter_patches(packed, slot, coords, fill))
 
 
-@unpack.register_fake
+@unpack.shape
 def _(packed, fill, slot, coords):
     height, width = packed.shape[2] * slot.shape[1], packed.shape[3] * slot.shape[2]
     return packed_empty(packed, slot.shape[0], packed.shape[1], height, width)
@@ -59,5 +59,5 @@ def _unpack_backward(ctx, grad):
     return grad_packed, grad_fill, None, None
 
 
-pack.register_autograd(_pack_backward, setup_context=_pack_context)
-unpack.register_autograd(_unpack_backward, setup_context=_unpack_context)
+pack.differentiable(_pack_context, _pack_backward)
+unpack.differentiable(_unpack_context, _unpack_backward)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from ..layout import packed_empty, packed_like
 from ..precision import sum_dtype
 from .calls import body, norm_call
+from .operator import operator
 
 __all__ = ["batch_norm_act", "batch_norm_act_grad"]
 
 
-@custom_op("patchsparse::batch_norm_act", mutates_args=())
+@operator("patchsparse::batch_norm_act")
 def batch_norm_act(
     x: Tensor,
     residual: Tensor | None,
@@ -32,12 +32,12 @@ def batch_norm_act(
     return packed_like(y), *used
 
 
-@batch_norm_act.register_fake
+@batch_norm_act.shape
 def _(x, residual, weight, bias, mean, var, eps, activation, slope, backend):
     return packed_empty(x, *x.shape), *(x.new_empty(x.shape[1], dtype=sum_dtype(x)) for _ in range(2))
 
 
-@custom_op("patchsparse::batch_norm_act_grad", mutates_args=())
+@operator("patchsparse::batch_norm_act_grad")
 def batch_norm_act_grad(
     grad: Tensor,
     x: Tensor,
@@ -52,14 +52,15 @@ def batch_norm_act_grad(
     batch: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients at x, residual (empty without one), weight and bias (both as the statistics' type)."""
+    """Return the gradients at x, residual (None without one), weight and bias (both as the statistics' type)."""
     chosen = body(norm_call("batch_norm_act_grad", x, x.shape[0]), backend)
     options = (eps, activation, slope, batch)
     gx, gr, gw, gb = chosen.batch_norm_act_grad(grad, x, residual, weight, bias, mean, var, *options)
-    return packed_like(gx), x.new_empty(0) if gr is None else packed_like(gr), gw, gb
+    gr = None if gr is None else packed_like(gr)  # an operator may return None, its schema cannot say so
+    return packed_like(gx), gr, gw, gb  # pyright: ignore[reportReturnType]
 
 
-@batch_norm_act_grad.register_fake
+@batch_norm_act_grad.shape
 def _(grad, x, residual, weight, bias, mean, var, eps, activation, slope, batch, backend):
     gr = x.new_empty(0) if residual is None else packed_empty(residual, *x.shape)
     return packed_empty(x, *x.shape), gr, torch.empty_like(mean), torch.empty_like(mean)
@@ -69,10 +70,13 @@ def _context(ctx, inputs, output):
     x, residual, weight, bias, mean, _, *ctx.options = inputs
     ctx.batch = mean is None
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, residual, weight, bias, output[1], output[2])
 
 
 def _backward(ctx, grad, _mean, _var):
+    if grad is None:
+        return (None,) * 10
     x, residual, weight, bias, mean, var = ctx.saved_tensors
     *options, backend = ctx.options
     gx, gr, gw, gb = batch_norm_act_grad(grad, x, residual, weight, bias, mean, var, *options, ctx.batch, backend)
@@ -81,4 +85,4 @@ def _backward(ctx, grad, _mean, _var):
     return gx, None if residual is None else gr, gw, gb, None, None, *(None for _ in ctx.options)
 
 
-batch_norm_act.register_autograd(_backward, setup_context=_context)
+batch_norm_act.differentiable(_context, _backward)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from ..layout import packed_empty, packed_like
 from ..precision import sum_dtype
 from .calls import body, norm_call
+from .operator import operator
 
 __all__ = ["batch_norm_unpack", "batch_norm_unpack_grad"]
 
 
-@custom_op("patchsparse::batch_norm_unpack", mutates_args=())
+@operator("patchsparse::batch_norm_unpack")
 def batch_norm_unpack(
     x: Tensor,
     fill: Tensor | None,
@@ -32,14 +32,14 @@ def batch_norm_unpack(
     return packed_like(image), *used
 
 
-@batch_norm_unpack.register_fake
+@batch_norm_unpack.shape
 def _(x, fill, weight, bias, mean, var, slot, coords, eps, backend):
     height, width = x.shape[2] * slot.shape[1], x.shape[3] * slot.shape[2]
     statistics = (x.new_empty(x.shape[1], dtype=sum_dtype(x)) for _ in range(2))
     return packed_empty(x, slot.shape[0], x.shape[1], height, width), *statistics
 
 
-@custom_op("patchsparse::batch_norm_unpack_grad", mutates_args=())
+@operator("patchsparse::batch_norm_unpack_grad")
 def batch_norm_unpack_grad(
     grad: Tensor,
     x: Tensor,
@@ -58,7 +58,7 @@ def batch_norm_unpack_grad(
     return packed_like(gx), gw, gb, gf
 
 
-@batch_norm_unpack_grad.register_fake
+@batch_norm_unpack_grad.shape
 def _(grad, x, weight, mean, var, slot, coords, eps, batch, backend):
     return packed_empty(x, *x.shape), *(torch.empty_like(mean) for _ in range(3))
 
@@ -68,10 +68,13 @@ def _context(ctx, inputs, output):
     ctx.batch = mean is None
     ctx.fill, ctx.bias = (None if t is None else t.dtype for t in (fill, bias))
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1], output[2], slot, coords)
 
 
 def _backward(ctx, grad, _mean, _var):
+    if grad is None:
+        return (None,) * 10
     x, weight, mean, var, slot, coords = ctx.saved_tensors
     eps, backend = ctx.options
     gx, gw, gb, gf = batch_norm_unpack_grad(grad, x, weight, mean, var, slot, coords, eps, ctx.batch, backend)
@@ -81,4 +84,4 @@ def _backward(ctx, grad, _mean, _var):
     return gx, gf, gw, gb, None, None, None, None, None, None
 
 
-batch_norm_unpack.register_autograd(_backward, setup_context=_context)
+batch_norm_unpack.differentiable(_context, _backward)

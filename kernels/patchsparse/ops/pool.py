@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from ..layout import packed_empty, packed_like
 from .calls import Ints, body, pool_call, stencil_of
+from .operator import operator
 
 __all__ = ["avg_pool2d", "avg_pool2d_grad", "max_pool2d", "max_pool2d_grad"]
 
 
-@custom_op("patchsparse::max_pool2d", mutates_args=())
+@operator("patchsparse::max_pool2d")
 def max_pool2d(
     x: Tensor,
     slot: Tensor,
@@ -30,13 +30,13 @@ def max_pool2d(
     return packed_like(pooled), packed_like(tap)
 
 
-@max_pool2d.register_fake
+@max_pool2d.shape
 def _(x, slot, coords, kernel, stride, padding, dilation, backend):
     pooled = packed_empty(x, x.shape[0], x.shape[1], x.shape[2] // stride[0], x.shape[3] // stride[1])
     return pooled, torch.empty_like(pooled, dtype=torch.uint8)
 
 
-@custom_op("patchsparse::max_pool2d_grad", mutates_args=())
+@operator("patchsparse::max_pool2d_grad")
 def max_pool2d_grad(
     grad: Tensor,
     tap: Tensor,
@@ -55,12 +55,12 @@ def max_pool2d_grad(
     return packed_like(chosen.max_pool2d_grad(grad, tap, slot, coords, size, stencil))
 
 
-@max_pool2d_grad.register_fake
+@max_pool2d_grad.shape
 def _(grad, tap, slot, coords, kernel, stride, padding, dilation, backend):
     return _at_the_input(grad, stride)
 
 
-@custom_op("patchsparse::avg_pool2d", mutates_args=())
+@operator("patchsparse::avg_pool2d")
 def avg_pool2d(
     x: Tensor,
     slot: Tensor,
@@ -78,12 +78,12 @@ def avg_pool2d(
     return packed_like(chosen.avg_pool2d(x, slot, coords, stencil, divisor, count_include_pad))
 
 
-@avg_pool2d.register_fake
+@avg_pool2d.shape
 def _(x, slot, coords, kernel, stride, padding, divisor, count_include_pad, backend):
     return packed_empty(x, x.shape[0], x.shape[1], x.shape[2] // stride[0], x.shape[3] // stride[1])
 
 
-@custom_op("patchsparse::avg_pool2d_grad", mutates_args=())
+@operator("patchsparse::avg_pool2d_grad")
 def avg_pool2d_grad(
     grad: Tensor,
     slot: Tensor,
@@ -102,7 +102,7 @@ def avg_pool2d_grad(
     return packed_like(chosen.avg_pool2d_grad(grad, slot, coords, size, stencil, divisor, count_include_pad))
 
 
-@avg_pool2d_grad.register_fake
+@avg_pool2d_grad.shape
 def _(grad, slot, coords, kernel, stride, padding, divisor, count_include_pad, backend):
     return _at_the_input(grad, stride)
 
@@ -115,11 +115,12 @@ def _at_the_input(grad: Tensor, stride: Ints) -> Tensor:
 def _max_pool2d_context(ctx, inputs, output):
     _, slot, coords, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], slot, coords)
 
 
 def _max_pool2d_backward(ctx, grad, _):
-    grad_x = max_pool2d_grad(grad, *ctx.saved_tensors, *ctx.options)
+    grad_x = None if grad is None else max_pool2d_grad(grad, *ctx.saved_tensors, *ctx.options)
     return grad_x, None, None, *(None for _ in ctx.options)
 
 
@@ -136,6 +137,6 @@ def _avg_pool2d_grad_backward(ctx, grad):
     return avg_pool2d(grad, *ctx.saved_tensors, *ctx.options), None, None, *(None for _ in ctx.options)
 
 
-max_pool2d.register_autograd(_max_pool2d_backward, setup_context=_max_pool2d_context)
-avg_pool2d.register_autograd(_avg_pool2d_backward, setup_context=_avg_pool2d_context)
-avg_pool2d_grad.register_autograd(_avg_pool2d_grad_backward, setup_context=_avg_pool2d_context)
+max_pool2d.differentiable(_max_pool2d_context, _max_pool2d_backward)
+avg_pool2d.differentiable(_avg_pool2d_context, _avg_pool2d_backward)
+avg_pool2d_grad.differentiable(_avg_pool2d_context, _avg_pool2d_grad_backward)

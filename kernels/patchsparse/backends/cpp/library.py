@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ...processor import ISA
 from . import native
 
 __all__ = ["HOW", "ISA", "Library", "engine", "load"]
 
-ISA = "PATCHSPARSE_ISA"
 ENGINE = "PATCHSPARSE_ENGINE"
 HOW = (
     "reinstall with a C++17 compiler on the PATH (`pip install --force-reinstall --no-deps .`); "

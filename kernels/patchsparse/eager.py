@@ -1,0 +1,58 @@
+"""Calls that only compute, apart from those that something records or transforms; and what is worked out once for them.
+
+An eager call of plain tensors may skip all that a registered operator brings with it, which costs the host more time
+than a small kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache, wraps
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["forget", "is_eager", "is_traced", "once"]
+
+T = TypeVar("T")
+_PLAIN = (Tensor, nn.Parameter)
+_memos: list[Callable[[], None]] = []  # what empties the memo of each function of `once`
+
+
+def is_traced() -> bool:
+    """Return whether operations are recorded or transformed now: by a compiler, a function transform or a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+    )
+
+
+def is_eager(tensors: Iterable[Tensor]) -> bool:
+    """Return whether an operation on ``tensors`` only computes: nothing traces, no subclasses, all have values."""
+    return not is_traced() and all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+
+
+def once(function: Callable[..., T]) -> Callable[..., T]:
+    """Remember the results of a pure function of hashable arguments; symbolic sizes and traced calls go past that."""
+    remembered = lru_cache(maxsize=4096)(function)
+    _memos.append(remembered.cache_clear)
+
+    @wraps(function)
+    def call(*arguments: object) -> T:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return remembered(*arguments)
+        except TypeError:  # a symbolic size has no hash
+            return function(*arguments)
+
+    return call
+
+
+def forget() -> None:
+    """Empty what `once` remembers, as a test must that puts another function in place of one it calls."""
+    for clear in _memos:
+        clear()

@@ -1,0 +1,92 @@
+"""One definition of an operator, run in two ways: registered for whoever traces it, and at once in an eager call.
+
+A registered operator has a schema, a shape function and a gradient, which `torch.compile`, export, function transforms,
+dispatch modes and subclasses of Tensor need. An eager call needs the gradient alone: it goes through a plain
+`torch.autograd.Function` of the same formulas, or straight to the body where nothing requires a gradient. On the way
+through the registered operator the host spends as much time as a small kernel runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, infer_schema
+
+from ..eager import is_eager
+
+__all__ = ["Operator", "operator"]
+
+
+class Operator:
+    """An operator; calling it computes it.
+
+    Attributes:
+        registered: the same as ``torch.ops.patchsparse.NAME.default``.
+    """
+
+    def __init__(self, name: str, body: Callable[..., Any]):
+        self._body = body
+        self._name = name.rpartition("::")[2]
+        schema = infer_schema(body, mutates_args=())
+        self._definition = custom_op(name, lambda *args: _apart(body(*args), args), mutates_args=(), schema=schema)
+        self.registered = self._definition._opoverload
+        self.differentiable(_no_context, self._refuse)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Compute the operator."""
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        if not is_eager(tensors):
+            return self.registered(*arguments)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._function.apply(*arguments)
+        return self._body(*arguments)
+
+    def shape(self, function: Callable[..., Any]) -> None:
+        """Take the function that returns results without values: their shapes, dtypes and strides."""
+        self._definition.register_fake(function)
+
+    def differentiable(self, context: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """Take what `torch.autograd.Function` calls ``setup_context`` and ``backward``; both ways use them."""
+        self._definition.register_autograd(backward, setup_context=context)
+        body = self._body
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = body(*arguments)
+            context(ctx, arguments, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function: Any = type(self._name, (torch.autograd.Function,), methods)
+
+    def _refuse(self, ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"patchsparse::{self._name} has no derivative: only first derivatives can be taken here")
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
+    """Turn an annotated function into an :class:`Operator`, registered by ``name``, ``"patchsparse::NAME"``.
+
+    The function may return None for a tensor, and tensors that share memory with each other or with an argument; the
+    registered operator, which may not, returns an empty tensor for None, and copies.
+    """
+    return lambda body: Operator(name, body)
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save nothing."""
+
+
+def _apart(results: Any, arguments: tuple[Any, ...]) -> Any:
+    """Return results that are tensors and share no memory with each other or with an argument."""
+    if isinstance(results, Tensor):
+        return _apart((results,), arguments)[0]
+    like = next(a for a in arguments if isinstance(a, Tensor))
+    taken = {a.untyped_storage()._cdata for a in arguments if isinstance(a, Tensor)}
+    own = []
+    for result in results:
+        result = like.new_empty(0) if result is None else result
+        own.append(result.clone() if result.untyped_storage()._cdata in taken else result)
+        taken.add(own[-1].untyped_storage()._cdata)
+    return tuple(own)
