@@ -127,10 +127,13 @@ def norms(c: int = 256, p: int = 4) -> Iterator[tuple[str, Launch]]:
     y = rows_like(x, 4096, (p, p), c)
     statistics = (_meta(c, dtype=single), _meta(c, dtype=single), _meta(c), _meta(c))
     moments = norm.moments_launches(x, *statistics[:2])
-    outputs = (y, y, _meta(2, c, dtype=single))
-    grads = norm.grad_launches(x, x, x, outputs, statistics, "relu", 0.01, True)
-    for launch in (*moments, norm.apply_launch(x, x, y, statistics, "silu", 0.01), *grads):
-        yield launch.kernel.__name__, launch
+    sums, options = (_meta(c, dtype=single), _meta(c, dtype=single)), (1e-5, "relu", 0.01)
+    grads = norm.sums_launches(x, x, x, (y, *sums), statistics, options)
+    apply = norm.apply_launch(x, x, y, statistics, (1e-5, "silu", 0.01))
+    alone, residual = (norm.grad_apply_launch(x, x, gr, sums, y, statistics, options, True) for gr in (None, x))
+    for launch in (*moments, apply, *grads, alone, residual):
+        kind = " of a residual" if launch is residual else ""
+        yield f"{launch.kernel.__name__}{kind} C{c}", launch
 
 
 def unpacks(dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4) -> Iterator[tuple[str, Launch]]:
@@ -139,10 +142,12 @@ def unpacks(dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4) -> It
     x, images = _meta(4096, p, p, c, dtype=dtype), _meta(128, 9 * p, 9 * p, c, dtype=dtype)
     mean, rstd, weight, bias = (_meta(c, dtype=single) for _ in range(4))
     statistics = (mean, rstd, weight, bias)
-    token, total = _meta(c, dtype=single), _meta(3, c, dtype=single)
-    forward = image.unpack_norm_launch(x, token, images.permute(0, 3, 1, 2), GRID, statistics)
-    gx = rows_like(x, 4096, (p, p), c)
-    for launch in (forward, *image.unpack_norm_grad_launches(images, x, gx, total, GRID, statistics, True)):
+    token, *sums = (_meta(c, dtype=single) for _ in range(4))
+    forward = image.unpack_norm_launch(x, token, images.permute(0, 3, 1, 2), GRID, statistics, 1e-5)
+    gx, sums = rows_like(x, 4096, (p, p), c), tuple(sums)
+    grads = image.unpack_norm_sums_launches(images, x, sums, GRID, statistics, 1e-5)
+    apply = image.unpack_norm_grad_launch(images, x, sums[:2], gx, GRID, statistics, 1e-5, True)
+    for launch in (forward, *grads, apply):
         yield f"{launch.kernel.__name__} {str(dtype).removeprefix('torch.')} C{c}", launch
 
 

@@ -23,7 +23,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.mark.parametrize("part", ["not rest", pytest.param("rest", marks=pytest.mark.rest)])
 def test_interpreted_kernels_equal_the_other_engines(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=--strict-markers", "-m", part, "tests/kernels/interpreted_triton.py"]
+    command += ["-o", "addopts=--strict-markers", "-m", part]
+    command += [f"tests/kernels/interpreted_{name}.py" for name in ("triton", "norms")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)

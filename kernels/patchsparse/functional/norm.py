@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..grid import PatchGrid
 from ..ops import norm, norm_unpack
+from ..ops.joined_norm import AllGather, joined_batch_norm_act, joined_batch_norm_unpack
 from ..packing import check_packed, fill_values
 
 __all__ = ["ACTIVATIONS", "check_norm_act", "given_statistics", "patch_batch_norm_act", "patch_batch_norm_unpack"]
@@ -26,6 +27,7 @@ def patch_batch_norm_act(
     slope: float = 0.01,
     residual: Tensor | None = None,
     backend: str = "auto",
+    all_gather: AllGather | None = None,
 ) -> Tensor:
     """Normalise over the active pixels, add a residual and apply an activation, in one pass over memory.
 
@@ -42,6 +44,10 @@ def patch_batch_norm_act(
         slope: of ``leaky_relu`` below zero.
         residual: ``(N, C, ph, pw)``, added before the activation, or None.
         backend: ``"auto"`` or the name of an engine; ``triton`` has kernels for it, else ``gather`` serves.
+        all_gather: for statistics of a batch that several processes share: maps the ``(K,)`` of this process to the
+            ``(processes, K)`` of all, such as `torch.distributed.all_gather_into_tensor`. Called once forward and once
+            backward, also where there are no rows; numbers of rows may differ. Gradients at ``weight`` and ``bias``
+            are those of the rows here. Eager only.
 
     Returns:
         ``(N, C, ph, pw)`` in channels_last memory. First derivatives only.
@@ -57,11 +63,15 @@ def patch_batch_norm_act(
         y = activation(z if residual is None else z + residual)
     """
     check_norm_act(packed, activation, residual)
-    given = given_statistics(packed, running_mean, running_var, training)
-    options = (eps, activation, slope, backend)
-    y, mean, var = norm.batch_norm_act(packed, residual, weight, bias, *given, *options)
+    given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
+    operands, options = (packed, residual, weight, bias), (eps, activation, slope, backend)
+    if all_gather is None or given[0] is not None:
+        y, mean, var = norm.batch_norm_act(*operands, *given, *options)
+        count = _rows(packed)
+    else:
+        y, mean, var, count = joined_batch_norm_act(*operands, *options, all_gather)
     if training:
-        _update_running(packed, running_mean, running_var, mean, var, momentum)
+        _update_running(running_mean, running_var, mean, var, count, momentum)
     return y
 
 
@@ -77,6 +87,7 @@ def patch_batch_norm_unpack(
     momentum: float = 0.1,
     eps: float = 1e-5,
     backend: str = "auto",
+    all_gather: AllGather | None = None,
 ) -> Tensor:
     """Normalise over the active pixels and lay the patches back into whole images, in one pass over memory.
 
@@ -93,6 +104,10 @@ def patch_batch_norm_unpack(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         backend: ``"auto"`` or the name of an engine; ``triton`` has kernels for it, else ``gather`` serves.
+        all_gather: for statistics of a batch that several processes share: maps the ``(K,)`` of this process to the
+            ``(processes, K)`` of all, such as `torch.distributed.all_gather_into_tensor`. Called once forward and once
+            backward, also where there are no rows; numbers of rows may differ. Gradients at ``weight`` and ``bias``
+            are those of the rows here. Eager only.
 
     Returns:
         ``(B, C, Gh * ph, Gw * pw)`` in channels_last memory and the dtype of ``packed``. First derivatives only.
@@ -108,12 +123,16 @@ def patch_batch_norm_unpack(
         x = unpack(z, grid, fill)
     """
     check_packed(packed, grid)
-    given = given_statistics(packed, running_mean, running_var, training)
-    values = fill_values(fill, packed)
+    given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
+    operands = (packed, fill_values(fill, packed), weight, bias)
     maps = (grid.slot, grid.coords)
-    image, mean, var = norm_unpack.batch_norm_unpack(packed, values, weight, bias, *given, *maps, eps, backend)
+    if all_gather is None or given[0] is not None:
+        image, mean, var = norm_unpack.batch_norm_unpack(*operands, *given, *maps, eps, backend)
+        count = _rows(packed)
+    else:
+        image, mean, var, count = joined_batch_norm_unpack(*operands, *maps, eps, backend, all_gather)
     if training:
-        _update_running(packed, running_mean, running_var, mean, var, momentum)
+        _update_running(running_mean, running_var, mean, var, count, momentum)
     return image
 
 
@@ -126,24 +145,42 @@ def check_norm_act(packed: Tensor, activation: str, residual: Tensor | None) -> 
 
 
 def given_statistics(
-    packed: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+    packed: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, joined: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the statistics to normalise with, None for those of the batch; raise ValueError if it has one value."""
+    """Return the statistics to normalise with, None for those of the batch.
+
+    Raises:
+        ValueError: if the batch has one value for each channel, unless it is ``joined`` with others.
+    """
     if not training and running_mean is not None and running_var is not None:
         return running_mean, running_var
-    if packed.numel() // max(1, packed.shape[1]) == 1:
+    if _rows(packed) == 1 and not joined:
         raise ValueError(f"batch statistics need more than one value per channel, got packed {tuple(packed.shape)}")
     return None, None
 
 
+def _rows(packed: Tensor) -> int:
+    """Return how many values each channel has."""
+    return packed.numel() // max(1, packed.shape[1])
+
+
 def _update_running(
-    packed: Tensor, running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, momentum: float
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    count: int | Tensor,
+    momentum: float | Tensor,
 ) -> None:
     """Move the running statistics towards the batch's ``mean`` and biased ``var``, in place; no rows leave them.
 
     The operators mark ``mean`` and ``var`` as not differentiable.
     """
-    count = packed.numel() // max(1, packed.shape[1])
-    if running_mean is not None and running_var is not None and count > 1:
+    if running_mean is None or running_var is None:
+        return
+    if isinstance(count, Tensor):  # of all processes, on the device
+        momentum = momentum * (count > 1).to(running_mean.dtype)
+        count = count.clamp(min=2)
+    if isinstance(count, Tensor) or count > 1:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)

@@ -25,7 +25,13 @@ from .local import (
     local_max_pool2d,
     product,
 )
-from .norm import batch_norm_act, batch_norm_act_grad, batch_norm_unpack, batch_norm_unpack_grad
+from .norm import (
+    batch_norm_act,
+    batch_norm_act_grad,
+    batch_norm_moments,
+    batch_norm_unpack,
+    batch_norm_unpack_grad,
+)
 from .pool import avg_pool2d, avg_pool2d_grad, max_pool2d, max_pool2d_grad
 
 __all__ = [
@@ -33,6 +39,7 @@ __all__ = [
     "avg_pool2d_grad",
     "batch_norm_act",
     "batch_norm_act_grad",
+    "batch_norm_moments",
     "batch_norm_unpack",
     "batch_norm_unpack_grad",
     "conv2d",

@@ -1,9 +1,13 @@
 """Batch normalisation with an activation, or laid out into whole images, in PyTorch: what the operators mean.
 
-``u = (x - mean) * rstd`` throughout; sums are kept in float32, or float64 of float64.
+``u = (x - mean) * rstd`` throughout; sums are kept in float32, or float64 of float64. In gradients, ``batch`` says that
+the statistics are those of ``x``. ``join`` is for statistics of several processes: it is given the sums of ``d`` and
+``d * u`` over the rows here, ``(2, C)``, and returns the sums over all rows, times the share of rows that are here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,23 @@ from torch import Tensor
 from ...layout import gather_patches, scatter_patches
 from ...precision import wide
 
-__all__ = ["batch_norm_act", "batch_norm_act_grad", "batch_norm_unpack", "batch_norm_unpack_grad"]
+__all__ = [
+    "batch_norm_act",
+    "batch_norm_act_grad",
+    "batch_norm_moments",
+    "batch_norm_unpack",
+    "batch_norm_unpack_grad",
+]
+
+Join = Callable[[Tensor], Tensor]
+
+
+def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance ``(C,)`` of packed ``x`` over all its pixels; 0 where it has no rows."""
+    if x.numel() == 0:
+        return wide(x.new_zeros(x.shape[1])), wide(x.new_zeros(x.shape[1]))
+    var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
+    return mean, var
 
 
 def batch_norm_act(
@@ -45,13 +65,14 @@ def batch_norm_act_grad(
     activation: str,
     slope: float,
     batch: bool,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return the gradients at x, residual, weight and bias; with ``batch`` the statistics are those of ``x``."""
+    """Return the gradients at x, residual, weight and bias."""
     rstd = (var + eps).rsqrt()
     u = _normalised(x, mean, rstd)
     z = _scaled(u, weight, bias)
     d = wide(grad) * _derived(z if residual is None else z + residual, activation, slope)
-    gx, gw, gb = _gradients(d, u, rstd, weight, batch)
+    gx, gw, gb = _gradients(d, u, rstd, weight, batch, join)
     return gx.to(x.dtype), None if residual is None else d.to(residual.dtype), gw, gb
 
 
@@ -82,11 +103,12 @@ def batch_norm_unpack_grad(
     coords: Tensor,
     eps: float,
     batch: bool,
+    join: Join | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients at x, weight, bias and fill; with ``batch`` the statistics are those of ``x``."""
+    """Return the gradients at x, weight, bias and fill."""
     rstd = (var + eps).rsqrt()
     u = _normalised(x, mean, rstd)
-    gx, gw, gb = _gradients(wide(gather_patches(grad, slot, coords)), u, rstd, weight, batch)
+    gx, gw, gb = _gradients(wide(gather_patches(grad, slot, coords)), u, rstd, weight, batch, join)
     tiles = wide(grad).unflatten(2, (slot.shape[1], -1)).unflatten(4, (slot.shape[2], -1))  # (B, C, Gh, ph, Gw, pw)
     gf = torch.where(slot[:, None] < 0, tiles.sum((3, 5)), 0).sum((0, 2, 3))
     return gx.to(x.dtype), gw, gb, gf
@@ -96,10 +118,7 @@ def _used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tupl
     """Return new tensors: the given mean and variance, or those of ``x``; 0 where it has no rows."""
     if mean is not None and var is not None:
         return wide(mean).clone(), wide(var).clone()
-    if x.numel() == 0:
-        return wide(x.new_zeros(x.shape[1])), wide(x.new_zeros(x.shape[1]))
-    var, mean = torch.var_mean(wide(x), (0, 2, 3), correction=0)
-    return mean, var
+    return batch_norm_moments(x)
 
 
 def _column(values: Tensor) -> Tensor:
@@ -135,10 +154,14 @@ def _derived(z: Tensor, activation: str, slope: float) -> Tensor | float:
     return 1.0 if below is None else torch.where(z <= 0, below, 1.0).to(z.dtype)
 
 
-def _gradients(d: Tensor, u: Tensor, rstd: Tensor, weight: Tensor | None, batch: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    d: Tensor, u: Tensor, rstd: Tensor, weight: Tensor | None, batch: bool, join: Join | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients at x, weight and bias, where ``d`` is the gradient at ``u * weight + bias``."""
     gb, gw = d.sum((0, 2, 3)), (d * u).sum((0, 2, 3))
-    count = max(1, d.numel() // d.shape[1])
-    inner = d - (_column(gb) + u * _column(gw)) / count if batch else d
-    gx = inner * _column(rstd)
+    if batch:
+        count = max(1, d.numel() // d.shape[1])
+        sum_d, sum_du = (gb, gw) if join is None else join(torch.stack((gb, gw)))
+        d = d - (_column(sum_d) + u * _column(sum_du)) / count
+    gx = d * _column(rstd)
     return gx if weight is None else gx * _column(weight), gw, gb

@@ -13,13 +13,14 @@ from . import conv, depthwise_pool
 from .conv_kernels import patch_conv2d_fwd_kernel
 from .depthwise_pool import max_pool2d, max_pool2d_grad
 from .launch import is_interpreted
-from .norm import batch_norm_act, batch_norm_act_grad
+from .norm import batch_norm_act, batch_norm_act_grad, batch_norm_moments
 from .norm_unpack import batch_norm_unpack, batch_norm_unpack_grad
 from .tuned import tuned_for
 
 __all__ = [
     "batch_norm_act",
     "batch_norm_act_grad",
+    "batch_norm_moments",
     "batch_norm_unpack",
     "batch_norm_unpack_grad",
     "conv2d",

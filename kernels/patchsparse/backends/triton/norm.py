@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 
 import torch
@@ -23,16 +24,22 @@ __all__ = [
     "apply_launch",
     "batch_norm_act",
     "batch_norm_act_grad",
+    "batch_norm_moments",
     "blocks",
     "contiguous",
-    "grad_launches",
-    "moments",
+    "grad_apply_launch",
     "moments_launches",
-    "share_of",
+    "splits_of",
+    "sums_launches",
+    "total_launch",
     "used_statistics",
 ]
 
-Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, rstd, weight, bias: (C,)
+Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, var, weight, bias: (C,)
+Options = tuple[float, str, float]  # eps, activation, slope
+
+MOST_SPLITS = 512  # one program holds the parts of all splits, for 8 channels: the sectors that memory is read by
+OVER_SPLITS = {"BLOCK_S": MOST_SPLITS, "BLOCK_C": 8}
 
 
 def blocks(channels: int) -> tuple[int, int]:
@@ -41,20 +48,18 @@ def blocks(channels: int) -> tuple[int, int]:
     return (4096 if channels % 8 == 0 else 2048) // c, c
 
 
-def share_of(x: Tensor, count: int, m: int, c: int) -> tuple[int, int]:
-    """Return the number of splits of the rows, and the rows of each: whole tiles, four programs per processor."""
-    wanted = ceil(4 * processors(x.device) / ceil(x.shape[-1] / c))
-    share = ceil(ceil(count / wanted) / m) * m
-    return ceil(count / share), share
+def splits_of(x: Tensor, count: int, m: int, c: int) -> int:
+    """Return how many programs share the rows of one tile of channels: four per processor, if there are the rows."""
+    return min(ceil(count / m), ceil(4 * processors(x.device) / ceil(x.shape[-1] / c)), MOST_SPLITS)
 
 
 def contiguous(statistics: Statistics) -> Statistics:
     """Return the same values, each without gaps in memory."""
-    mean, rstd, weight, bias = (None if s is None else s.contiguous() for s in statistics)
-    return mean, rstd, weight, bias  # pyright: ignore[reportReturnType]
+    mean, var, weight, bias = (None if s is None else s.contiguous() for s in statistics)
+    return mean, var, weight, bias  # pyright: ignore[reportReturnType]
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance ``(C,)`` float32 of packed ``x`` over all its pixels."""
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     for launch in moments_launches(as_rows(x), mean, var):
@@ -67,20 +72,21 @@ def moments_launches(rows: Tensor, mean: Tensor, var: Tensor) -> list[Launch]:
     channels = rows.shape[-1]
     count = rows.numel() // channels
     m, c = blocks(channels)
-    splits, share = share_of(rows, count, m, c)
-    parts = rows.new_empty(2, splits, channels, dtype=torch.float32).unbind()
-    tiles_c = ceil(channels / c)
-    block = {"BLOCK_M": m, "BLOCK_C": c}
-    some = Launch(norm_moments_kernel, (splits, tiles_c), (rows, *parts, count, share, channels), block, 4, 1)
-    arguments = (*parts, mean, var, count, share, splits, channels)
-    return [some, Launch(norm_combine_kernel, (tiles_c,), arguments, {"BLOCK_S": 64, "BLOCK_C": c}, 4, 1)]
+    splits = splits_of(rows, count, m, c)
+    parts = rows.new_empty(2, splits, channels, dtype=torch.float32)
+    block, over = {"BLOCK_M": m, "BLOCK_C": c}, OVER_SPLITS | {"ROWS": m}
+    some = Launch(
+        norm_moments_kernel, (splits, ceil(channels / c)), (rows, parts, count, splits, channels), block, 4, 1
+    )
+    arguments = (parts, mean, var, count, splits, channels)
+    return [some, Launch(norm_combine_kernel, (ceil(channels / OVER_SPLITS["BLOCK_C"]),), arguments, over, 4, 1)]
 
 
 def used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return new tensors: the given mean and variance, or those of ``x``."""
     if mean is not None and var is not None:
         return wide(mean).clone(), wide(var).clone()
-    return moments(x)
+    return batch_norm_moments(x)
 
 
 def batch_norm_act(
@@ -96,24 +102,22 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``act((x - mean) * rstd * weight + bias + residual)`` and the mean and biased variance used."""
     mean, var = used_statistics(x, mean, var)
-    statistics = contiguous((mean, (var + eps).rsqrt(), weight, bias))
     y = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
     other = None if residual is None else as_rows(residual)
-    apply_launch(as_rows(x), other, y, statistics, activation, slope).run()
+    apply_launch(as_rows(x), other, y, contiguous((mean, var, weight, bias)), (eps, activation, slope)).run()
     return y, mean, var
 
 
-def apply_launch(
-    rows: Tensor, residual: Tensor | None, y: Tensor, statistics: Statistics, activation: str, slope: float
-) -> Launch:
+def apply_launch(rows: Tensor, residual: Tensor | None, y: Tensor, statistics: Statistics, options: Options) -> Launch:
     """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` and ``residual`` ``(N, ph, pw, C)``."""
+    eps, activation, slope = options
     channels = rows.shape[-1]
     count = rows.numel() // channels
     m, c = blocks(channels)
     return Launch(
         norm_apply_kernel,
         (ceil(count / m), ceil(channels / c)),
-        (rows, residual, y, *statistics, count, channels, slope),
+        (rows, residual, y, *statistics, count, channels, eps, slope),
         {"ACT": activation, "BLOCK_M": m, "BLOCK_C": c},
         4,
         1,
@@ -132,55 +136,76 @@ def batch_norm_act_grad(
     activation: str,
     slope: float,
     batch: bool,
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Return the gradients at x, residual, weight and bias; with ``batch`` the statistics are those of x."""
-    statistics = contiguous((mean, (var + eps).rsqrt(), weight, bias))
+    """Return the gradients at x, residual, weight and bias; see ``gather`` for ``batch`` and ``join``."""
+    statistics, options = contiguous((mean, var, weight, bias)), (eps, activation, slope)
     size = (x.shape[2], x.shape[3])
-    gx = rows_like(x, x.shape[0], size, x.shape[1])
-    gr = None if residual is None else rows_like(residual, x.shape[0], size, x.shape[1])
-    total = x.new_empty(2, x.shape[1], dtype=torch.float32)
-    operands = (as_rows(g), as_rows(x), None if residual is None else as_rows(residual), (gx, gr, total))
-    for launch in grad_launches(*operands, statistics, activation, slope, batch):
+    gx, gr = rows_like(x, x.shape[0], size, x.shape[1]), None
+    if residual is not None:
+        finer = x if torch.finfo(x.dtype).eps <= torch.finfo(residual.dtype).eps else residual  # gx is made of gr
+        gr = rows_like(finer, x.shape[0], size, x.shape[1])
+    gb, gw = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    inputs = (as_rows(g), as_rows(x))
+    other = None if residual is None else as_rows(residual)
+    for launch in sums_launches(*inputs, other, (gr, gb, gw), statistics, options):
         launch.run()
-    return gx, gr, total[1].clone(), total[0].clone()  # an operator's outputs may not share memory
+    sums = (gb, gw) if join is None else tuple(join(torch.stack((gb, gw))).unbind())
+    grad_apply_launch(*inputs, gr, sums, gx, statistics, options, batch).run()
+    return gx, None if gr is None or residual is None else gr.to(residual.dtype), gw, gb
 
 
-def grad_launches(
+def sums_launches(
     g: Tensor,
     x: Tensor,
     residual: Tensor | None,
-    outputs: tuple[Tensor, Tensor | None, Tensor],
+    outputs: tuple[Tensor | None, Tensor, Tensor],
     statistics: Statistics,
-    activation: str,
-    slope: float,
-    batch: bool,
+    options: Options,
 ) -> list[Launch]:
-    """Return the launches that fill ``outputs`` = (gx, gr, (sum d, sum d u)) from tensors ``(N, ph, pw, C)``."""
+    """Return the launches that fill ``outputs`` = (gr, sum d, sum d u) from tensors ``(N, ph, pw, C)``."""
+    eps, activation, slope = options
+    gr, *sums = outputs
     channels = x.shape[-1]
     count = x.numel() // channels
     m, c = blocks(channels)
-    splits, share = share_of(x, count, m, c)
-    sums = x.new_empty(2, splits, channels, dtype=torch.float32)
-    tiles_c = ceil(channels / c)
+    m //= 2  # two sums a thread: whole tiles would leave registers for three programs on a processor
+    splits = splits_of(x, count, m, c)
+    parts = x.new_empty(2, splits, channels, dtype=torch.float32)
+    arguments = (g, x, residual, gr, parts, *statistics, count, splits, channels, eps, slope)
     block = {"ACT": activation, "BLOCK_M": m, "BLOCK_C": c}
-    scalars = (count, share, splits, channels, slope)
-    inputs = (g, x, residual)
-    return [
-        Launch(norm_grad_sums_kernel, (splits, tiles_c), (*inputs, sums, *statistics, *scalars), block, 4, 1),
-        Launch(
-            norm_total_kernel,
-            (tiles_c, 2),
-            (sums, outputs[2], splits, channels),
-            {"BLOCK_S": 64, "BLOCK_C": c},
-            4,
-            1,
-        ),
-        Launch(
-            norm_grad_apply_kernel,
-            (ceil(count / m), tiles_c),
-            (*inputs, *outputs, *statistics, count, channels, slope),
-            block | {"BATCH": batch},
-            4,
-            1,
-        ),
-    ]
+    some = Launch(norm_grad_sums_kernel, (splits, ceil(channels / c)), arguments, block, 4, 1)
+    return [some, total_launch(parts, tuple(sums))]
+
+
+def total_launch(parts: Tensor, totals: tuple[Tensor, ...]) -> Launch:
+    """Return the launch that adds ``parts`` ``(n, splits, C)`` over the splits, into n ``totals``, at most three."""
+    number, splits, channels = parts.shape
+    three = (*totals, totals[-1])[:3]
+    programs = (ceil(channels / OVER_SPLITS["BLOCK_C"]), number)
+    return Launch(norm_total_kernel, programs, (parts, *three, splits, channels), OVER_SPLITS, 4, 1)
+
+
+def grad_apply_launch(
+    g: Tensor,
+    x: Tensor,
+    gr: Tensor | None,
+    sums: tuple[Tensor, ...],
+    gx: Tensor,
+    statistics: Statistics,
+    options: Options,
+    batch: bool,
+) -> Launch:
+    """Return the launch that fills ``gx`` ``(N, C, ph, pw)`` from ``gr`` or ``g``, and from ``sums`` if ``batch``."""
+    eps, activation, slope = options
+    channels = x.shape[-1]
+    count = x.numel() // channels
+    m, c = blocks(channels)
+    return Launch(
+        norm_grad_apply_kernel,
+        (ceil(count / m), ceil(channels / c)),
+        (g, x, gr, gx, *sums, *statistics, count, channels, eps, slope),
+        {"ACT": activation, "BATCH": batch, "BLOCK_M": m, "BLOCK_C": c},
+        4,
+        1,
+    )

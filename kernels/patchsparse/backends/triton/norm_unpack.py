@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 
 import torch
 from torch import Tensor
 
 from .launch import Launch, as_rows, row_major, rows_like
-from .norm import Statistics, blocks, contiguous, share_of, used_statistics
-from .norm_kernels import norm_total_kernel
+from .norm import Statistics, blocks, contiguous, splits_of, total_launch, used_statistics
 from .norm_unpack_kernels import unpack_norm_fwd_kernel, unpack_norm_grad_apply_kernel, unpack_norm_grad_sums_kernel
 
-__all__ = ["batch_norm_unpack", "batch_norm_unpack_grad", "unpack_norm_grad_launches", "unpack_norm_launch"]
+__all__ = [
+    "batch_norm_unpack",
+    "batch_norm_unpack_grad",
+    "unpack_norm_grad_launch",
+    "unpack_norm_launch",
+    "unpack_norm_sums_launches",
+]
 
 Maps = tuple[Tensor, Tensor]  # slot, coords
 
@@ -33,15 +39,16 @@ def batch_norm_unpack(
     Inactive patches hold ``fill`` ``(C,)`` or 0.
     """
     mean, var = used_statistics(x, mean, var)
-    statistics = contiguous((mean, (var + eps).rsqrt(), weight, bias))
     batch, rows, columns = slot.shape
     y = rows_like(x, batch, (rows * x.shape[2], columns * x.shape[3]), x.shape[1])
     fill = None if fill is None else fill.contiguous()
-    unpack_norm_launch(as_rows(x), fill, y, row_major(slot, coords), statistics).run()
+    unpack_norm_launch(as_rows(x), fill, y, row_major(slot, coords), contiguous((mean, var, weight, bias)), eps).run()
     return y, mean, var
 
 
-def unpack_norm_launch(rows: Tensor, fill: Tensor | None, y: Tensor, maps: Maps, statistics: Statistics) -> Launch:
+def unpack_norm_launch(
+    rows: Tensor, fill: Tensor | None, y: Tensor, maps: Maps, statistics: Statistics, eps: float
+) -> Launch:
     """Return the launch that fills ``y`` ``(B, C, H, W)`` from ``rows`` ``(N, ph, pw, C)``."""
     _, height, width, channels = rows.shape
     count = y.shape[0] * y.shape[2] * y.shape[3]
@@ -49,7 +56,7 @@ def unpack_norm_launch(rows: Tensor, fill: Tensor | None, y: Tensor, maps: Maps,
     return Launch(
         unpack_norm_fwd_kernel,
         (ceil(count / m), ceil(channels / c)),
-        (rows, fill, y, maps[0], *statistics, count, maps[0].shape[2], channels),
+        (rows, fill, y, maps[0], *statistics, count, maps[0].shape[2], channels, eps),
         {"HEIGHT": height, "WIDTH": width, "BLOCK_M": m, "BLOCK_C": c},
         4,
         1,
@@ -66,42 +73,58 @@ def batch_norm_unpack_grad(
     coords: Tensor,
     eps: float,
     batch: bool,
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients at x, weight, bias and fill; with ``batch`` the statistics are those of x."""
-    statistics = contiguous((mean, (var + eps).rsqrt(), weight, None))
+    """Return the gradients at x, weight, bias and fill; see ``gather`` for ``batch`` and ``join``."""
+    statistics = contiguous((mean, var, weight, None))
     gx = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
-    total = x.new_empty(3, x.shape[1], dtype=torch.float32)
-    operands = (as_rows(g), as_rows(x), gx, total)
-    for launch in unpack_norm_grad_launches(*operands, row_major(slot, coords), statistics, batch):
+    gb, gw, gf = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3))
+    operands, maps = (as_rows(g), as_rows(x)), row_major(slot, coords)
+    for launch in unpack_norm_sums_launches(*operands, (gb, gw, gf), maps, statistics, eps):
         launch.run()
-    return gx, total[1].clone(), total[0].clone(), total[2].clone()  # an operator's outputs may not share memory
+    sums = (gb, gw) if join is None else tuple(join(torch.stack((gb, gw))).unbind())
+    unpack_norm_grad_launch(*operands, sums, gx, maps, statistics, eps, batch).run()
+    return gx, gw, gb, gf
 
 
-def unpack_norm_grad_launches(
-    g: Tensor, x: Tensor, gx: Tensor, total: Tensor, maps: Maps, statistics: Statistics, batch: bool
+def unpack_norm_sums_launches(
+    g: Tensor, x: Tensor, sums: tuple[Tensor, Tensor, Tensor], maps: Maps, statistics: Statistics, eps: float
 ) -> list[Launch]:
-    """Return the launches that fill ``gx`` and ``total`` = sums of d, d u and the fill's d, from g ``(B, H, W, C)``."""
-    slot, coords = maps
+    """Return the launches that fill ``sums`` = of d, of d u and of the fill's d, from g ``(B, H, W, C)``."""
+    slot, _ = maps
     _, height, width, channels = x.shape
-    pixels, count = (t.numel() // channels for t in (g, x))
+    pixels = g.numel() // channels
     m, c = blocks(channels)
     half = m // 2  # three sums a thread: whole tiles would leave registers for one program less
-    splits, share = share_of(x, pixels, half, c)
-    sums = x.new_empty(3, splits, channels, dtype=torch.float32)
-    tiles_c = ceil(channels / c)
-    block = {"HEIGHT": height, "WIDTH": width, "BLOCK_C": c}
-    mean, rstd, weight, _ = statistics
-    scalars = (pixels, share, splits, slot.shape[2], channels)
-    inputs = (g, x, slot, sums, mean, rstd)
-    return [
-        Launch(unpack_norm_grad_sums_kernel, (splits, tiles_c), (*inputs, *scalars), block | {"BLOCK_M": half}, 4, 1),
-        Launch(norm_total_kernel, (tiles_c, 3), (sums, total, splits, channels), {"BLOCK_S": 64, "BLOCK_C": c}, 4, 1),
-        Launch(
-            unpack_norm_grad_apply_kernel,
-            (ceil(count / m), tiles_c),
-            (g, x, gx, coords, total, mean, rstd, weight, count, slot.shape[1], slot.shape[2], channels),
-            block | {"BLOCK_M": m, "BATCH": batch},
-            4,
-            1,
-        ),
-    ]
+    splits = splits_of(x, pixels, half, c)
+    parts = x.new_empty(3, splits, channels, dtype=torch.float32)
+    block = {"HEIGHT": height, "WIDTH": width, "BLOCK_M": half, "BLOCK_C": c}
+    arguments = (g, x, slot, parts, *statistics[:2], pixels, splits, slot.shape[2], channels, eps)
+    some = Launch(unpack_norm_grad_sums_kernel, (splits, ceil(channels / c)), arguments, block, 4, 1)
+    return [some, total_launch(parts, sums)]
+
+
+def unpack_norm_grad_launch(
+    g: Tensor,
+    x: Tensor,
+    sums: tuple[Tensor, ...],
+    gx: Tensor,
+    maps: Maps,
+    statistics: Statistics,
+    eps: float,
+    batch: bool,
+) -> Launch:
+    """Return the launch that fills ``gx`` from g ``(B, H, W, C)``, and from ``sums`` if ``batch``."""
+    slot, coords = maps
+    _, height, width, channels = x.shape
+    count = x.numel() // channels
+    m, c = blocks(channels)
+    mean, var, weight, _ = statistics
+    return Launch(
+        unpack_norm_grad_apply_kernel,
+        (ceil(count / m), ceil(channels / c)),
+        (g, x, gx, coords, *sums, mean, var, weight, count, slot.shape[1], slot.shape[2], channels, eps),
+        {"HEIGHT": height, "WIDTH": width, "BLOCK_M": m, "BLOCK_C": c, "BATCH": batch},
+        4,
+        1,
+    )

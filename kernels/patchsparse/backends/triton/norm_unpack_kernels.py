@@ -36,7 +36,7 @@ def _pixel_of(row, m_row, p_coords, rows, columns, HEIGHT: tl.constexpr, WIDTH: 
 
 @triton.jit
 def unpack_norm_fwd_kernel(
-    p_x, p_fill, p_y, p_slot, p_mean, p_rstd, p_weight, p_bias, count, columns, channels,
+    p_x, p_fill, p_y, p_slot, p_mean, p_var, p_weight, p_bias, count, columns, channels, eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Compute all pixels: ``(x - mean) * rstd * weight + bias`` where active, else ``fill`` (0 if None)."""
@@ -44,7 +44,7 @@ def unpack_norm_fwd_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_m, m_c = o_m < count, o_c < channels
     row = _row_at(o_m, m_m, p_slot, columns, HEIGHT, WIDTH)
-    mean, rstd, weight, bias = channel_statistics(p_mean, p_rstd, p_weight, p_bias, o_c, m_c)
+    mean, rstd, weight, bias = channel_statistics(p_mean, p_var, p_weight, p_bias, o_c, m_c, eps)
     active = (row >= 0)[:, None]
     x = tl.load(p_x + row.to(tl.int64)[:, None] * channels + o_c, mask=active & m_c, other=0.0).to(tl.float32)
     fill = bias * 0.0
@@ -57,22 +57,20 @@ def unpack_norm_fwd_kernel(
 
 @triton.jit
 def unpack_norm_grad_sums_kernel(
-    p_g, p_x, p_slot, p_sums, p_mean, p_rstd, count, share, splits, columns, channels,
+    p_g, p_x, p_slot, p_parts, p_mean, p_var, count, splits, columns, channels, eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Compute over the split's pixels: ``sum of d`` and of ``d * u`` where active, ``sum of d`` where not."""
     split = tl.program_id(0)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    mean = tl.load(p_mean + o_c, mask=m_c, other=0.0)
-    rstd = tl.load(p_rstd + o_c, mask=m_c, other=0.0)
-    end = tl.minimum(count, (split + 1) * share)
+    mean, rstd, _, _ = channel_statistics(p_mean, p_var, None, None, o_c, m_c, eps)
     sum_d = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_du = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     sum_fill = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for r in range(split * share, end, BLOCK_M):
+    for r in range(split * BLOCK_M, count, splits * BLOCK_M):
         o_m = r + tl.arange(0, BLOCK_M)
-        m_m = o_m < end
+        m_m = o_m < count
         row = _row_at(o_m, m_m, p_slot, columns, HEIGHT, WIDTH)
         active = (row >= 0)[:, None] & m_c
         x = tl.load(p_x + row.to(tl.int64)[:, None] * channels + o_c, mask=active, other=0.0).to(tl.float32)
@@ -81,15 +79,15 @@ def unpack_norm_grad_sums_kernel(
         sum_d += d
         sum_du += tl.where(active, (x - mean) * rstd, 0.0) * d
         sum_fill += tl.where(active, 0.0, g)
-    p_sums += split * channels + o_c
-    tl.store(p_sums, tl.sum(sum_d, 0), mask=m_c)
-    tl.store(p_sums + splits * channels, tl.sum(sum_du, 0), mask=m_c)
-    tl.store(p_sums + 2 * splits * channels, tl.sum(sum_fill, 0), mask=m_c)
+    at = split * channels + o_c
+    tl.store(p_parts + at, tl.sum(sum_d, 0), mask=m_c)
+    tl.store(p_parts + splits * channels + at, tl.sum(sum_du, 0), mask=m_c)
+    tl.store(p_parts + 2 * splits * channels + at, tl.sum(sum_fill, 0), mask=m_c)
 
 
 @triton.jit
 def unpack_norm_grad_apply_kernel(
-    p_g, p_x, p_gx, p_coords, p_total, p_mean, p_rstd, p_weight, count, rows, columns, channels,
+    p_g, p_x, p_gx, p_coords, p_sum_d, p_sum_du, p_mean, p_var, p_weight, count, rows, columns, channels, eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Compute ``gx = rstd * weight * (d - (sum d + u * sum d u) / M)`` of the packed rows; no sums if not ``BATCH``."""
@@ -99,11 +97,10 @@ def unpack_norm_grad_apply_kernel(
     pixel = _pixel_of(o_m, m_m, p_coords, rows, columns, HEIGHT, WIDTH)
     m_x = m_m[:, None] & m_c
     d = tl.load(p_g + pixel.to(tl.int64)[:, None] * channels + o_c, mask=m_x, other=0.0).to(tl.float32)
-    mean, rstd, weight, _ = channel_statistics(p_mean, p_rstd, p_weight, None, o_c, m_c)
+    mean, rstd, weight, _ = channel_statistics(p_mean, p_var, p_weight, None, o_c, m_c, eps)
     at = o_m.to(tl.int64)[:, None] * channels + o_c
     if BATCH:
         u = (tl.load(p_x + at, mask=m_x, other=0.0).to(tl.float32) - mean) * rstd
-        mean_d = tl.load(p_total + o_c, mask=m_c, other=0.0) / count
-        mean_du = tl.load(p_total + channels + o_c, mask=m_c, other=0.0) / count
-        d -= mean_d + u * mean_du
+        sum_d, sum_du = tl.load(p_sum_d + o_c, mask=m_c, other=0.0), tl.load(p_sum_du + o_c, mask=m_c, other=0.0)
+        d -= (sum_d + u * sum_du) / count
     tl.store(p_gx + at, (d * rstd * weight).to(p_gx.dtype.element_ty), mask=m_x)
