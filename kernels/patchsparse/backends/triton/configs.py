@@ -7,6 +7,7 @@ into the shared memory of the smallest (163 KB, sm_80). Reasons for the numbers 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 __all__ = ["CONV", "FULL", "WGRAD", "Tile", "conv_tiles", "is_large", "stencil_tile", "wgrad_tiles"]
 
@@ -75,6 +76,7 @@ def _adapt(tiles: tuple[Tile, ...], n: int, k: int, tensor_cores: bool, itemsize
     return list(dict.fromkeys(fitted))
 
 
+@lru_cache(maxsize=4096)
 def conv_tiles(
     rows: int,
     c_in: int,
@@ -118,6 +120,7 @@ def _best_conv(rows: int, c_out: int) -> tuple[int, int]:
     return (128, 128) if rows * c_out >= 128 * 128 * 400 else (64, 128)
 
 
+@lru_cache(maxsize=4096)
 def wgrad_tiles(
     c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float, large: bool = True
 ) -> list[Tile]:
@@ -134,6 +137,7 @@ def wgrad_tiles(
     return tiles + listed[:2] if share < 0.9 else tiles
 
 
+@lru_cache
 def stencil_tile(channels: int) -> Tile:
     """Return the tile of the memory-bound kernels: 64 to 128 bytes of neighbouring channels per row."""
     n = min(_power(channels), 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -21,6 +22,7 @@ Size = tuple[int, int]
 MOST_TAPS = 62  # the taps of a tile are bits of an int64
 
 
+@lru_cache(maxsize=4096)
 def axes(source: Size, target: Size, stencil: Stencil) -> dict[str, tuple[int, ...]]:
     """Return the constants V and H of a kernel that reads patches of ``source`` and writes ``target`` pixels."""
     parts = zip(source, target, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, strict=True)

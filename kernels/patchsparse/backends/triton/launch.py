@@ -58,7 +58,7 @@ class Launch:
         kinds = [
             (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else _kind(a) for a in self.arguments
         ]  # a comprehension: this is half of the time of a start
-        key = (self.kernel, device, self.warps, self.stages, *self.constants.items(), *kinds)
+        key = (self.kernel.fn, device, self.warps, self.stages, *self.constants.items(), *kinds)
         found = _compiled.get(key)
         if found is not None:
             compiled, constants = found

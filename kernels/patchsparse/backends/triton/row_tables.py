@@ -16,6 +16,7 @@ The builders are plain PyTorch: they say what a table holds.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Listed(NamedTuple):
     counts: Tensor
 
 
+@lru_cache(maxsize=4096)
 def active_share(size: Size, stencil: Stencil, density: float) -> float:
     """Return the expected share of (output pixel, tap) pairs that are active if patches are drawn independently."""
     inside = 1.0
@@ -68,6 +70,7 @@ def active_share(size: Size, stencil: Stencil, density: float) -> float:
     return inside + (1 - inside) * density
 
 
+@lru_cache(maxsize=4096)
 def turned(stencil: Stencil) -> Stencil:
     """Return the stencil of the input gradient at stride 1, whose tap t is tap ``taps - 1 - t`` of the convolution.
 
