@@ -21,7 +21,8 @@ from patchsparse.pointwise import local_conv2d
 from patchsparse.processor import lacks
 
 from .measure.ceilings import ceilings
-from .measure.scales import MASKED, device
+from .measure.device import device
+from .measure.scales import MASKED
 from .measure.timing import check_parity, in_turn
 from .peers import Packed, peers
 from .peers.contenders import Case, contenders, peer_rows

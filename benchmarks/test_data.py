@@ -6,12 +6,10 @@ from torch import Tensor
 
 from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.data.resident.places import OnDevice, OnHost, Place, SentAhead
-from spatspark_fast.data.resident.store import in_memory
-from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.data.windows import WholeWindows
 
 from .measure.timing import check_parity, in_turn
 from .subjects.step_ways import check_equal, make_step
+from .subjects.steps import windows
 
 SPARE = 32  # pixels that a crop may lie in
 STEP = "light step"
@@ -22,7 +20,7 @@ def places(scale) -> dict[str, Place]:
 
     On a CPU, `OnDevice` is not timed. It runs other code, so its frames are compared with those of `OnHost`.
     """
-    store = in_memory(WholeWindows(SyntheticRadar(scale.batch, scale.frames, 0, scale.size + SPARE)))
+    store = windows(scale.batch, scale.frames, scale.size + SPARE)
     augmentation = Augmentation(crop=(scale.size, scale.size), flip=True, quarter_turns=True)
     return {
         "memory of the host": OnHost(store, augmentation),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from .measure.device import has_gpu
 from .measure.scales import MASKED
 from .measure.timing import in_turn
 from .peers import Minkowski, Packed
@@ -21,7 +22,7 @@ MISSING = Minkowski().why_not()
 
 pytestmark = [
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: python -m benchmarks.gpu.kernels"),
+    pytest.mark.skipif(has_gpu(), reason="on a GPU: python -m benchmarks.gpu.kernels"),
 ]
 
 

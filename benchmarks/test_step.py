@@ -1,44 +1,105 @@
-"""The whole training step, from data to LAMB: ours against two rivals (`subjects/step_ways.py`)."""
+"""The whole training step, from data to LAMB: ours against its rivals (`subjects/step_ways.py`), eager and compiled."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+import pytest
 import torch
 
 from .measure.ceilings import ceilings, optimiser_seconds
+from .measure.rows import left_out
 from .measure.scales import MASKED
-from .measure.timing import Ratio, in_turn
+from .measure.timing import Ratio, Timing, in_turn
 from .measure.work import counted
 from .subjects.step_ways import OURS, RIVALS, WAYS, case_of, check_equal, make_step
-from .subjects.steps import PARTS, split
+from .subjects.steps import PARTS, Step, split
+
+
+def steps_of(record, ways: Iterable[str], encoder: str, scale) -> dict[str, Step]:
+    """Return the ways whose step fits into memory, after one step of each; the others are left out."""
+    found = {}
+    for way in ways:
+        try:
+            step = make_step(way, encoder, scale)
+            assert math.isfinite(float(step())), way
+            found[way] = step
+        except torch.OutOfMemoryError as error:
+            record.row(left_out(case_of(encoder, scale), way, str(error), MASKED))
+    return found
+
+
+def record_steps(record, case: str, timing: Timing, bounds: Mapping[str, tuple[float | None, float]]) -> None:
+    """Record ours over every rival, and the best dense step over the published one.
+
+    Args:
+        record: notes a row.
+        case: encoder and sizes.
+        timing: of all ways.
+        bounds: of ways, how many times fewer products they have than the published step, and the floor in seconds.
+    """
+    rivals = [way for way in timing.seconds if way.split(" ")[0] in RIVALS]
+    for way in timing.seconds:
+        for rival in rivals:
+            if rival != way and (way not in rivals or (way != "published" and rival == "published")):
+                limit, floor = bounds.get(way, (None, None))
+                details = {"masked": MASKED, "floor": floor, "limit": limit if rival == "published" else None}
+                record("step", case, way, rival, *timing.compare(way, rival), **details)
 
 
 def test_step(benchmark, record, scale, step_encoder):
     """Speed over both rivals; the floor is that of our convolutions and products, and of what LAMB reads and writes."""
     scale = scale.for_encoder(step_encoder)
     check_equal(step_encoder, scale)
-    steps = {way: make_step(way, step_encoder, scale) for way in WAYS}
-    for way, step in steps.items():
-        assert math.isfinite(float(step())), way
-    timing = in_turn(steps, rounds=scale.step_rounds, warmup=1)
+    steps = steps_of(record, WAYS, step_encoder, scale)
     case, machine = case_of(step_encoder, scale), ceilings(scale)
-    layers = {way: counted(step) for way, step in steps.items() if way not in scale.compiled}
+    timing = in_turn(steps, rounds=scale.step_rounds, warmup=1)
+    layers = {way: counted(step) for way, step in steps.items()}
     macs = {way: sum(layer.work.macs for layer in ran) for way, ran in layers.items()}
-    for way in OURS:
-        floor = limit = None
-        if way in layers:
-            floor = machine.total(layers[way]) + optimiser_seconds(machine, steps[way].model)
-            limit = macs["published"] / macs[way]
-        for rival in RIVALS:
-            details = {"masked": MASKED, "floor": floor, "limit": limit if rival == "published" else None}
-            record("step", case, way, rival, *timing.compare(way, rival), **details)
-    record("step", case, "dense", "published", *timing.compare("dense", "published"), masked=MASKED)
+    bounds = {
+        way: (
+            macs["published"] / macs[way] if "published" in macs else None,
+            machine.total(layers[way]) + optimiser_seconds(machine, steps[way].model),
+        )
+        for way in OURS
+        if way in steps
+    }
+    record_steps(record, case, timing, bounds)
     splits = [{way: split(step) for way, step in steps.items()} for _ in range(scale.step_rounds)]
     for way in steps:
         _record_split(record, case, way, [found[way] for found in splits])
-    benchmark.pedantic(steps["exact"], rounds=1)
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_compiled(benchmark, record, scale, step_encoder):
+    """Compiled ways of the scale, beside those of ours as they are."""
+    if not scale.compiled:
+        pytest.skip("no way is compiled at this scale")
+    scale = scale.for_encoder(step_encoder)
+    check_equal(step_encoder, scale)
+    steps = steps_of(record, [*OURS, *(f"{way} compiled" for way in scale.compiled)], step_encoder, scale)
+    record_steps(record, case_of(step_encoder, scale), in_turn(steps, rounds=scale.step_rounds, warmup=1), {})
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_images(benchmark, record, scale):
+    """Images/s of a ResNet-50 on images of three channels and 224x224 pixels: the step that SparK gives figures of."""
+    if scale.images is None:
+        pytest.skip("it takes minutes on a CPU")
+    encoder, size, frames = scale.images
+    scale = replace(scale, size=size, frames=frames)
+    check_equal(encoder, scale)
+    steps = steps_of(record, ("published", "dense", "exact"), encoder, scale)
+    timing = in_turn(steps, rounds=scale.step_rounds, warmup=1)
+    for rival in ("published", "dense"):
+        if {"exact", rival} <= steps.keys():
+            ratio, seconds, _ = timing.compare("exact", rival)
+            rates = (scale.batch / seconds[0], scale.batch / seconds[1])
+            record("images", case_of(encoder, scale), "exact", rival, ratio, rates, "images/s", masked=MASKED)
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def _record_split(record, case: str, way: str, found: list[dict[str, float]]) -> None:

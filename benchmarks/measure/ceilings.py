@@ -19,8 +19,8 @@ from torch import nn
 
 from patchsparse.processor import lacks
 
+from .device import wait
 from .scales import Scale
-from .timing import wait
 from .work import Counted, Work
 
 __all__ = ["Ceilings", "ceilings", "measure_ceilings", "optimiser_seconds"]

@@ -17,11 +17,14 @@ import torch
 
 from patchsparse.processor import processor_fields
 
+from .device import driver, has_gpu
+
 __all__ = ["RESULTS", "command", "commit", "cpu", "device_name", "folder_name", "provenance", "versions"]
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "timm", "numpy")
+COMMIT = "SPATSPARK_COMMIT"  # environment variable: the commit of a copy that has no history with it
 VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
@@ -49,7 +52,7 @@ def cpu(info: Mapping[str, str] | None = None) -> str:
 @cache
 def device_name() -> str:
     """Return the GPU's name, or the processor's with its instructions and cores."""
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.cuda.get_device_name()
     return f"{cpu()}, {os.cpu_count()} cores"
 
@@ -64,7 +67,10 @@ def folder_name(device: str | None = None) -> str:
 
 @cache
 def commit() -> str:
-    """Return the commit that is checked out, with a ``+`` if the tree differs from it."""
+    """Return the commit that is checked out, with a ``+`` if the tree differs from it.
+
+    A copy of the tree without ``.git`` cannot know: there ``SPATSPARK_COMMIT`` says it.
+    """
 
     def git(*arguments: str) -> str:
         try:
@@ -73,9 +79,9 @@ def commit() -> str:
             return ""
         return run.stdout.strip()
 
-    found = git("rev-parse", "--short", "HEAD")
+    found = git("rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""
     if not found:
-        return "unknown"
+        return os.environ.get(COMMIT) or "unknown"
     return found + ("+" if git("status", "--porcelain", "--untracked-files=no", "kernels", "csrc") else "")
 
 
@@ -88,6 +94,8 @@ def versions() -> str:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
+    if has_gpu():
+        found += [f"cuda {torch.version.cuda}", f"driver {driver() or 'unknown'}"]
     return "; ".join(found)
 
 

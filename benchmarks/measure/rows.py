@@ -10,13 +10,14 @@ from pathlib import Path
 from .machine import provenance
 from .timing import GATE, Ratio
 
-__all__ = ["COLUMNS", "Row", "line", "make_row", "merge", "read", "words"]
+__all__ = ["COLUMNS", "LEFT_OUT", "Row", "left_out", "line", "make_row", "merge", "read", "words"]
 
 COLUMNS: tuple[str, ...] = (
     "suite", "case", "masked", "way", "against", "ratio", "low", "high", "value", "against_value", "unit",
-    "limit", "floor", "parity", "device", "cpu", "threads", "versions", "commit", "command", "date",
+    "limit", "floor", "parity", "device", "cpu", "threads", "versions", "commit", "command", "date", "reason",
 )  # fmt: skip
 KEY = ("suite", "case", "masked", "way", "against", "unit")
+LEFT_OUT = "left_out"  # the suite of rows that say why something was not measured
 
 Row = dict[str, str]
 
@@ -57,13 +58,22 @@ def make_row(
         **{name: f"{number:.4g}" for name, number in zip(("ratio", "low", "high"), numbers, strict=True)},
         "value": f"{values[0]:.4g}", "against_value": f"{values[1]:.4g}", "unit": unit,
         "limit": "" if limit is None else f"{limit:.4g}", "floor": "" if floor is None else f"{floor:.4g}",
-        "parity": f"{GATE.worst():.1e}", **provenance(),
+        "parity": f"{GATE.worst():.1e}", **provenance(), "reason": "",
     }  # fmt: skip
     return {name: found[name] for name in COLUMNS}
 
 
+def left_out(case: str, way: str, reason: str, masked: float | None = None) -> Row:
+    """Return a row that says in one sentence why a way of a case has no figure."""
+    known = {"suite": LEFT_OUT, "case": case, "masked": "" if masked is None else f"{masked:g}", "way": way}
+    found = known | provenance() | {"reason": " ".join(reason.split())[:300]}
+    return {name: found.get(name, "") for name in COLUMNS}
+
+
 def line(row: Mapping[str, str]) -> str:
     """Return a row as a line for a terminal."""
+    if row["suite"] == LEFT_OUT:
+        return f"left out  {row['way']}, {row['case']}: {row['reason']}"
     masked = f"{float(row['masked']):.0%} masked" if row["masked"] else ""
     limit = f", limit {row['limit']}x" if row["limit"] else ""
     return (
@@ -98,10 +108,12 @@ def merge(rows: Iterable[Row], folder: Path) -> None:
         path = folder / f"{suite}.csv"
         merged = {_key(row): row for row in (read(path) if path.exists() else [])}
         merged |= {_key(row): row for row in rows if row["suite"] == suite}
-        with path.open("w", newline="") as file:
+        fresh = path.with_suffix(".csv.new")  # whoever is killed here leaves the table as it was
+        with fresh.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
             writer.writeheader()
             writer.writerows(merged.values())
+        fresh.replace(path)
 
 
 def _key(row: Mapping[str, str]) -> tuple[str, ...]:

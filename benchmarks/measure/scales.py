@@ -6,15 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["MASKED", "NAMES", "Scale", "device", "scale_of"]
+from .device import device
+
+__all__ = ["MASKED", "NAMES", "Scale", "scale_of"]
 
 NAMES = ("tiny", "quick", "full")
 MASKED = 0.6  # hidden share of the patches where a suite does not vary it
-
-
-def device() -> torch.device:
-    """Return the GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,8 @@ class Scale:
         masked: hidden shares of ``encoder``; ``sweep`` those of ``mask_sweep``.
         rounds, step_rounds, sweep_rounds: of encoders, steps and the sweep.
         levels: the first stages of a ResNet that layers are taken from.
-        compiled: ways of the step that run compiled.
+        compiled: ways of the step that run compiled, too.
+        images: encoder, pixels and channels of the step whose images/s are measured; None leaves it out.
         copy_bytes, matrix_side: of the copy and the square product that measure the ceilings of the device; the copy
             is several times as large as the last cache.
     """
@@ -53,6 +51,7 @@ class Scale:
     step_rounds: int = 3
     sweep_rounds: int = 3
     compiled: tuple[str, ...] = ()
+    images: tuple[str, int, int] | None = None
     copy_bytes: int = 2**28
     matrix_side: int = 1536
 
@@ -80,14 +79,14 @@ def scale_of(name: str, where: torch.device | None = None) -> Scale:
         return Scale(
             where, 1, 3, 2, 1, batch=2, size=96, frames=2, width=32, light=32, encoders=("test_resnet",),
             step_encoders=("test_resnet",), sweep=(0.0, 0.6), rounds=2, step_rounds=2, sweep_rounds=2,
-            copy_bytes=2**22, matrix_side=128,
+            images=("test_resnet", 64, 3), copy_bytes=2**22, matrix_side=128,
         )  # fmt: skip
     found = Scale(where)
     if where.type == "cuda":
         found = replace(
             found, layer_batch=128, layer_rounds=11, batch=128, rounds=11, step_rounds=7, sweep_rounds=7,
             encoders=("resnet18", "resnet50", "convnext_base"), step_encoders=("resnet18", "resnet50", "convnext_base"),
-            compiled=("dense",), copy_bytes=2**32, matrix_side=8192,
+            compiled=("dense",), images=("resnet50", 224, 3), copy_bytes=2**32, matrix_side=8192,
         )  # fmt: skip
     if name == "full":
         found = replace(

@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from .device import has_gpu, wait
+
 __all__ = [
     "GATE",
     "Gate",
     "Ratio",
     "Timing",
+    "calls_to_fill",
     "check_close",
     "check_parity",
     "exact_float32",
     "in_turn",
     "peak_bytes",
-    "wait",
 ]
+
+FILL, MOST = 0.02, 1000  # seconds that one timing on a GPU fills with calls, and how many they are at most
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every way in every round; measured in turn, so that a drift of the machine meets all alike."""
+    """Seconds of one call of every way in every round; measured in turn: a drift of the machine meets all alike."""
 
     seconds: dict[str, list[float]]
 
@@ -71,7 +75,7 @@ class Timing:
             way: the one that the ratio speaks for.
             against: its rival.
             unit: ``"s"`` or ``"ms"``.
-            calls: how many calls were timed as one.
+            calls: how many runs of what is compared make one call.
         """
         factor = {"s": 1.0, "ms": 1e3}[unit] / calls
         return self.ratio(against, way), (self.median(way) * factor, self.median(against) * factor), unit
@@ -139,28 +143,35 @@ def exact_float32() -> Iterator[None]:
         torch.set_float32_matmul_precision(before[1])
 
 
-def wait() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 2) -> Timing:
-    """Run every way once per round, in turn; return the seconds of the counted rounds.
+    """Run every way in turn, round by round; return the seconds of a call in the counted rounds.
+
+    On a CPU a way is called once in a round. On a GPU it is called as often as fills `FILL` seconds by its time in the
+    last warm-up, so that neither the wait at the end counts nor slow ways take minutes.
 
     Raises AssertionError if no parity check has passed.
     """
     GATE.worst()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    calls = dict.fromkeys(ways, 1)
     for index in range(warmup + rounds):
         for name, run in ways.items():
             wait()
             started = time.perf_counter()
-            run()
+            for _ in range(calls[name]):
+                run()
             wait()
+            took = (time.perf_counter() - started) / calls[name]
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(took)
+            elif index == warmup - 1 and has_gpu():
+                calls[name] = calls_to_fill(took)
     return Timing(seconds)
+
+
+def calls_to_fill(seconds: float) -> int:
+    """Return how many calls of so many seconds fill `FILL`, from 1 to `MOST`."""
+    return min(MOST, max(1, round(FILL / max(seconds, 1e-9))))
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:

@@ -31,6 +31,7 @@ __all__ = [
 ROOT = Path(__file__).parents[2]
 MEASURED, HEADLINE = "measured", "headline"  # names of the regions of docs/benchmarks.md and of README.md
 LARGEST = 150_000  # bytes of a picture
+NO_GPU = "### GPU\n\nNever run on a GPU: there is no figure of one. `python -m benchmarks gpu` writes them."
 TITLES = {
     "speed": "Speed over plain dense against the masked share",
     "split": "Where the time of a training step goes",
@@ -91,11 +92,12 @@ def picture_names(name: str, rows: Sequence[Row]) -> dict[str, str]:
 
 
 def blocks(found: dict[str, list[Row]]) -> dict[str, str]:
-    """Return what docs/benchmarks.md shows of each device."""
-    return {
+    """Return what docs/benchmarks.md shows of each device, and that there is no GPU, if there is none."""
+    pages = {
         name: device_page(name, rows, "../benchmarks/results", _links(picture_names(name, rows)))
         for name, rows in found.items()
     }
+    return pages if any(_is_gpu(rows) for rows in found.values()) else {"": NO_GPU, **pages}
 
 
 def summaries(found: dict[str, list[Row]]) -> dict[str, str]:

@@ -111,6 +111,16 @@ class Problem(NamedTuple):
         moved = sum(t.nbytes for t in (self.x, self.weight, self.g))
         return Work(macs * len(passes), float(moved) * len(passes))
 
+    def again(self, seed: int) -> Problem:
+        """Return the same problem with other operands of the same sizes, and the same weight."""
+        generator = torch.Generator(self.x.device).manual_seed(seed)
+
+        def like(t: Tensor) -> Tensor:
+            values = torch.randn(t.shape, generator=generator, device=t.device)
+            return values.to(t.dtype).contiguous(memory_format=torch.channels_last)
+
+        return self._replace(x=like(self.x), g=like(self.g))
+
     def to(self, dtype: torch.dtype) -> Problem:
         """Return the same numbers rounded to ``dtype``."""
         return Problem(self.shape, self.grid, *(t.to(dtype) for t in (self.x, self.weight, self.g)))

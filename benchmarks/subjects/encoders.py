@@ -19,6 +19,7 @@ from patchsparse import PatchGrid, bind, pack, sparsify, unpack
 from patchsparse.testing import DenseAndMask
 
 from ..measure.ceilings import ceilings
+from ..measure.device import capture
 from ..measure.scales import Scale
 from ..measure.timing import check_parity, exact_float32
 from ..measure.work import counted
@@ -43,18 +44,49 @@ class Encoders:
         steps: forward + backward by name: one for each engine asked for, ``dense`` and ``dense-and-mask``.
         check: compare all engines with dense-and-mask, which opens the gate.
         scale: sizes of the batch.
+        models: what the steps run, by the same names.
     """
 
     case: str
     steps: dict[str, Callable[[], object]]
     check: Callable[[], None]
     scale: Scale
+    models: dict[str, nn.Module]
 
     def bounds(self, way: str) -> tuple[float, float]:
         """Return how many times fewer products ``way`` has than plain dense, and its floor in seconds."""
         ours, dense = (counted(self.steps[name]) for name in (way, DENSE))
         products = [sum(layer.work.macs for layer in layers) for layers in (ours, dense)]
         return products[1] / products[0], ceilings(self.scale).total(ours)
+
+    def captured(self, way: str) -> Callable[[], object]:
+        """Return what replays a step as one CUDA graph, after its gradients were compared with those of the step.
+
+        Raises:
+            RuntimeError: if it cannot be captured, with the reason.
+            AssertionError: if a replay has other gradients.
+        """
+
+        def run() -> list[Tensor]:
+            self.steps[way]()
+            return []
+
+        replay, _ = capture(run)
+        gradients = [p.grad for p in self.models[way].parameters() if p.grad is not None]
+        found = []
+        for once in (self.steps[way], replay):
+            for gradient in gradients:
+                gradient.zero_()
+            once()
+            found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+        check_parity(f"{self.case} {way} replayed", found[1], found[0], GRADIENTS)
+        return replay
+
+    def compiled(self, way: str) -> Callable[[], object]:
+        """Return a step whose model is compiled, after one run."""
+        self.models[way].compile()
+        self.steps[way]()
+        return self.steps[way]
 
 
 def _backward(features: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
@@ -97,7 +129,8 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
         DENSE: timed(lambda: plain(last), noise),
         DENSE_AND_MASK: timed(lambda: masking(frames), images),
     }
-    return Encoders(f"{name} batch {scale.batch}", steps, check, scale)
+    models = {**ours, DENSE: plain, DENSE_AND_MASK: masking}
+    return Encoders(f"{name} batch {scale.batch}", steps, check, scale, models)
 
 
 def _packed(model: nn.Module, frames: Tensor, grid: PatchGrid) -> list[Tensor]:

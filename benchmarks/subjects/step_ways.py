@@ -8,8 +8,8 @@
 ``light``              ours, light decoder
 =====================  =============================================================================================
 
-Ours and ``dense`` run in bfloat16 on a GPU, in float32 on a CPU. Sparse decoding and the light decoder train other
-objectives, which docs/decoding.md compares by what they learn.
+``WAY compiled`` is the same with its model compiled. Ours and ``dense`` run in bfloat16 on a GPU, in float32 on a CPU.
+Sparse decoding and the light decoder train other objectives, which docs/decoding.md compares by what they learn.
 """
 
 from __future__ import annotations
@@ -49,7 +49,15 @@ def case_of(encoder: str, scale: Scale) -> str:
 
 
 def make_step(way: str, encoder: str, scale: Scale, precision: torch.dtype | None = None) -> Step:
-    """Build a step on windows in memory; equal weights and masks in all ways that share a decoder."""
+    """Build a step on windows in memory; equal weights and masks in all ways that share a decoder.
+
+    Args:
+        way: its name; ``" compiled"`` behind it compiles the model.
+        encoder: timm's name.
+        scale: sizes.
+        precision: of ours and of ``dense``; that of the scale by default.
+    """
+    way, _, how = way.partition(" ")
     masks, device = MaskSampler(ratio=MASKED), scale.device
     place = windows_on(device, scale.batch, scale.size, scale.frames, Augmentation())
     decoder, width = ("light", scale.light) if way == "light" else ("unet", scale.width)
@@ -62,7 +70,7 @@ def make_step(way: str, encoder: str, scale: Scale, precision: torch.dtype | Non
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ratio = DECODE_RATIO if way == OURS[1] else 1.0
     step = kind(model, place, scale.batch, masks, ratio, scale.precision if precision is None else precision)
-    return compiled(step) if way in scale.compiled and precision is None else step
+    return compiled(step) if how == "compiled" else step
 
 
 def check_equal(encoder: str, scale: Scale) -> None:

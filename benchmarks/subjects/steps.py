@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from patchsparse import PatchGrid
 from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.data.resident.places import Place, place_windows
-from spatspark_fast.data.resident.store import in_memory
+from spatspark_fast.data.resident.store import WindowStore, in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.data.windows import WholeWindows
 from spatspark_fast.models.masks import MaskSampler, patches_to_decode
@@ -21,12 +25,13 @@ from spatspark_fast.models.spark import Observer, SparK, build_spark
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import parameter_groups, set_rates
 
-from ..measure.timing import wait
+from ..measure.device import wait
 
-__all__ = ["PARTS", "Marks", "OurStep", "Step", "build", "compiled", "no_mark", "split", "windows_on"]
+__all__ = ["PARTS", "Marks", "OurStep", "Step", "build", "compiled", "no_mark", "split", "windows", "windows_on"]
 
 RATES = (2e-4, 0.04)  # learning rate and weight decay
 BETAS, CLIP = (0.9, 0.95), 5.0
+DRAWN = 8  # different windows of a batch
 PARTS = ("data", "encoder", "decoder", "optimiser")  # backward passes included
 
 
@@ -144,18 +149,32 @@ def _endless(place: Place, batch: int) -> Iterator[Tensor]:
         yield from place.batches([keys])
 
 
+@cache
+def windows(count: int, frames: int, size: int) -> WindowStore:
+    """Return ``count`` windows of synthetic radar, 16 bits a pixel: `DRAWN` different ones, made once in a process.
+
+    What a step costs does not depend on the rain, and making a window takes a CPU longer than a step takes a GPU.
+    """
+    drawn = in_memory(WholeWindows(SyntheticRadar(min(count, DRAWN), frames, 0, size)))
+    return replace(drawn, codes=drawn.codes[np.arange(count) % DRAWN])
+
+
 def windows_on(device: torch.device, batch: int, size: int, frames: int, augmentation: Augmentation) -> Place:
-    """Return ``batch`` windows of synthetic radar in the memory of a device, 16 bits a pixel."""
-    windows = WholeWindows(SyntheticRadar(batch, frames, 0, size))
+    """Return ``batch`` windows of synthetic radar in the memory of a device."""
     where = "host" if device.type == "cpu" else "device"
-    return place_windows(in_memory(windows), augmentation, where, device)
+    return place_windows(windows(batch, frames, size), augmentation, where, device)
+
+
+@cache
+def _built(decoder: str, width: int, encoder: str, frames: int) -> SparK:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"decoder": decoder, "decoder_width": width, "in_chans": frames}
+    return build_spark(encoder, **options)
 
 
 def build(decoder: str, width: int, device: torch.device, encoder: str, frames: int) -> SparK:
-    """Build a model of equal weights in every call, in channels_last memory."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"decoder": decoder, "decoder_width": width, "in_chans": frames}
-    return build_spark(encoder, **options).to(device)
+    """Build a model of equal weights in every call, in channels_last memory; drawn once in a process."""
+    return copy.deepcopy(_built(decoder, width, encoder, frames)).to(device)
 
 
 def compiled(step: OurStep) -> OurStep:

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as commands
-from benchmarks.gpu import stages as gpu_stages
-from benchmarks.measure.rows import COLUMNS, Row, merge, read
+from benchmarks.measure.rows import COLUMNS, Row, left_out, merge, read
 from benchmarks.measure.scales import NAMES, scale_of
 from benchmarks.reports import headline as headline_command
 from benchmarks.reports import report as report_command
@@ -44,8 +43,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
 
 def test_every_suite_writes_rows_that_say_all(rows: list[Row]) -> None:
     assert {row["suite"] for row in rows} == {
-        "conv", "pool", "norm", "encoder", "mask_sweep", "step", "split", "step_memory", "encoder_memory",
-        "data",
+        "conv", "pool", "norm", "encoder", "mask_sweep", "step", "split", "step_memory", "encoder_memory", "data",
+        "images",
     }  # fmt: skip
     for row in rows:
         assert tuple(row) == COLUMNS
@@ -85,6 +84,7 @@ def test_the_report_fills_pages_and_is_idempotent(rows: list[Row], tmp_path: Pat
     readme, docs = ((tmp_path / page).read_text() for page in ("README.md", "docs/benchmarks.md"))
     assert readme.startswith("# Title\n")
     assert readme.endswith("The rest.\n")
+    assert "Never run on a GPU" not in docs
     assert "older-machine" not in readme  # the newest CPU and the newest GPU
     assert readme.index("nvidia-h200") < readme.index("this-machine")
     for what in (
@@ -177,6 +177,23 @@ def test_the_readme_shows_small_gains_too() -> None:
         assert shown["resnet18 encoder", "60 %"][2].endswith(")"), "MinkowskiEngine is missing"
 
 
+def test_without_rows_of_a_gpu_the_page_says_so(rows: list[Row]) -> None:
+    cpu, gpu = rows, [row | {"device": "NVIDIA H100 80GB HBM3"} for row in rows]
+    assert next(iter(report_command.blocks({"a": cpu}).values())) == report_command.NO_GPU
+    assert report_command.NO_GPU not in report_command.blocks({"a": cpu, "b": gpu}).values()
+
+
+def test_captured_and_compiled_rivals_stand_in_the_tables(rows: list[Row]) -> None:
+    """The fastest dense one counts, and what was left out is said."""
+    row = next(r for r in rows if r["suite"] == "encoder" and r["against"] == "dense")
+    graph = row | {"way": "auto graph", "ratio": "2.5", "low": "2.4", "high": "2.6", "against": "dense graph"}
+    compiled = graph | {"against": "dense compiled", "ratio": "2.1", "low": "2.0", "high": "2.2"}
+    gone = left_out("a case", "gather graph", "it asks | the host", 0.6)
+    (page,) = (report_command.blocks({"gpu": [graph, compiled, gone]})[name] for name in ("gpu",))
+    assert "packed, CUDA graph | 60 % | 2.10x (2.00-2.20)" in page
+    assert "| a case | 60 % | gather graph | it asks / the host |" in page
+
+
 def test_the_committed_pages_are_those_of_the_committed_results() -> None:
     """Tables of README and docs are never written by hand."""
     found = devices(report_command.RESULTS)
@@ -186,38 +203,6 @@ def test_the_committed_pages_are_those_of_the_committed_results() -> None:
         assert block in docs, f"run python -m benchmarks report: docs/benchmarks.md is not that of {name}"
     for name, block in report_command.summaries(newest(found)).items():
         assert block in readme, f"run python -m benchmarks report: README.md is not that of {name}"
-
-
-def test_the_gpu_script_stops_where_kernels_are_wrong(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert commands.main(["gpu"]) == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
-    assert commands.main(["gpu", "--scale", "tiny", "--stages", "stepp"]) == 2
-    assert "no stage is called stepp" in capsys.readouterr().err
-    ran: list[str] = []
-
-    def run(name: str, command: list[str], minutes: float) -> bool:
-        ran.append(name)
-        assert all("{" not in part for part in command)
-        return name != fails
-
-    monkeypatch.setattr(gpu_stages, "_run", run)
-    rehearsal = ["gpu", "--scale", "tiny", "--out", str(tmp_path)]
-    fails = "kernels-right"
-    assert commands.main(rehearsal) == 1
-    assert ran[-1] == "kernels-right"
-    assert "nothing is measured" in capsys.readouterr().err
-    ran.clear()
-    fails = "step"
-    assert commands.main(rehearsal) == 1
-    assert "failed: step" in capsys.readouterr().out
-    assert set(ran) >= {"engine", "kernels-right", "layers", "step", "encoder", "memory", "small", "more-layers"}
-    ran.clear()
-    assert commands.main([*rehearsal, "--minutes", "0", "--stages", "step", "encoder"]) == 0
-    assert not ran
-    assert "python -m benchmarks gpu --stages step encoder" in capsys.readouterr().out
 
 
 def test_scales_exist_for_both_devices() -> None:
