@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .gpu.stages import add_options, gpu
 from .measure.scales import NAMES
 
 __all__ = ["main"]
@@ -23,12 +24,8 @@ def parser() -> argparse.ArgumentParser:
     found = commands.add_parser("roofline", help="measure both ceilings, and count what a step needs at least")
     found.add_argument("--encoder", default="resnet18", help="timm model (default: resnet18)")
     found.add_argument("--scale", choices=NAMES, default="quick", help="sizes (default: quick)")
-    found = commands.add_parser("gpu", help="build, check and measure all that a GPU can, in calls of minutes")
-    found.add_argument("--stages", nargs="+", metavar="STAGE", help="some of the stages; default all that are left")
-    found.add_argument("--wheels", type=Path, metavar="DIR", help="install peers from wheels in DIR")
-    found.add_argument("--minutes", type=float, default=9.0, help="begin no stage after so long (default: 9)")
-    found.add_argument("--scale", choices=NAMES, default="quick", help="sizes and rounds (default: quick)")
-    found.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<device>")
+    found = commands.add_parser("gpu", help="check and measure all that a GPU can, in calls of minutes")
+    add_options(found, NAMES)
     return result
 
 
@@ -49,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .reports.roofline import roofline
 
         return roofline(options.encoder, options.scale)
-    from .gpu.stages import gpu
-
     return gpu(options)
 
 

@@ -1,135 +1,164 @@
-"""All that a GPU can build, check and measure, in calls of ten minutes: ``python -m benchmarks gpu``.
+"""All that a GPU can check and measure: ``python -m benchmarks gpu``, in calls of ten minutes.
 
-Stages run one after the other, each in a process of its own. A stage is not begun when the time is up, and is stopped
-when it runs out; what is left is printed as the next command. Results of several calls fill the same tables. Where the
-kernels turn out to be wrong the call ends.
+``--plan all`` runs everything until ``--minutes`` are up and prints the command for what is left. ``--plan short`` runs
+one of two parts of 360 and 240 seconds, whose lines have limits of their own (``plan.py``). Rows of several calls fill
+the same tables. A kernel that a check finds wrong has no figures; all others are measured. However a call ends, there
+is one archive of all that it left, and the last lines it prints are a table.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+from ..measure.device import has_gpu
+from ..measure.machine import folder_name, provenance
+from .goals import goal_table
+from .plan import EVERYTHING, PARTS, SHORT, TUNE, WHEELS, Line
+from .runner import ROOT, Ended, Runner, StoppedError, pack, signals_raise
 
-from ..measure.machine import RESULTS, folder_name
+__all__ = ["add_options", "gpu"]
 
-__all__ = ["STAGES", "Stage", "gpu"]
-
-ROOT = Path(__file__).parents[2]
-SITE = ROOT / "build" / "peers"  # where wheels of other libraries are installed, and nothing else is touched
-PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+OUT = ROOT / "build" / "gpu"
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A process to run: arguments of Python, in which {out}, {scale} and {minutes} are filled in.
+def add_options(found: argparse.ArgumentParser, scales: Sequence[str]) -> None:
+    """Add the options of the command."""
+    found.add_argument("--plan", choices=("all", "short"), default="all", help="what to run (default: all)")
+    found.add_argument("--part", type=int, choices=sorted(PARTS), help="of the short plan; default both")
+    found.add_argument("--tune", action="store_true", help="measure configurations, and write the package's table")
+    found.add_argument("--stages", nargs="+", metavar="NAME", help="some lines of the plan")
+    found.add_argument("--encoders", metavar="A,B", help="timm encoders in place of the scale's")
+    found.add_argument("--wheels", type=Path, metavar="DIR", help="install libraries from wheels in DIR")
+    found.add_argument("--minutes", type=float, default=9.0, help="time for --plan all and --tune (default: 9)")
+    found.add_argument("--scale", choices=scales, default="quick", help="sizes and rounds (default: quick)")
+    found.add_argument("--out", type=Path, default=OUT, help="folder of rows and logs (default: build/gpu)")
+    found.add_argument("--archive", type=Path, metavar="FILE", help="all of it in one file (default: OUT.tar.gz)")
 
-    Attributes:
-        essential: whether its failure ends the call.
+
+def lines_of(options: argparse.Namespace) -> list[tuple[Line, float]]:
+    """Return the lines that are asked for, and when each must have ended, in seconds from the start.
+
+    Raises:
+        ValueError: for a name that no line has.
     """
-
-    arguments: tuple[str, ...]
-    essential: bool = False
-
-
-def _suite(*files: str) -> Stage:
-    paths = [f"benchmarks/{name}" for name in files]
-    return Stage((*PYTEST, *paths, "--scale", "{scale}", "--results", "{out}"))
-
-
-def _layers(*groups: str) -> Stage:
-    options = ("--no-check", "--out", "{out}", "--minutes", "{minutes}")
-    return Stage(("-m", "benchmarks.gpu.kernels", *options, "--only", *groups))
-
-
-STAGES: Mapping[str, Stage] = {
-    "engine": Stage(("setup.py", "-q", "build_ext", "--inplace")),
-    "peers": Stage(("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", str(SITE))),
-    "minkowski": Stage(("scripts/install_minkowski.py",)),
-    "kernels-right": Stage(("-m", "benchmarks.gpu.kernels", "--check-only"), essential=True),
-    "peers-right": Stage((*PYTEST, "-o", "addopts=", "tests/benchmarks/test_peers.py", "-k", "installed")),
-    "layers": _layers("3x3"),
-    "step": _suite("test_step.py"),
-    "encoder": _suite("test_encoder.py", "test_mask_sweep.py"),
-    "memory": _suite("test_memory.py", "test_data.py"),
-    "small": _suite("test_pool.py", "test_norm.py"),
-    "more-layers": _layers("stride2", "depthwise", "stem", "densify"),
-}
+    if options.tune:
+        return [(TUNE, 60 * options.minutes)]
+    if options.plan == "all":
+        found = [line for line in EVERYTHING if not line.asked or line.name in (options.stages or ())]
+    else:
+        wheels = (WHEELS,) if options.wheels else ()
+        parts = sorted(PARTS) if options.part is None else [options.part]
+        found = [*wheels, *(line for part in parts for line in SHORT[part])]
+    names = [line.name for line in (EVERYTHING if options.plan == "all" else found)]
+    unknown = sorted(set(options.stages or ()) - set(names))
+    if unknown:
+        raise ValueError(f"no line is called {', '.join(unknown)}; choose from {', '.join(dict.fromkeys(names))}")
+    if options.stages:
+        found = [line for line in found if line.name in options.stages]
+    if options.plan == "all":
+        return [(line, 60 * options.minutes) for line in found]
+    return list(zip(found, _ends(found), strict=True))
 
 
-def _why_not(name: str, wheels: Path | None) -> str | None:
-    """Return why a stage has nothing to do here, or None."""
-    if name == "peers" and (wheels is None or not any(wheels.glob("*.whl"))):
-        return "no --wheels were given: peers that are installed are used"
-    scripts = [a for a in STAGES[name].arguments if a.endswith(".py")]
-    missing = [a for a in scripts if not (ROOT / a).exists()]
-    return f"{missing[0]} is not there" if missing else None
+def _ends(lines: Sequence[Line]) -> Iterator[float]:
+    """Yield when each line must have ended: its own seconds after the line before it."""
+    end = 0.0
+    for line in lines:
+        end += line.seconds
+        yield end
 
 
-def command_of(name: str, options: argparse.Namespace, out: Path, minutes: float) -> list[str]:
-    """Return the command line of a stage."""
-    filled = {"{out}": str(out), "{scale}": options.scale, "{minutes}": f"{max(minutes - 0.5, 0.1):.1f}"}
-    arguments = [filled.get(argument, argument) for argument in STAGES[name].arguments]
-    if name == "peers":
-        arguments += [str(wheel) for wheel in sorted(options.wheels.glob("*.whl"))]
-    return [sys.executable, *arguments]
-
-
-def gpu(options: argparse.Namespace) -> int:
-    """Run the stages that are asked for until the time is up; return the exit status.
+def gpu(options: argparse.Namespace, python: Sequence[str] = (sys.executable,)) -> int:
+    """Run what is asked for until its time is up; return the exit status.
 
     Without a GPU only ``--scale tiny`` runs: a rehearsal of the suites.
+
+    Args:
+        options: see `add_options`.
+        python: what starts every line: the interpreter, and what it is always started with.
     """
-    if not torch.cuda.is_available() and options.scale != "tiny":
+    if not has_gpu() and options.scale != "tiny":
         sys.stderr.write("python -m benchmarks gpu needs a CUDA device; on a CPU run pytest benchmarks/\n")
         return 2
-    unknown = sorted(set(options.stages or ()) - set(STAGES))
-    if unknown:
-        sys.stderr.write(f"no stage is called {', '.join(unknown)}; choose from {', '.join(STAGES)}\n")
-        return 2
-    began, out = time.monotonic(), options.out or RESULTS / folder_name()
-    waiting = list(options.stages or STAGES)
-    failed = []
-    while waiting:
-        left = options.minutes - (time.monotonic() - began) / 60
-        if left <= 0:
-            break
-        name = waiting.pop(0)
-        if reason := _why_not(name, options.wheels):
-            sys.stdout.write(f"--- {name}: left out, {reason}\n")
-        elif not _run(name, command_of(name, options, out.absolute(), left), left):
-            failed.append(name)
-            if STAGES[name].essential:
-                sys.stderr.write(f"{name} failed: nothing is measured\n")
-                return 1
-    if waiting:
-        sys.stdout.write(f"left for the next call: python -m benchmarks gpu --stages {' '.join(waiting)}\n")
-    if failed:
-        sys.stdout.write(f"failed: {', '.join(failed)}\n")
-    return 1 if failed else 0
-
-
-def _run(name: str, command: list[str], minutes: float) -> bool:
-    """Run a stage with what is left of the time; return whether it ended well."""
-    sys.stdout.write(f"--- {name}: {shlex.join(command)}\n")
-    sys.stdout.flush()
-    paths = [str(ROOT), str(ROOT / "kernels"), str(SITE), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    started = time.monotonic()
     try:
-        status = subprocess.run(command, cwd=ROOT, env=environment, timeout=60 * minutes, check=False).returncode
-    except subprocess.TimeoutExpired:
-        sys.stdout.write(f"--- {name}: stopped after {minutes:.1f} minutes; its finished parts are kept\n")
-        return False
-    sys.stdout.write(
-        f"--- {name}: {'done' if status == 0 else f'exit code {status}'}, {time.monotonic() - started:.0f} s\n"
-    )
-    return status == 0
+        lines = lines_of(options)
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    out = options.out.absolute()
+    archive = (options.archive or out.with_name(out.name + ".tar.gz")).absolute()
+    runner = Runner(out, archive, python, _filled(options, out))
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    (out / "run.json").write_text(json.dumps(provenance(), indent=1))
+    status, caches = 0, [_cached()]
+    with signals_raise():
+        try:
+            _run(runner, lines, caches)
+        except StoppedError as stopped:
+            status = 128 + stopped.signum
+        finally:
+            _finish(runner, options, [line for line, _ in lines], caches)
+    return status or int(not all(ended.well for ended in runner.ended))
+
+
+def _run(runner: Runner, lines: Sequence[tuple[Line, float]], caches: list[int]) -> None:
+    """Run the lines; those of a plan with one time for all are not begun when it is up."""
+    began = time.monotonic()
+    for line, end in lines:
+        runner.run(line, end - (time.monotonic() - began))
+        if line.name == "check":
+            caches.append(_cached())
+
+
+def _filled(options: argparse.Namespace, out: Path) -> dict[str, list[str]]:
+    wheels = sorted(options.wheels.glob("*.whl")) if options.wheels else []
+    return {
+        "{rows}": [str(out / "results" / folder_name())],
+        "{scale}": [options.scale],
+        "{encoders}": ["--encoders", options.encoders] if options.encoders else [],
+        "{wheels}": [str(wheel) for wheel in wheels],
+    }
+
+
+def _cached() -> int:
+    """Return how many folders the cache of compiled kernels has."""
+    cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    return sum(1 for entry in cache.iterdir() if entry.is_dir()) if cache.is_dir() else 0
+
+
+def _finish(runner: Runner, options: argparse.Namespace, lines: Sequence[Line], caches: Sequence[int]) -> None:
+    """Print and keep the last table: how each line ended, goals that rows can answer, and where all of it is."""
+    folder = Path(runner.filled["{rows}"][0])
+    ended = {found.line.name: found for found in runner.ended}
+    counted = ", then ".join(map(str, caches))
+    where = provenance()
+    parts = [
+        f"{where['device']}; {where['versions']}; commit {where['commit']}; {where['date']}",
+        f"compiled kernels in Triton's cache before the first line, and after the check: {counted}",
+        _ended_table(runner.ended),
+        goal_table(folder),
+    ]
+    left = [line.name for line in lines if line.name not in ended or ended[line.name].how.startswith("not begun")]
+    if left:
+        parts.append(f"left for the next call: python -m benchmarks gpu {_again(options)}--stages {' '.join(left)}")
+    text = "\n\n".join(filter(None, parts)) + "\n"
+    (runner.out / "plan.md").write_text(text)
+    pack(runner.out, runner.archive)
+    sys.stdout.write(f"\n{text}\nrows: {folder}\nall of it: {runner.archive}\n")
+    sys.stdout.flush()
+
+
+def _again(options: argparse.Namespace) -> str:
+    part = "" if options.part is None else f"--part {options.part} "
+    return "" if options.plan == "all" else f"--plan short {part}"
+
+
+def _ended_table(ended: Sequence[Ended]) -> str:
+    rows = [f"| {e.line.name} | {e.seconds:.0f} s | {e.how} | {e.line.answers} |" for e in ended]
+    return "\n".join(["| line | took | ended | question |", "|---|---|---|---|", *rows])

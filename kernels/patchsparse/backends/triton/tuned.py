@@ -140,6 +140,11 @@ class Table:
         found = self.entries.setdefault(kind.card, {})
         found[str(kind)] = Entry(entry.tile, entry.ms, entry.default_ms, self.runs.index(dict(run)))
 
+    def remove(self, kind: Kind) -> None:
+        """Leave a kind of call to the default; cards without entries are dropped."""
+        self.entries.get(kind.card, {}).pop(str(kind), None)
+        self.entries = {card: found for card, found in self.entries.items() if found}
+
     def entry(self, kind: Kind) -> Entry | None:
         """Return what is known of a kind of call, or of one with up to half or twice as many rows."""
         known = self.entries.get(kind.card)

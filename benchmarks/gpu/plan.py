@@ -1,0 +1,163 @@
+"""What a GPU is asked, line by line: the command, its limit in seconds, and what it answers; tables alone.
+
+Lines stand in the order of their worth, since the last ones are lost where time runs out. A line that ends early leaves
+its seconds to those that follow. ``stages.py`` runs them, ``runner.py`` keeps the limits.
+
+In a command ``{python}`` stands for the interpreter (``{python line}`` in one word), ``{rows}`` for the folder of the
+rows, ``{out}`` for that of everything, ``{minutes}`` for what is left, ``{scale}`` for ``--scale``, ``{encoders}`` for
+``--encoders``, ``{site}`` for the folder of other libraries, ``{wheels}`` for the wheels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["EVERYTHING", "PARTS", "SHORT", "TUNE", "Line"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One process of a plan.
+
+    Attributes:
+        name: short; also that of its log.
+        command: its arguments, with placeholders.
+        seconds: it is stopped after so many, and those that earlier lines left.
+        answers: the question that it answers.
+        needs: a program that must be there, or ``"wheels"``.
+        asked: whether it runs only where ``--stages`` names it.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    answers: str
+    needs: str = ""
+    asked: bool = False
+
+
+def _module(name: str, *arguments: str) -> tuple[str, ...]:
+    return ("{python}", "-m", f"benchmarks.gpu.{name}", *arguments)
+
+
+def _kernels(*arguments: str) -> tuple[str, ...]:
+    return _module("kernels", *arguments, "--out", "{rows}")
+
+
+def _layers(group: str, *more: str, tune: bool = False) -> tuple[str, ...]:
+    quiet = () if tune else ("--no-tune",)
+    return _kernels("--no-check", "--minutes", "{minutes}", *quiet, "--only", *group.split(), *more)
+
+
+def _pytest(*arguments: str) -> tuple[str, ...]:
+    return ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+
+
+def _suite(files: str, *more: str) -> tuple[str, ...]:
+    paths = (f"benchmarks/{name}" for name in files.split())
+    return _pytest(*paths, "--scale", "{scale}", "--results", "{rows}", *more)
+
+
+INSTALL = ("{python}", "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", "{site}")
+CHECK = "do all kernels agree with float64, and do replayed graphs?"
+PEERS_RIGHT = _pytest("-o", "addopts=", "tests/benchmarks/test_peers.py", "-k", "installed")
+WHEELS = Line("wheels", (*INSTALL, "{wheels}"), 10, "can the libraries be installed?", "wheels")
+CARD = Line("card", _module("card", "--out", "{rows}"), 20, "is the card as fast as it should be?")
+NCU = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--section", "SpeedOfLight", "--section",
+       "Occupancy", "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats")  # fmt: skip
+SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
+TUNE = Line(
+    "tune",
+    _module("tune", "--out", "{rows}", "--minutes", "{minutes}"),
+    540,
+    "which configurations are fastest for ResNets and ConvNeXts?",
+)
+
+SHORT: Mapping[int, tuple[Line, ...]] = {
+    1: (
+        CARD,
+        Line("check", _kernels("--check-only"), 60, CHECK),
+        Line("3x3", _layers("3x3", "--masked", "0.6"), 70, "is every 3x3 stage twice as fast as dense cuDNN?"),
+        Line(
+            "other-layers",
+            _layers("stem stride2 densify", "--masked", "0.6"),
+            50,
+            "are stem, stride 2 and densifying faster than dense?",
+        ),
+        Line(
+            "step",
+            _suite("test_step.py::test_step test_step.py::test_compiled", "--encoders", "resnet18"),
+            110,
+            "how fast is a whole step of a ResNet-18, over the published and the best dense one?",
+        ),
+        Line("ncu", (*NCU, *_module("small")), 30, "what bounds six kernels?", "ncu"),
+        Line(
+            "sanitizer",
+            (*SANITIZER, *_module("small", "--tiny")),
+            20,
+            "does any kernel touch memory that is not its own?",
+            "compute-sanitizer",
+        ),
+    ),
+    2: (
+        Line("check", _kernels("--check-only", "--modes", "bfloat16"), 25, CHECK),
+        Line(
+            "3x3-tuned",
+            _layers("3x3", "--masked", "0.6", "0.3", "0.75", tune=True),
+            45,
+            "what does tuning give, and how does the masked share matter?",
+        ),
+        Line(
+            "encoders",
+            _suite("test_encoder.py", "--encoders", "resnet18,resnet50", "--no-compile"),
+            45,
+            "are whole encoders twice as fast as dense, eager and captured?",
+        ),
+        Line(
+            "step-graph",
+            _suite("test_step.py::test_graphs", "--encoders", "resnet18"),
+            35,
+            "what does a captured step give, and how much memory does it take?",
+        ),
+        Line(
+            "pretrain",
+            _module("training", "--out", "{rows}", "--python", "{python line}"),
+            35,
+            "does pretraining run, resume after a kill, and learn as dense-and-mask does?",
+        ),
+        Line("peers", _layers("peers", "--masked", "0.6"), 20, "how fast are other libraries at p8 C64 and p1 C512?"),
+        Line(
+            "images",
+            _suite("test_step.py::test_images"),
+            20,
+            "how many images/s does a ResNet-50 at 224x224 train on?",
+        ),
+        Line("depthwise", _layers("depthwise", "--masked", "0.6"), 10, "is 7x7 depthwise faster than dense?"),
+        Line("peers-right", PEERS_RIGHT, 5, "do the libraries that are installed agree with dense-and-mask?"),
+    ),
+}
+PARTS = {1: 360.0, 2: 240.0}  # seconds of work
+
+LONG = 3600.0  # of a line that may take all that is left
+EVERYTHING: tuple[Line, ...] = (
+    Line("engine", ("{python}", "setup.py", "-q", "build_ext", "--inplace"), LONG, "the C++ engine", asked=True),
+    WHEELS,
+    Line("minkowski", ("{python}", "scripts/install_minkowski.py"), LONG, "MinkowskiEngine", asked=True),
+    CARD,
+    Line("check", _kernels("--check-only"), LONG, CHECK),
+    Line("peers-right", PEERS_RIGHT, LONG, "do the libraries that are installed agree with dense-and-mask?"),
+    Line("layers", _layers("3x3", tune=True), LONG, "3x3 layers over dense cuDNN, default and tuned"),
+    Line("step", _suite("test_step.py", "{encoders}"), LONG, "whole training steps"),
+    Line("encoder", _suite("test_encoder.py test_mask_sweep.py", "{encoders}"), LONG, "whole encoders"),
+    Line("peers", _layers("peers"), LONG, "other libraries"),
+    Line("memory", _suite("test_memory.py test_data.py", "{encoders}"), LONG, "peak memory, input pipeline"),
+    Line("small", _suite("test_pool.py test_norm.py"), LONG, "pooling and norms"),
+    Line("more-layers", _layers("stride2 depthwise stem densify", tune=True), LONG, "other layers"),
+    Line(
+        "pretrain",
+        _module("training", "--out", "{rows}", "--python", "{python line}"),
+        LONG,
+        "pretraining, killed and resumed",
+    ),
+)
