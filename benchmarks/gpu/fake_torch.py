@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch._dynamo  # its table of torch's functions must be made from the real ones
 from torch import Tensor
 
 from .cards import Card

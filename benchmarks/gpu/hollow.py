@@ -63,6 +63,11 @@ class Hollow(TorchDispatchMode):
                 return func(*args, **kwargs)
             with self:
                 return registered._init_fn(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        ):  # met below autograd only: let it fall into the operators that it is made of
+            with self:
+                return func.decompose(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
         on_card = any(map(is_on_card, given))
         _check_devices(func, given, on_card)
@@ -70,10 +75,10 @@ class Hollow(TorchDispatchMode):
         aliased = [r.alias_info for r in returns]
         if any(a is not None and not a.is_write for a in aliased):
             return func(*args, **kwargs)  # a view: it shares the memory, and the mark
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        written = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         small = sum(t.numel() for t in given) <= SMALL
         if written:
-            return func(*args, **kwargs) if small else _written(func, written, args, kwargs)
+            return func(*args, **kwargs) if small else _unwritten(func, args, kwargs, on_card)
         return self._functional(func, args, kwargs, small, on_card)
 
     def _functional(self, func: Any, args: Any, kwargs: Any, small: bool, on_card: bool) -> Any:
@@ -109,15 +114,17 @@ def _marked(results: Any, on_card: bool) -> Any:
     return tree_map_only(Tensor, lambda t: put_on_card(t, on_card), results)
 
 
-def _written(func: Any, names: list[str], args: Any, kwargs: Any) -> Any:
+def _unwritten(func: Any, args: Any, kwargs: Any, on_card: bool) -> Any:
     """Return what an operator returns that writes into arguments, without writing."""
-    arguments = func._schema.arguments
+    arguments, returns = func._schema.arguments, func._schema.returns
     bound = {a.name: value for a, value in zip(arguments, args, strict=False)} | kwargs
-    count = len(func._schema.returns)
-    if count == 0:
-        return None
-    results = [bound[name] for name in names[:count]]
-    return results[0] if count == 1 else tuple(results)
+    own = {frozenset(a.alias_info.before_set): bound[a.name] for a in arguments if a.alias_info is not None}
+    results = [None if r.alias_info is None else own[frozenset(r.alias_info.before_set)] for r in returns]
+    if any(r is None for r in results):
+        shapes = _shapes(func, args, kwargs)
+        shapes = shapes if isinstance(shapes, tuple) else (shapes,)
+        results = [_reserve(s, on_card) if r is None else r for r, s in zip(results, shapes, strict=True)]
+    return None if not results else results[0] if len(results) == 1 else tuple(results)
 
 
 def _check_devices(func: Any, given: list[Tensor], on_card: bool) -> None:
