@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["forget", "is_eager", "is_traced", "once"]
+__all__ = ["forget", "is_eager", "is_traced", "is_transformed", "once"]
 
 T = TypeVar("T")
 _PLAIN = (Tensor, nn.Parameter)
@@ -28,6 +28,12 @@ def is_traced() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
     )
+
+
+def is_transformed() -> bool:
+    """Return whether a transform of `torch.func` is at work, and nothing records."""
+    transforms = torch._C._are_functorch_transforms_active()
+    return transforms and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def is_eager(tensors: Iterable[Tensor]) -> bool:

@@ -14,13 +14,15 @@ __all__ = ["dense_operand", "gather_patches", "packed_empty", "packed_like", "sc
 
 def packed_empty(like: Tensor, count: int | torch.SymInt, channels: int, height: int, width: int) -> Tensor:
     """Return an uninitialised packed tensor ``(N, C, ph, pw)`` with channels_last strides, also where sizes are 1."""
-    return like.new_empty(count, height, width, channels).permute(0, 3, 1, 2)
+    strides = (height * width * channels, 1, width * channels, channels)
+    return like.new_empty_strided((count, channels, height, width), strides)
 
 
 def packed_like(x: Tensor) -> Tensor:
     """Return ``x`` ``(N, C, ph, pw)`` with channels_last strides: itself where it has them."""
-    rows = x.permute(0, 2, 3, 1)
-    return x if rows.is_contiguous() else rows.contiguous().permute(0, 3, 1, 2)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def dense_operand(x: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def choose(call: Call, backend: str) -> str:
         ValueError: for an unknown name.
         RuntimeError: if the named engine cannot run here, or not this call, with its reason.
     """
-    return _choice(call, requested(backend), os.environ.get(ISA))
+    return _choice(call, requested(backend), os.environ.get(ISA) if call.device == "cpu" else None)
 
 
 @once

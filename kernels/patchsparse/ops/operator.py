@@ -1,9 +1,9 @@
 """One definition of an operator, run in two ways: registered for whoever traces it, and at once in an eager call.
 
-A registered operator has a schema, a shape function and a gradient, which `torch.compile`, export, function transforms,
-dispatch modes and subclasses of Tensor need. An eager call needs the gradient alone: it goes through a plain
-`torch.autograd.Function` of the same formulas, or straight to the body where nothing requires a gradient. On the way
-through the registered operator the host spends as much time as a small kernel runs.
+A registered operator has a schema, a shape function and a gradient, which `torch.compile`, export, dispatch modes and
+subclasses of Tensor need. An eager call needs the gradient alone: it goes through a plain `torch.autograd.Function` of
+the same formulas, as do the transforms of `torch.func`, or straight to the body where nothing requires a gradient. On
+the way through the registered operator the host spends as much time as a small kernel runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, infer_schema
 
-from ..eager import is_eager
+from ..eager import is_eager, is_transformed
 
 __all__ = ["Operator", "operator"]
 
@@ -38,11 +38,13 @@ class Operator:
     def __call__(self, *arguments: Any) -> Any:
         """Compute the operator."""
         tensors = [a for a in arguments if isinstance(a, Tensor)]
-        if not is_eager(tensors):
-            return self.registered(*arguments)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if is_eager(tensors):
+            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+                return self._apply(*arguments)
+            return self._body(*arguments)
+        if is_transformed():
             return self._function.apply(*arguments)
-        return self._body(*arguments)
+        return self.registered(*arguments)
 
     def shape(self, function: Callable[..., Any]) -> None:
         """Take the function that returns results without values: their shapes, dtypes and strides."""
@@ -51,15 +53,12 @@ class Operator:
     def differentiable(self, context: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Take what `torch.autograd.Function` calls ``setup_context`` and ``backward``; both ways use them."""
         self._definition.register_autograd(backward, setup_context=context)
-        body = self._body
-
-        def forward(ctx: Any, *arguments: Any) -> Any:
-            output = body(*arguments)
-            context(ctx, arguments, output)
-            return output
-
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        methods = {"forward": self._body, "setup_context": context, "backward": backward}
+        methods = {name: staticmethod(method) for name, method in methods.items()}
         self._function: Any = type(self._name, (torch.autograd.Function,), methods)
+        # Function.apply itself looks for function transforms and binds default values anew in each call.
+        past: Any = super(torch.autograd.Function, self._function)
+        self._apply: Callable[..., Any] = past.apply
 
     def _refuse(self, ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"patchsparse::{self._name} has no derivative: only first derivatives can be taken here")

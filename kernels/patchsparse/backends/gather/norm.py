@@ -46,7 +46,7 @@ def batch_norm_act(
     activation: str,
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the result and new tensors of the mean and biased variance used, those of ``x`` unless given."""
+    """Return the result and the mean and biased variance used, those of ``x`` unless given."""
     mean, var = _used_statistics(x, mean, var)
     z = _scaled(_normalised(x, mean, (var + eps).rsqrt()), weight, bias)
     z = z if residual is None else z + residual
@@ -115,9 +115,9 @@ def batch_norm_unpack_grad(
 
 
 def _used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return new tensors: the given mean and variance, or those of ``x``; 0 where it has no rows."""
+    """Return views of the given mean and variance, or those of ``x``; 0 where it has no rows."""
     if mean is not None and var is not None:
-        return wide(mean).clone(), wide(var).clone()
+        return wide(mean).detach(), wide(var).detach()
     return batch_norm_moments(x)
 
 

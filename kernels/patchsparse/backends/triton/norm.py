@@ -83,9 +83,9 @@ def moments_launches(rows: Tensor, mean: Tensor, var: Tensor) -> list[Launch]:
 
 
 def used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return new tensors: the given mean and variance, or those of ``x``."""
+    """Return views of the given mean and variance, or those of ``x``."""
     if mean is not None and var is not None:
-        return wide(mean).clone(), wide(var).clone()
+        return wide(mean).detach(), wide(var).detach()
     return batch_norm_moments(x)
 
 
