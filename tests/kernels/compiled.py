@@ -24,12 +24,15 @@ from patchsparse.backends.triton import norm_unpack as image
 from patchsparse.backends.triton.launch import Launch, rows_like
 from patchsparse.geometry import Stencil
 
+from .compiled_stem import stems
+
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may take
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
@@ -171,6 +174,7 @@ def launches() -> Iterator[tuple[str, Launch]]:
         name = f"{tile.m}x{tile.n}x{tile.k}"
         for kind, launch in (("fwd", forward(tile, single)), ("wgrad", weight_gradient(tile, single))):
             yield f"{kind} ieee {name}", replace(launch, constants=launch.constants | {"PRECISION": "ieee"})
+    yield from stems()
     yield from memory_bound()
     yield from norms()
     yield from norms(c=3)  # no wide loads

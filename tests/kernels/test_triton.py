@@ -24,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_interpreted_kernels_equal_the_other_engines(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=--strict-markers", "-m", part]
-    command += [f"tests/kernels/interpreted_{name}.py" for name in ("triton", "norms")]
+    command += [f"tests/kernels/interpreted_{name}.py" for name in ("triton", "norms", "stem")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -44,7 +44,7 @@ def _compilations() -> list:
     chosen = [(n, launch) for n, launch in compiled.launches() if not n.startswith(("dgrad", "fwd tf32", "wgrad tf32"))]
     cases, kinds = [], set()
     for (name, launch), turn in zip(chosen, cycle((90, 80, 100, 90)), strict=False):
-        kind = re.sub(r" ?(\d+x\d+x\d+|b?float\d+ C\d+)", "", name)
+        kind = re.sub(r" ?(\d+x\d+x\d+|b?float\d+ C\d+|C\d+( tf32| ieee)?)", "", name)
         for arch in compiled.supported(launch, compiled.ARCHITECTURES if "unpack" in name else (turn,)) or (90,):
             marks = pytest.mark.rest if kind in kinds else ()
             cases.append(pytest.param(launch, arch, id=f"{name} sm_{arch}", marks=marks))
@@ -62,7 +62,7 @@ def test_configurations_compile_without_spills(launch, architecture, monkeypatch
     assert usage.shared <= compiled.SHARED_LIMIT[architecture], usage
     if "BLOCK_K" in launch.constants and launch.constants["PRECISION"] == "ieee" and launch.constants["BLOCK_K"] >= 64:
         assert usage.products > 0, "no tensor-core instruction"
-        assert usage.pending >= 1, "the loads of the main loop are not pipelined"
+        assert usage.pending >= 1 or launch.stages < 3, "the loads of the main loop are not pipelined"
 
 
 def test_every_shape_finds_a_shipped_configuration():

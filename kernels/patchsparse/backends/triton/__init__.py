@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Call, Stencil
-from . import conv, depthwise_pool
+from . import conv, depthwise_pool, stem
 from .conv_kernels import patch_conv2d_fwd_kernel
 from .depthwise_pool import max_pool2d, max_pool2d_grad
 from .launch import is_interpreted
@@ -55,7 +55,7 @@ def why_not(call: Call) -> str | None:
         return reason
     if call.num_active * call.size[0] * call.size[1] >= 2**31:
         return f"{call.num_active} patches of {call.size[0]}x{call.size[1]} pixels are more than 2^31 rows"
-    if not _depthwise(call) and call.stencil.taps > conv.MOST_TAPS:
+    if not _depthwise(call) and not _stem(call) and call.stencil.taps > conv.MOST_TAPS:
         return f"a kernel of {call.stencil.taps} taps is too large; at most {conv.MOST_TAPS}, unless depthwise"
     return None
 
@@ -63,12 +63,18 @@ def why_not(call: Call) -> str | None:
 def how(call: Call) -> str:
     """Return the method by which this engine computes a call, in a few words."""
     if call.operation.startswith("conv2d"):
-        return "depthwise kernel" if _depthwise(call) else f"implicit GEMM{tuned_for(call)}"
+        if _depthwise(call):
+            return "depthwise kernel"
+        return f"{'space-to-depth, ' if _stem(call) else ''}implicit GEMM{tuned_for(call)}"
     return "one kernel" if call.operation.startswith("max_pool2d") else "fused kernels"
 
 
 def _depthwise(call: Call) -> bool:
     return call.groups == call.in_channels == call.out_channels
+
+
+def _stem(call: Call) -> bool:
+    return stem.pays(call.in_channels, call.size, call.stencil, call.groups)
 
 
 def conv2d(
@@ -78,6 +84,8 @@ def conv2d(
     if groups == x.shape[1] == weight.shape[0]:
         target = stencil.output_size((x.shape[2], x.shape[3]))
         return depthwise_pool.depthwise(x, weight, bias, slot, coords, target, stencil, False)
+    if stem.pays(x.shape[1], (x.shape[2], x.shape[3]), stencil, groups):
+        return stem.conv2d(x, weight, bias, slot, coords, stencil)
     return conv.conv2d(x, weight, bias, slot, coords, stencil, groups)
 
 
@@ -87,6 +95,8 @@ def conv2d_dgrad(
     """Return the gradient at the input ``(N, C_in, ph, pw)``, itself a (transposed) convolution of ``grad``."""
     if groups == grad.shape[1] == weight.shape[1] * groups:
         return depthwise_pool.depthwise(grad, weight, None, slot, coords, size, stencil, True)
+    if stem.pays(weight.shape[1], size, stencil, groups):
+        return stem.conv2d_dgrad(grad, weight, slot, coords, size, stencil)
     return conv.conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups)
 
 
@@ -94,4 +104,6 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed over all active outputs."""
     if groups == x.shape[1] == grad.shape[1]:
         return depthwise_pool.depthwise_wgrad(x, grad, slot, coords, stencil)
+    if stem.pays(x.shape[1], (x.shape[2], x.shape[3]), stencil, groups):
+        return stem.conv2d_wgrad(x, grad, slot, coords, stencil)
     return conv.conv2d_wgrad(x, grad, slot, coords, stencil, groups)
