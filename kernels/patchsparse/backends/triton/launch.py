@@ -51,9 +51,16 @@ class Launch:
     stages: int = 3
 
     def run(self) -> None:
-        """Start the kernel on the device of its first argument, on the current stream of that device."""
+        """Start the kernel on the device of its first argument, on the current stream of that device.
+
+        On meta tensors nothing is computed, as in PyTorch.
+        """
         device = self.arguments[0].device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
+        if device.type == "meta":
+            return
+        if is_interpreted(self.kernel):
+            self.kernel[self.grid](*self.arguments, **self.constants)
+        elif device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self._start()
         else:
@@ -76,7 +83,7 @@ class Launch:
             return
         options = {"num_warps": self.warps, "num_stages": self.stages}
         compiled = self.kernel[self.grid](*self.arguments, **self.constants, **options)
-        if _DIRECT and isinstance(compiled, CompiledKernel):  # not in the interpreter
+        if _DIRECT and isinstance(compiled, CompiledKernel):
             names = self.kernel.arg_names[len(self.arguments) :]
             if len(_compiled) >= MOST_STARTS:
                 _compiled.clear()
