@@ -17,23 +17,30 @@ Not seen here: the time and the errors of the launch itself in the driver, and w
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
+import os
+import runpy
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from triton import knobs
+from triton import compiler, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from .cards import CARDS, Card
+from .fake_cards import CARDS, Card
 from .fake_torch import pretend
 from .hollow import Hollow
+from .launchers import build_launchers
 
-__all__ = ["CARDS", "Card", "Compiled", "Seen", "fake_gpu", "install"]
+__all__ = ["CARDS", "Card", "Compiled", "Seen", "fake_gpu", "install", "main"]
 
 _numbers = itertools.count(1000)  # of devices: Triton keeps the kernels of each one apart
 
@@ -63,12 +70,14 @@ class Seen:
         card: which one it is.
         launches: how often each Triton kernel was started.
         compiled: every kernel that was loaded, in order.
-        sources: signatures and constants of the kernels whose launchers Triton would build, as its compiler knows them.
+        operators: how often each operator of PyTorch that starts work was met on the card; only of hollow tensors.
+        sources: kernels whose launchers Triton would build, as its compiler knows them, with their metadata.
     """
 
     card: Card
     launches: Counter[str] = field(default_factory=Counter)
     compiled: list[Compiled] = field(default_factory=list)
+    operators: Counter[str] = field(default_factory=Counter)
     sources: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
@@ -83,6 +92,11 @@ class Seen:
             f"{self.card.name}: {len(self.compiled)} kernels, {len(self.compiled) - len(missed)} found in the cache, "
             f"{sum(c.seconds for c in missed):.1f} s compiling, {sum(self.launches.values())} launches"
         )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all counts as plain values."""
+        compiled = [asdict(c) for c in self.compiled]
+        return {"compiled": compiled, "launches": dict(self.launches), "operators": dict(self.operators)}
 
 
 class _Utils:
@@ -138,6 +152,22 @@ class _Driver:
         return self.card.capability
 
 
+class _Uncompiled:
+    """A kernel that is only counted."""
+
+    function, packed_metadata = 1, ()
+
+    def __init__(self, name: str, launches: Counter[str]):
+        self.name, self.launches = name, launches
+
+    def launch_metadata(self, *arguments: Any) -> None:
+        """Return nothing."""
+
+    def run(self, *arguments: Any) -> None:
+        """Count."""
+        self.launches[self.name] += 1
+
+
 def _listener(seen: Seen):
     def heard(*, src: Any, metadata: dict[str, Any], metadata_group: Any, times: Any, cache_hit: bool) -> None:
         seen.compiled.append(Compiled(metadata["name"], times.total / 1e6, cache_hit, metadata["hash"]))
@@ -146,13 +176,14 @@ def _listener(seen: Seen):
 
 
 @contextmanager
-def fake_gpu(card: str = "h100", *, hollow: bool = False) -> Iterator[Seen]:
+def fake_gpu(card: str = "h100", *, hollow: bool = False, compiles: bool = True) -> Iterator[Seen]:
     """Let PyTorch and Triton believe in a card inside the ``with`` block; use one card in a process.
 
     Args:
         card: a key of ``CARDS``.
         hollow: reserve large tensors and compute nothing on them. What moves to ``cuda`` says so, the rest stays on
             the host, and operations that mix the two fail, as on a GPU. Otherwise all tensors say ``cuda:0``.
+        compiles: whether kernels are compiled; else they are only counted.
 
     Yields:
         what is seen, filled as it goes on.
@@ -170,8 +201,11 @@ def fake_gpu(card: str = "h100", *, hollow: bool = False) -> Iterator[Seen]:
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(CARDS[card], seen)))
         stack.enter_context(mock.patch.object(knobs.compilation, "listener", _listener(seen)))
         stack.enter_context(pretend(CARDS[card], hollow))
+        if not compiles:
+            count = lambda src, *args, **kwargs: _Uncompiled(src.fn.__name__, seen.launches)  # noqa: E731
+            stack.enter_context(mock.patch.object(compiler, "compile", count))
         if hollow:
-            stack.enter_context(Hollow())
+            stack.enter_context(Hollow(seen.operators))
         yield seen
 
 
@@ -183,3 +217,34 @@ def install(card: str = "h100", *, hollow: bool = False) -> Seen:
 
 
 _installed: list[ExitStack] = []  # keeps what was installed alive until the process ends
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a module or a script with its arguments on a fake card; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.fake", description=__doc__)
+    parser.add_argument("--card", choices=CARDS, default="h100", help="what to pretend (default: h100)")
+    parser.add_argument("--log", type=Path, help="folder for a JSON of what the card was asked, named by the process")
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python does")
+    parser.add_argument("program", help="module, or path of a script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args(argv)
+    with fake_gpu(options.card, hollow=True) as seen:
+        try:
+            sys.argv = [options.program, *options.arguments]
+            if options.module:
+                sys.path.insert(0, os.getcwd())
+                runpy.run_module(options.program, run_name="__main__", alter_sys=True)
+            else:
+                sys.path.insert(0, str(Path(options.program).parent))
+                runpy.run_path(options.program, run_name="__main__")
+        finally:
+            sys.stdout.write(f"fake {seen.summary()}\n")
+            built = build_launchers(seen.sources)
+            if options.log is not None:
+                options.log.mkdir(parents=True, exist_ok=True)
+                (options.log / f"{os.getpid()}.json").write_text(json.dumps(seen.as_json() | {"launchers": built}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .cards import Card
+from .fake_cards import Card
 
-__all__ = ["CUDAGraph", "Event", "Stream", "fake_cuda", "graph"]
+__all__ = ["CUDAGraph", "Event", "Stream", "fake_cuda", "graph", "stream"]
 
 DEVICE = torch.device("cuda", 0)
 
@@ -72,11 +72,15 @@ class Stream:
         """Return that all is done."""
         return True
 
-    def __enter__(self) -> Stream:
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        pass
+@contextmanager
+def stream(chosen: Stream | None) -> Iterator[None]:
+    """Make a stream the current one."""
+    before, _now.stream = _now.stream, chosen or _now.stream
+    try:
+        yield
+    finally:
+        _now.stream = before
 
 
 class CUDAGraph:
@@ -87,11 +91,11 @@ class CUDAGraph:
 
     def capture_begin(self, *args: Any, **kwargs: Any) -> None:
         """Say from now on that a capture is going on."""
-        _capture.going = True
+        _now.capturing = True
 
     def capture_end(self) -> None:
         """Say so no more."""
-        _capture.going = False
+        _now.capturing = False
 
     def replay(self) -> None:
         """Count."""
@@ -105,7 +109,7 @@ class CUDAGraph:
         return (0, 0)
 
 
-_capture = SimpleNamespace(going=False)
+_now = SimpleNamespace(capturing=False, stream=Stream())
 
 
 @contextmanager
@@ -149,10 +153,10 @@ def fake_cuda(card: Card) -> dict[str, Any]:
     names |= dict.fromkeys(("_lazy_init", "manual_seed", "manual_seed_all", "set_rng_state"), nothing)
     names |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), zero)
     names |= dict.fromkeys(("max_memory_reserved",), zero)
-    names |= dict.fromkeys(("current_stream", "default_stream"), lambda *args, **kwargs: Stream())
+    names |= {"current_stream": lambda *args: _now.stream, "default_stream": lambda *args: _now.stream}
     names |= dict.fromkeys(("device", "device_of"), lambda *args, **kwargs: nullcontext())
     names |= {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph}
-    names |= {"stream": lambda stream: stream or nullcontext()}
+    names |= {"stream": stream, "profiler": SimpleNamespace(start=nothing, stop=nothing)}
     names |= {"get_rng_state": lambda *args: torch.get_rng_state()}
-    names |= {"is_current_stream_capturing": lambda: _capture.going}
+    names |= {"is_current_stream_capturing": lambda: _now.capturing}
     return names

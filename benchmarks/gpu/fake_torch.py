@@ -16,7 +16,7 @@ import torch
 import torch._dynamo  # its table of torch's functions must be made from the real ones
 from torch import Tensor
 
-from .cards import Card
+from .fake_cards import Card
 from .fake_cuda import fake_cuda
 
 __all__ = ["is_on_card", "pretend", "put_on_card"]

@@ -7,6 +7,7 @@ touched (the system hands out pages when they are written), and in-place operato
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,11 @@ def _reserve(x: Tensor, on_card: bool) -> Tensor:
 class Hollow(TorchDispatchMode):
     """Compute what is small, and reserve memory for what is not; use through :func:`benchmarks.gpu.fake.fake_gpu`."""
 
+    def __init__(self, operators: Counter[str] | None = None):
+        """Begin to count ``operators`` of the card."""
+        super().__init__()
+        self.operators: Counter[str] = Counter() if operators is None else operators
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator."""
         kwargs = kwargs or {}
@@ -75,6 +81,8 @@ class Hollow(TorchDispatchMode):
         aliased = [r.alias_info for r in returns]
         if any(a is not None and not a.is_write for a in aliased):
             return func(*args, **kwargs)  # a view: it shares the memory, and the mark
+        if on_card and func.overloadpacket.__name__ not in UNWRITTEN:
+            self.operators[func.overloadpacket.__name__] += 1
         written = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         small = sum(t.numel() for t in given) <= SMALL
         if written:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import triton
@@ -10,6 +16,8 @@ from torch import Tensor
 
 from benchmarks.gpu.fake import fake_gpu
 from patchsparse import PatchGrid
+
+ROOT = Path(__file__).parents[2]
 
 
 @triton.jit
@@ -24,6 +32,14 @@ def double(x: Tensor) -> Tensor:
     y = torch.empty_like(x)
     doubling_kernel[(triton.cdiv(x.numel(), 128),)](x, y, x.numel(), BLOCK=128)  # pyright: ignore[reportArgumentType]
     return y
+
+
+PROGRAM = """
+import torch
+from tests.benchmarks.test_fake_gpu import double
+print(torch.cuda.get_device_name(), sys.argv[1:])
+double(torch.ones(1 << 20, device="cuda"))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +126,32 @@ def test_graphs_and_events_go_through_their_motions():
         assert not torch.cuda.is_current_stream_capturing()
         assert begun.elapsed_time(ended) > 0
     assert seen.launches.total() == 1  # a replay starts nothing from Python
+
+
+def test_kernels_may_be_counted_without_compiling_them():
+    with fake_gpu("h100", hollow=True, compiles=False) as seen:
+        double(torch.ones(64, device="cuda").add(1).view(8, 8))
+        double(torch.ones(64))
+    assert seen.compiled == []
+    assert dict(seen.launches) == {"doubling_kernel": 2}
+    assert dict(seen.operators) == {"add": 1}  # views start nothing, and the other tensor is on the host
+
+
+@pytest.mark.rest
+def test_a_program_runs_on_the_fake_card_and_leaves_a_log_and_a_cache(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + PROGRAM)
+    command = [sys.executable, "-m", "benchmarks.gpu.fake", "--card", "a100", "--log", str(tmp_path / "log")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    run = subprocess.run([*command, str(program), "word"], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("NVIDIA A100-SXM4-80GB ['word']\nfake NVIDIA A100-SXM4-80GB: 1 kernels, 0 found")
+    (log,) = (tmp_path / "log").glob("*.json")
+    found = json.loads(log.read_text())
+    assert found["launches"] == {"doubling_kernel": 1}
+    assert len([*tmp_path.glob("*/doubling_kernel.cubin")]) == 1
+    if triton.__version__ < "3.7":  # as the cache is brought to a machine with that version
+        assert found["launchers"] == 2
+        assert len([*tmp_path.glob("*/__triton_launcher*.so"), *tmp_path.glob("*/cuda_utils*.so")]) == 4
 
 
 def test_an_unknown_card_is_refused_with_the_known_ones():
