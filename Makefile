@@ -1,9 +1,11 @@
 # Short names for what is done often. `make` alone lists them.
 PYTHON ?= python
 PYTEST_ARGS ?=
+# Pure Python all: what pretraining imports, and the libraries that are measured beside ours.
+GPU_WHEELS ?= jsonargparse docstring_parser typeshed_client importlib_resources ocnn spconv-triton
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rest lint types bench headline sanitize docs wheel
+.PHONY: help install test test-rest lint types bench headline gpu-wheels sanitize docs wheel
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +31,10 @@ bench: ## all suites of benchmarks/, minutes
 
 headline: ## the ratios of the README alone; JSON=FILE keeps them
 	$(PYTHON) -m benchmarks headline $(if $(JSON),--json $(JSON))
+
+gpu-wheels: ## collect in build/wheels what a GPU machine without a network may lack, for python -m benchmarks gpu --wheels
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest build/wheels \
+		$(GPU_WHEELS)
 
 sanitize: ## the tests of the C++ engine under address and undefined-behaviour sanitizers
 	scripts/sanitize.sh

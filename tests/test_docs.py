@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md") if ".venv" not in p.parts)
+PAGES = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md") if not {".venv", "build"} & {*p.parts})
 
 
 @pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])

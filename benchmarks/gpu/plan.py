@@ -63,7 +63,7 @@ INSTALL = ("{python}", "-m", "pip", "install", "-q", "--no-index", "--no-deps", 
 CHECK = "do all kernels agree with float64, and do replayed graphs?"
 PEERS_RIGHT = _pytest("-o", "addopts=", "tests/benchmarks/test_peers.py", "-k", "installed")
 WHEELS = Line("wheels", (*INSTALL, "{wheels}"), 10, "can the libraries be installed?", "wheels")
-CARD = Line("card", _module("card", "--out", "{rows}"), 20, "is the card as fast as it should be?")
+CARD = Line("card", _module("identify", "--out", "{rows}"), 20, "is the card as fast as it should be?")
 NCU = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--section", "SpeedOfLight", "--section",
        "Occupancy", "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats")  # fmt: skip
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchsparse import patch_batch_norm_unpack
 
-from ..measure.device import device, wait
+from ..measure.device import device, profiled, wait
 from ..subjects.convolutions import GROUPS, operators, problem
 
 __all__ = ["main", "runs"]
@@ -49,12 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for _, run in found:
         run()
     wait()
-    torch.cuda.profiler.start()
-    for name, run in found:
-        result = run()[0]
-        wait()
-        sys.stdout.write(f"{name}: {'finite' if bool(torch.isfinite(result).all()) else 'NOT FINITE'}\n")
-    torch.cuda.profiler.stop()
+    with profiled():
+        for name, run in found:
+            result = run()[0]
+            wait()
+            sys.stdout.write(f"{name}: {'finite' if bool(torch.isfinite(result).all()) else 'NOT FINITE'}\n")
     return 0
 
 

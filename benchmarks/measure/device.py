@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["aside", "capture", "device", "driver", "has_gpu", "wait"]
+__all__ = ["aside", "capture", "device", "driver", "has_gpu", "profiled", "wait"]
 
 WARM = 3  # runs before a capture: libraries choose their kernels, and caches are filled
 
@@ -77,3 +77,13 @@ def capture(run: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[T
         with torch.cuda.graph(graph, stream=_stream()):
             results = run()
     return graph.replay, results
+
+
+@contextmanager
+def profiled() -> Iterator[None]:
+    """Let a profiler that waits for its start see what runs inside."""
+    torch.cuda.profiler.start()
+    try:
+        yield
+    finally:
+        torch.cuda.profiler.stop()

@@ -25,7 +25,10 @@ class Noted(list[Row]):
     """Stand for the fixture ``record``."""
 
     def __call__(self, *what, **details) -> None:
-        self.append(make_row(*what, **details))
+        self.row(make_row(*what, **details))
+
+    def row(self, row: Row) -> None:
+        self.append(row)
 
 
 class Untimed:

@@ -1,4 +1,4 @@
-"""Say which card this is, and measure both of its ceilings on random data: ``python -m benchmarks.gpu.card``.
+"""Say which card this is, and measure both of its ceilings on random data: ``python -m benchmarks.gpu.identify``.
 
 Where they are far from what such cards do, the card is shared or throttled, and no other figure means anything.
 """
@@ -23,7 +23,7 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print card, versions and ceilings, and keep them in ``card.json``; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.card", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.identify", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<device>")
     folder = parser.parse_args(argv).out or RESULTS / folder_name()
     known = provenance()

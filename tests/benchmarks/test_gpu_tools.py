@@ -1,0 +1,235 @@
+"""What the lines of a GPU's plan run, as far as a CPU can tell: pretraining, tuning, the machine, the clock."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import test_encoder as encoder_suite
+from benchmarks.gpu import training
+from benchmarks.measure import machine, timing
+from benchmarks.measure.device import aside, has_gpu
+from benchmarks.measure.rows import COLUMNS, merge
+from benchmarks.measure.scales import scale_of
+from benchmarks.subjects import encoders
+from benchmarks.subjects.steps import DRAWN, build, windows, windows_on
+from spatspark_fast.data.augment import Augmentation
+
+from .test_gate import Noted
+
+TINY = {
+    "data.synthetic_size": "32",
+    "data.input_length": "2",
+    "model.encoder": "test_resnet",
+    "model.decoder": "light",
+    "model.decoder_width": "32",
+    "trainer.threads": "1",
+}
+
+
+@pytest.mark.rest
+def test_pretraining_is_killed_resumed_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [f"{name}={value}" for name, value in TINY.items()]
+    assert training.main(["--out", str(tmp_path), "--options", *pairs]) == 0
+    said = capsys.readouterr().out
+    assert "float32, killed and resumed over float32: a loss differs by 0.0e+00 at most" in said  # bits, on a CPU
+    kept = json.loads((tmp_path / "pretrain.json").read_text())
+    assert set(kept["losses"]) == set(training.RUNS)
+    assert all(len(losses) == training.STEPS for losses in kept["losses"].values())
+    assert kept["origin"]["commit"]
+
+
+def test_a_training_that_fails_or_disagrees_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = [1.0 - step / 100 for step in range(training.STEPS)]
+    found: dict[str, list[float] | str] = dict.fromkeys(training.RUNS, good)
+    text, right = training.report(found)
+    assert right
+    assert text.count("differs by 0.0e+00") == len(training.PAIRS)
+    for name, values, said in (
+        ("bfloat16", good[:-1], "19 steps  WRONG"),
+        ("bfloat16", [float("nan")] * 20, "WRONG"),
+        ("float32, dense-and-mask", [loss * 1.05 for loss in good], "a loss differs by 5.0e-02 at most  WRONG"),
+        ("float32", "exit code 1: no memory", "FAILED: exit code 1: no memory"),
+    ):
+        text, right = training.report(found | {name: values})
+        assert not right
+        assert said in text
+    run = training.Run({"trainer.precision": "fp8"})
+    with pytest.raises(RuntimeError, match=r"exit code 2: .*fp8"):
+        training.train([sys.executable], run, tmp_path / "run", TINY)
+    monkeypatch.setattr(training, "find_spec", lambda _: None)
+    assert training.main([]) == 3
+
+
+def test_losses_are_read_while_they_are_written(tmp_path: Path) -> None:
+    assert training.losses(tmp_path) == []
+    (tmp_path / "metrics.csv").write_text("step,loss,lr\n1,0.5,1\n2,0.4,1\n3,0.")
+    assert training.losses(tmp_path) == [0.5, 0.4]
+
+
+def test_tuning_enters_what_is_faster_and_only_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from benchmarks.gpu import tune
+    from patchsparse.backends.triton import tuned
+    from patchsparse.backends.triton.configs import Tile
+    from patchsparse.backends.triton.tuning import Measured
+    from patchsparse.geometry import Stencil
+
+    tiles = [Tile(64, 64, 64, 4, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 8, 3)]
+
+    def measured(*seconds: float) -> list[Measured]:
+        return [Measured(tile, value, 0.0) for tile, value in zip(tiles, seconds, strict=True)]
+
+    assert tune.entries(measured(1e-3, 0.99e-3, float("inf"))) is None
+    entry = tune.entries(measured(1e-3, 2e-3, 0.5e-3))
+    assert entry is not None
+    assert (entry.tile["n"], entry.ms, entry.default_ms) == (128, 0.5, 1.0)
+    kind = tuned.Kind(
+        "conv2d", "sm_90", torch.bfloat16, "ieee", (8, 8), Stencil((3, 3), padding=(1, 1)), (64, 64), 1, 18, 3
+    )
+    other = kind._replace(size=(4, 4))
+    table = tmp_path / "tuned.json"
+    tuned.Table().write(table)
+    monkeypatch.setattr(tuned, "TABLE", table)
+    monkeypatch.setattr(tune, "has_gpu", lambda: True)
+    monkeypatch.setattr(tune, "aside", lambda: aside())
+    found = [(kind, measured(1e-3, 2e-3, 0.5e-3)), (other, measured(1e-3, 2e-3, 0.9e-3))]
+    monkeypatch.setattr(tune, "measure", lambda seconds, where: iter(found))
+    assert tune.main(["--out", str(tmp_path / "rows")]) == 0
+    written = tuned.Table.read(table)
+    assert set(written.entries["sm_90"]) == {str(kind), str(other)}
+    assert (tmp_path / "rows" / "tuned.json").read_text() == table.read_text()
+    assert "torch " in written.runs[0]["from"]
+    found[:] = [(kind, measured(1e-3, 2e-3, 1e-3))]  # now the default is as good
+    assert tune.main(["--out", str(tmp_path / "rows")]) == 0
+    assert set(tuned.Table.read(table).entries["sm_90"]) == {str(other)}
+    assert {(s.k, s.stride) for s, _, _ in tune.shapes()} == {(3, 1), (3, 2), (7, 2)}
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU")
+def test_tuning_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from benchmarks.gpu import tune
+
+    assert tune.main([]) == 2
+    assert "a table of guesses helps nobody" in capsys.readouterr().err
+
+
+def test_a_timing_is_filled_with_calls_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [timing.calls_to_fill(s) for s in (1.0, 0.02, 0.005, 1e-6, 0.0)] == [1, 1, 4, timing.MOST, timing.MOST]
+    clock, calls = [0.0], {"slow": 0, "fast": 0}
+
+    def way(name: str, seconds: float):
+        def run() -> None:
+            calls[name] += 1
+            clock[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing, "wait", lambda: None)
+    timing.GATE.let("a check", 0.0, 1.0)
+    ways = {"slow": way("slow", 0.03), "fast": way("fast", 0.002)}
+    for gpu, expected in ((False, {"slow": 5, "fast": 5}), (True, {"slow": 5, "fast": 2 + 3 * 10})):
+        calls.update(slow=0, fast=0)
+        monkeypatch.setattr(timing, "has_gpu", lambda gpu=gpu: gpu)
+        found = timing.in_turn(ways, rounds=3, warmup=2)
+        assert calls == expected
+        assert found.median("slow") == pytest.approx(0.03)  # of one call
+        assert found.ratio("slow", "fast").median == pytest.approx(15)
+    timing.GATE.close()
+
+
+def test_a_copy_without_history_takes_its_commit_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.commit.cache_clear()
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == "unknown"
+    machine.commit.cache_clear()
+    monkeypatch.setenv(machine.COMMIT, "abc1234")
+    assert machine.commit() == "abc1234"
+    machine.commit.cache_clear()
+
+
+def test_rows_of_a_gpu_name_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.versions.cache_clear()
+    monkeypatch.setattr(machine, "has_gpu", lambda: True)
+    monkeypatch.setattr(machine, "driver", lambda: "580.159.04")
+    assert machine.versions().endswith("; driver 580.159.04")
+    machine.versions.cache_clear()
+
+
+def test_a_writer_that_is_killed_leaves_the_table_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dict.fromkeys(COLUMNS, "x") | {"suite": "conv"}
+    merge([row], tmp_path)
+    before = (tmp_path / "conv.csv").read_text()
+
+    class KilledError(Exception):
+        pass
+
+    def kill(self, rows) -> None:
+        raise KilledError
+
+    monkeypatch.setattr("benchmarks.measure.rows.csv.DictWriter.writerows", kill)
+    with pytest.raises(KilledError):
+        merge([row | {"case": "another"}], tmp_path)
+    assert (tmp_path / "conv.csv").read_text() == before
+
+
+def test_windows_are_drawn_once_and_repeated() -> None:
+    store = windows(20, 2, 64)
+    assert windows(20, 2, 64) is store
+    assert len(store) == 20
+    assert (store.codes[0] == store.codes[DRAWN]).all()
+    assert (store.codes[0] != store.codes[1]).any()
+    place = windows_on(torch.device("cpu"), 20, 64, 2, Augmentation())
+    (frames,) = place.batches([[(0, index) for index in range(20)]])
+    assert frames.shape == (20, 2, 64, 64)
+    assert torch.equal(frames[1], frames[DRAWN + 1])
+
+
+def test_encoders_are_replayed_beside_dense_ones_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a captured run is run again, and nothing is compiled."""
+    scale = replace(scale_of("tiny", torch.device("cpu")), compiled=("dense",))
+    ways = encoders.encoders("test_resnet", ("auto",), 0.6, scale)
+    ways.check()
+    monkeypatch.setattr(encoders, "capture", lambda run: (run, run()))
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
+    record = Noted()
+    encoder_suite._replayed(record, ways, 0.6, 2.6, 0.01)
+    assert compiled == [ways.models["dense"]]
+    assert [(row["way"], row["against"]) for row in record] == [
+        ("auto graph", rival) for rival in ("dense graph", "dense-and-mask", "dense compiled")
+    ]
+    assert [row["limit"] for row in record] == ["2.6", "", "2.6"]
+
+    def refuses(run):
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(encoders, "capture", refuses)
+    record.clear()
+    encoder_suite._replayed(record, replace(ways, scale=replace(scale, compiled=())), 0.6, 2.6, 0.01)
+    assert [(row["suite"], row["way"], row["against"]) for row in record] == [
+        ("left_out", "auto graph", ""),
+        ("left_out", "dense graph", ""),
+        ("encoder", "auto", "dense-and-mask"),
+    ]
+    monkeypatch.setattr(encoders, "capture", lambda run: (lambda: None, run()))  # a replay that computes nothing
+    record.clear()
+    encoder_suite._replayed(record, replace(ways, scale=replace(scale, compiled=())), 0.6, 2.6, 0.01)
+    assert "replayed differs by" in record[0]["reason"]
+
+
+def test_models_of_equal_weights_share_none() -> None:
+    one, other = (build("light", 32, torch.device("cpu"), "test_resnet", 2) for _ in range(2))
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
