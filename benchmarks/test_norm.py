@@ -1,9 +1,10 @@
 """Batch norm + ReLU + residual over visible positions, forward + backward: packed against whole images.
 
 Packed rows hold visible positions alone, so that PyTorch's own norm is the sparse one. ``fused`` is one operator for
-all three: one pass over memory on a GPU, plain PyTorch elsewhere. SparK gathers visible positions out of the whole
-image by ``nonzero`` and puts them back. Plain dense norms whole images. Its result is another one, since its statistics
-take in hidden positions; it shows the cost of a layer that ignores the mask.
+all three: kernels on a GPU, plain PyTorch elsewhere, which its row against ``packed`` tells `sparsify` to leave. SparK
+gathers visible positions out of the whole image by ``nonzero`` and puts them back. Plain dense norms whole images. Its
+result is another one, since its statistics take in hidden positions; it shows the cost of a layer that ignores the
+mask.
 """
 
 from __future__ import annotations
@@ -68,4 +69,5 @@ def test_norm(benchmark, record, scale, shape):
         for rival in rivals:
             limit = 1 / (1 - MASKED) if rival == DENSE else None
             record("norm", case, way, rival, *timing.compare(way, rival, "ms"), masked=MASKED, limit=limit)
+    record("norm", case, "packed, fused", "packed", *timing.compare("packed, fused", "packed", "ms"), masked=MASKED)
     benchmark.pedantic(ours["packed"], rounds=1)

@@ -4,7 +4,7 @@ See ``kernels/README.md`` for the layout and a ten-line use in a timm model.
 """
 
 from .adoption.adopt import UnsupportedModuleError
-from .adoption.binding import bind
+from .adoption.binding import bind, join_statistics
 from .adoption.sparsify import sparsify
 from .explanation import available_backends, explain, why_unavailable
 from .functional import (
@@ -29,6 +29,7 @@ __all__ = [
     "image_conv_transpose2d",
     "image_engine",
     "image_grid",
+    "join_statistics",
     "pack",
     "patch_avg_pool2d",
     "patch_batch_norm_act",

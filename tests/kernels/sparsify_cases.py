@@ -53,10 +53,12 @@ def assert_close(ours: Tensor, theirs: Tensor, scale: float, what: str, toleranc
     assert error <= tolerance * size, f"{what}: error {error:.2e} at size {size:.2e}"
 
 
-def assert_parity(model: nn.Module, active: Tensor, patch: int, channels: int = 3, seed: int = 3) -> None:
+def assert_parity(
+    model: nn.Module, active: Tensor, patch: int, channels: int = 3, seed: int = 3, fuse: bool | None = None
+) -> None:
     """Compare features, input and parameter gradients and buffers with the reference; sparsifies ``model``."""
     reference = DenseMasked(model)
-    sparsify(model)
+    sparsify(model, fuse=fuse)
     grid = PatchGrid.from_active(active)
     x = images(active, patch, channels)
     x_ref, x_ours = x.clone().requires_grad_(), x.clone().requires_grad_()

@@ -52,7 +52,8 @@ def test_norm_of_several_ranks_equals_the_joint_batch(counts, activation):
         def run(leaves, running):
             x, residual, weight, bias = leaves
             options = {"activation": activation, "residual": residual, "all_gather": all_gather}
-            return patch_batch_norm_act(x, weight, bias, *running, True, 0.2, **options)
+            mean, var = running
+            return patch_batch_norm_act(x, weight, bias, mean, var, True, 0.2, **options)
 
         return run
 
@@ -78,7 +79,8 @@ def test_norm_and_unpack_of_several_ranks_equals_the_joint_batch(counts):
     def call(grid, all_gather=None):
         def run(leaves, running):
             x, weight, bias, token = leaves
-            return patch_batch_norm_unpack(x, grid, weight, bias, *running, token, True, 0.2, all_gather=all_gather)
+            mean, var = running
+            return patch_batch_norm_unpack(x, grid, weight, bias, mean, var, token, True, 0.2, all_gather=all_gather)
 
         return run
 

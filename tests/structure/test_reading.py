@@ -62,7 +62,10 @@ def test_bodies_in_python(tmp_path):
         ("if TYPE_CHECKING:\n    from .grid import PatchGrid", {"patchsparse.grid"}),
         ("import_module('patchsparse.grid')", {"patchsparse.grid"}),
         ("importlib.import_module('.grid', __package__)", {"patchsparse.grid"}),
-        ("import_module(f'patchsparse.adoption.{name}_timm')", {"patchsparse.adoption.modules_timm"}),
+        (
+            "import_module(f'patchsparse.adoption.{name}_timm')",
+            {"patchsparse.adoption.fused_timm", "patchsparse.adoption.modules_timm"},
+        ),
         ("from spatspark_fast import nowcast", {"spatspark_fast.__getattr__"}),
         ("from spatspark_fast import __version__", {"spatspark_fast"}),
         ("torch.ops.patchsparse.no_such(x)", set()),

@@ -32,10 +32,10 @@ class UnsupportedModuleError(TypeError):
         super().__init__(f"{where} ({qualified_name(type(module))}): {reason}")
 
 
-def adopt(model: Model, plan: Plan, backend: str) -> Model:
+def adopt(model: Model, plan: Plan, backend: str, fuse: bool | None = None) -> Model:
     """Let ``model`` run on packed patches by the engine ``backend``: adopt the modules of ``plan`` in place."""
     targets = [(path, module, rule.target()) for path, module, rule in plan]
-    binding = Binding(backend)
+    binding = Binding(backend, fuse)
     for path, module, target in targets:
         if target is not None:
             target.adopt(module, binding, path)
@@ -70,7 +70,7 @@ def plan_adoption(model: nn.Module, *, trust_forward: bool) -> Plan:
             _check_unknown(path, module, trust_forward, scanned)
         elif (reason := rule.refuse(module)) is not None:
             raise UnsupportedModuleError(path, module, reason)
-        elif rule.make is not None:
+        elif rule.make is not None and rule.concerns(module):
             obstacle = _obstacle(module)
             if obstacle is None:
                 plan.append((path, module, rule))

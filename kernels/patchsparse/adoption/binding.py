@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..grid import PatchGrid
+from ..ops.joined_norm import AllGather
 
-__all__ = ["Binding", "bind"]
+__all__ = ["Binding", "bind", "join_statistics"]
 
 _REPLAY_HELP = (
     "a sparsified module was recomputed during backward, outside of bind(), and the grid of its forward pass is "
@@ -23,16 +24,20 @@ class Binding:
     """Hold the grid that the modules of one sparsified model run on; ``None`` means the plain dense model.
 
     Every Patch module of a model refers to the same Binding, as a plain attribute that is no part of the state dict.
-    A deep copy or a pickle starts unbound, also inside a :func:`bind` block.
+    A deep copy or a pickle starts unbound, also inside a :func:`bind` block; a pickle also without ``all_gather``.
 
     Attributes:
         backend: name of the engine that the modules ask for.
+        fuse: whether norms run as one operator with what follows them; None does it where it is faster.
+        all_gather: joins the statistics of batch norms over processes, see :func:`join_statistics`; None does not.
         grid: grid of the innermost :func:`bind` block, or None.
         replay: grid of the forward pass that activation checkpointing is recomputing, or None.
     """
 
-    def __init__(self, backend: str = "auto"):
+    def __init__(self, backend: str = "auto", fuse: bool | None = None):
         self.backend = backend
+        self.fuse = fuse
+        self.all_gather: AllGather | None = None
         self.grid: PatchGrid | None = None
         self.replay: PatchGrid | None = None
         self._replay_task = -1
@@ -79,20 +84,45 @@ class Binding:
         self.replay, self._replay_task = None, -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
-        memo[id(self)] = copy = Binding(self.backend)
+        memo[id(self)] = copy = Binding(self.backend, self.fuse)
+        copy.all_gather = self.all_gather
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backend": self.backend}
+        return {"backend": self.backend, "fuse": self.fuse}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["backend"])
+        self.__init__(state["backend"], state.get("fuse"))
 
 
 def bindings_of(model: nn.Module) -> list[Binding]:
     """Return every distinct Binding in ``model``, in module order."""
     found = (getattr(module, "patch_binding", None) for module in model.modules())
     return list({id(binding): binding for binding in found if isinstance(binding, Binding)}.values())
+
+
+def join_statistics(model: nn.Module, all_gather: AllGather | None) -> None:
+    """Let the batch norms of sparsified parts of ``model`` take statistics over the active pixels of all processes.
+
+    It concerns ``BatchNorm2d`` and timm's ``BatchNormAct2d`` while a grid is bound and they train. Every process must
+    run the same norms in the same order; their numbers of active patches may differ, and be 0.
+
+    Args:
+        model: module that holds at least one sparsified part.
+        all_gather: see :func:`patchsparse.patch_batch_norm_act`; None lets each process have its own statistics again.
+
+    Raises:
+        ValueError: if no part of ``model`` has been sparsified.
+    """
+    for binding in _some_bindings_of(model):
+        binding.all_gather = all_gather
+
+
+def _some_bindings_of(model: nn.Module) -> list[Binding]:
+    bindings = bindings_of(model)
+    if not bindings:
+        raise ValueError(f"no part of {type(model).__name__} is sparsified; call sparsify(model) first")
+    return bindings
 
 
 @contextmanager
@@ -117,9 +147,7 @@ def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None
     """
     if grid is not None and not isinstance(grid, PatchGrid):
         raise TypeError(f"grid must be a PatchGrid or None, got {type(grid).__name__}; see PatchGrid.from_active")
-    bindings = bindings_of(model)
-    if not bindings:
-        raise ValueError(f"no part of {type(model).__name__} is sparsified; call sparsify(model) first")
+    bindings = _some_bindings_of(model)
     replayable = _uses_checkpointing(model) if checkpointing is None else checkpointing
     before = [binding.enter(grid, replayable) for binding in bindings]
     try:

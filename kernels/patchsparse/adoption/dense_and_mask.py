@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..geometry import pair
 from ..grid import PatchGrid
 from .adopt import UnsupportedModuleError
+from .fused import PatchContainer
 from .modules import PatchImageModule, PatchLinear, PatchModule, PatchPointwiseConv2d
 from .rules import find_rule
 
@@ -127,6 +128,6 @@ def _patch_class(path: str, module: nn.Module) -> type[PatchModule] | None:
 
 
 def _reads_neighbours(module: Any, kind: type[PatchModule]) -> bool:
-    if issubclass(kind, PatchLinear | PatchPointwiseConv2d):
+    if issubclass(kind, PatchLinear | PatchPointwiseConv2d | PatchContainer):
         return False
     return not hasattr(module, "kernel_size") or max(pair(module.kernel_size, "kernel_size")) > 1

@@ -18,6 +18,7 @@ from ..packing import pack
 from .adopt import UnsupportedModuleError, adopt, plan_adoption
 from .binding import bind
 from .dense_and_mask import DenseAndMask
+from .fused import PatchContainer
 from .modules import PatchImageModule
 
 __all__ = ["check_parity"]
@@ -35,6 +36,7 @@ def check_parity(
     patch_size: int | None = None,
     tolerance: float = 1e-5,
     seed: int = 0,
+    fuse: bool | None = None,
 ) -> None:
     """Compare the output of every module, packed and as dense-and-mask, on one random batch.
 
@@ -48,6 +50,7 @@ def check_parity(
             32, then 64 and 128 if the strides of the model do not divide it.
         tolerance: largest accepted difference, relative to the largest value of an output.
         seed: of input and parameters; the global random state is left alone.
+        fuse: as `sparsify` has it; unless False, blocks are also compared with norms and activations in one.
 
     Raises:
         UnsupportedModuleError: naming the first module whose output differs.
@@ -64,11 +67,18 @@ def check_parity(
         for size in sizes:
             x = torch.randn(2, channels, 2 * size, 3 * size, generator=torch.Generator().manual_seed(seed))
             try:
-                _compare(source, x.to(parameter.device, torch.float64), tolerance)
+                _compare(source, x.to(parameter.device, torch.float64), tolerance, fuse is not False)
                 return
             except _PatchTooSmallError as error:
                 if size == sizes[-1]:
                     raise UnsupportedModuleError(error.path, error.module, str(error)) from error
+
+
+_LOOKS_BEYOND = (
+    "its forward looks beyond a patch; write that as modules that have a rule (nn.MaxPool2d, nn.AdaptiveAvgPool2d(1), "
+    "...) or leave it out"
+)
+_DIFFERS_IN_ONE = "its norms and activations must not be one operator: sparsify(model, fuse=False)"
 
 
 class _PatchTooSmallError(Exception):
@@ -99,13 +109,12 @@ def _perturbed_copy(model: nn.Module, seed: int) -> nn.Module:
     return clone
 
 
-def _compare(source: nn.Module, x: Tensor, tolerance: float) -> None:
+def _compare(source: nn.Module, x: Tensor, tolerance: float, fuse: bool) -> None:
     grid = PatchGrid.from_active(torch.tensor(_ACTIVE, dtype=torch.bool, device=x.device))
-    candidate = copy.deepcopy(source)
-    adopt(candidate, plan_adoption(candidate, trust_forward=True), "gather")
-    opaque = _opaque(candidate)
+    apart, in_one = (_adopted(source, way) for way in (False, True))
+    shown = set(dict(source.named_modules())) - _opaque(apart)
     reference = DenseAndMask(source, grid)
-    with _recording(reference.model, opaque) as dense:
+    with _recording(reference.model, shown) as dense:
         try:
             reference(x * grid.pixels(x.shape[2:]).unsqueeze(1))
         except Exception as error:
@@ -113,19 +122,36 @@ def _compare(source: nn.Module, x: Tensor, tolerance: float) -> None:
                 f"the dense model does not run on an input of {tuple(x.shape)} ({error}); call "
                 f"patchsparse.testing.check_parity with the in_channels and patch_size that it takes"
             ) from error
+    expected = _Expected(dict(source.named_modules()), dense, grid, tolerance)
+    _check(apart, shown, pack(x, grid), expected, _LOOKS_BEYOND)
+    if fuse:  # a hook on a norm or an activation would part them
+        _check(in_one, _containers(in_one), pack(x, grid), expected, _DIFFERS_IN_ONE)
+
+
+def _adopted(source: nn.Module, fuse: bool) -> nn.Module:
+    candidate = copy.deepcopy(source)
+    return adopt(candidate, plan_adoption(candidate, trust_forward=True), "gather", fuse)
+
+
+def _check(candidate: nn.Module, shown: set[str], x: Tensor, expected: _Expected, remedy: str) -> None:
+    """Run ``candidate`` on packed ``x``; raise for the first of the modules ``shown`` that differs, or cannot run."""
     failure: Exception | None = None
-    with _recording(candidate, opaque) as packed, bind(candidate, grid, checkpointing=False):
+    with _recording(candidate, shown) as packed, bind(candidate, expected.grid, checkpointing=False):
         try:
-            candidate(pack(x, grid))
+            candidate(x)
         except Exception as error:  # the first difference below explains it better, if there is one
             failure = error
-    modules = dict(source.named_modules())
-    _report_difference(packed, dense, grid, tolerance, modules)
+    _report_difference(packed, expected, remedy)
     if failure is not None:
         path = packed.running[-1][0] if packed.running else ""
         if "does not divide the patch" in str(failure):
-            raise _PatchTooSmallError(path, modules[path], str(failure)) from failure
-        raise UnsupportedModuleError(path, modules[path], f"fails on packed patches: {failure}") from failure
+            raise _PatchTooSmallError(path, expected.modules[path], str(failure)) from failure
+        raise UnsupportedModuleError(path, expected.modules[path], f"fails on packed patches: {failure}") from failure
+
+
+def _containers(model: nn.Module) -> set[str]:
+    """Return the path of the model and those of modules that call norms and activations in one."""
+    return {""} | {path for path, module in model.named_modules() if isinstance(module, PatchContainer)}
 
 
 def _opaque(model: nn.Module) -> set[str]:
@@ -134,10 +160,9 @@ def _opaque(model: nn.Module) -> set[str]:
     return {p for p, _ in model.named_modules() for root in roots if p.startswith(f"{root}.")}
 
 
-def _report_difference(
-    packed: _Record, dense: _Record, grid: PatchGrid, tolerance: float, modules: dict[str, nn.Module]
-) -> None:
+def _report_difference(packed: _Record, expected: _Expected, remedy: str) -> None:
     """Raise for the first call whose output differs; blame the caller where its input differs already."""
+    dense, grid, tolerance = expected.dense, expected.grid, expected.tolerance
     for key, outputs in packed.outputs.items():
         error = _largest(outputs, dense.outputs.get(key), grid)
         if error <= tolerance:
@@ -148,9 +173,8 @@ def _report_difference(
         how = "has another shape than" if error == float("inf") else f"differs by {error:.1e} from"
         raise UnsupportedModuleError(
             path,
-            modules[path],
-            f"its {what} on packed patches {how} dense-and-mask, so its forward looks beyond a patch; write "
-            "that as modules that have a rule (nn.MaxPool2d, nn.AdaptiveAvgPool2d(1), ...) or leave it out",
+            expected.modules[path],
+            f"its {what} on packed patches {how} dense-and-mask, so {remedy}",
         )
 
 
@@ -205,17 +229,27 @@ class _Record:
         self.outputs[self.running.pop()] = _tensors(output)
 
 
+@dataclass(frozen=True)
+class _Expected:
+    """What dense-and-mask returned, and the modules of the dense model by path."""
+
+    modules: dict[str, nn.Module]
+    dense: _Record
+    grid: PatchGrid
+    tolerance: float
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     """Return copies of the tensors in ``tree``: a later in-place operation must not change them."""
     return [leaf.clone() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 @contextmanager
-def _recording(model: nn.Module, opaque: set[str]) -> Iterator[_Record]:
+def _recording(model: nn.Module, shown: set[str]) -> Iterator[_Record]:
     record = _Record()
     handles = []
     for path, module in model.named_modules():
-        if path not in opaque:
+        if path in shown:
             handles.append(module.register_forward_pre_hook(partial(record.start, path)))
             handles.append(module.register_forward_hook(partial(record.end, path)))
     try:

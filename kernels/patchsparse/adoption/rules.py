@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from ..geometry import Stencil, pair
+from . import fused
 from . import modules as patch_nn
 from .modules import PatchModule, stencil_of
 
@@ -21,27 +23,35 @@ def accept(module: nn.Module) -> str | None:
     return None
 
 
+def always(module: nn.Module) -> bool:
+    """Concern every instance."""
+    return True
+
+
 @dataclass(frozen=True)
 class Rule:
     """What to do with a module type.
 
     Attributes:
-        make: the class that adopts the module, or its name in ``modules_timm``; None leaves the module as it is.
+        make: the class that adopts the module, or its name in ``modules_timm``, or in ``fused_timm`` as ``fused.NAME``;
+            None leaves the module as it is.
         refuse: returns the reason why a given instance cannot be equal to dense-and-mask, or None.
         whole: the module answers for its children, which see one row per image; they are not visited.
         optional: adopting only saves time; a module that cannot be adopted stays as it is.
+        concerns: whether to adopt a given instance; others stay as they are.
     """
 
     make: type[PatchModule] | str | None = None
     refuse: Callable[[Any], str | None] = accept
     whole: bool = False
     optional: bool = False
+    concerns: Callable[[Any], bool] = always
 
     def target(self) -> type[PatchModule] | None:
         """Return the class to adopt with."""
         if isinstance(self.make, str):
-            module = importlib.import_module(".modules_timm", __package__)
-            return getattr(module, self.make)
+            file, _, name = self.make.rpartition(".")
+            return getattr(importlib.import_module(f".{file or 'modules'}_timm", __package__), name)
         return self.make
 
 
@@ -147,9 +157,9 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
         "Hardshrink LeakyReLU LogSigmoid Softplus Softshrink PReLU Softsign Tanhshrink Softmax2d"
     )
     stay = (
-        "linear.Identity dropout.Dropout dropout.AlphaDropout batchnorm.BatchNorm2d batchnorm.SyncBatchNorm "
+        "linear.Identity dropout.Dropout dropout.AlphaDropout batchnorm.SyncBatchNorm "
         "normalization.LocalResponseNorm pixelshuffle.PixelShuffle pixelshuffle.PixelUnshuffle "
-        "channelshuffle.ChannelShuffle container.Sequential container.ModuleList container.ModuleDict "
+        "channelshuffle.ChannelShuffle container.ModuleList container.ModuleDict "
         "container.ParameterList container.ParameterDict flatten.Flatten"
     )
     rules: dict[str, Rule] = {f"activation.{name}": Rule() for name in activations.split()}
@@ -184,7 +194,7 @@ def _torch_rules() -> Iterator[tuple[str, Rule]]:
 def _timm_stay() -> dict[str, Rule]:
     """Return the rules of modules that look at one pixel, and of those that can never be equal."""
     layers = (
-        "norm_act.BatchNormAct2d norm_act.SyncBatchNormAct norm_act.FrozenBatchNormAct2d layer_scale.LayerScale",
+        "norm_act.SyncBatchNormAct norm_act.FrozenBatchNormAct2d layer_scale.LayerScale",
         "layer_scale.LayerScale2d linear.Linear space_to_depth.SpaceToDepth space_to_depth.DepthToSpace",
         "adaptive_avgmax_pool.SelectAdaptivePool2d",
     )
@@ -238,7 +248,31 @@ def _timm_rules() -> Iterator[tuple[str, Rule]]:
     yield "torchvision.ops.misc.FrozenBatchNorm2d", Rule()
 
 
-_TABLE = dict([*_torch_rules(), *_timm_rules()])
+def _fused_rules() -> Iterator[tuple[str, Rule]]:
+    """Return the rules of norms and of what calls them: of these very types, since a derived one may call otherwise."""
+    makes: dict[str, type[PatchModule] | str] = {
+        "torch.nn.modules.batchnorm.BatchNorm2d": fused.PatchBatchNorm2d,
+        "torch.nn.modules.container.Sequential": fused.PatchSequential,
+        "timm.layers.norm_act.BatchNormAct2d": "fused.PatchBatchNormAct2d",
+        "timm.models._features.FeatureDictNet": "fused.PatchFeatureDictNet",
+        "timm.models._features.FeatureListNet": "fused.PatchFeatureListNet",
+        "timm.models.dla.DlaBasic": "fused.PatchDlaBasic",
+        "timm.models.dla.DlaBottleneck": "fused.PatchDlaBottleneck",
+        "timm.models.regnet.Bottleneck": "fused.PatchRegNetBottleneck",
+        "timm.models.resnet.BasicBlock": "fused.PatchBasicBlock",
+        "timm.models.resnet.Bottleneck": "fused.PatchBottleneck",
+    }
+    for name, make in makes.items():
+        yield name, Rule(make, optional=True, concerns=partial(_is_exactly, name))
+
+
+def _is_exactly(name: str, module: nn.Module) -> bool:
+    if qualified_name(type(module)) != name:
+        return False
+    return type(module) is not nn.Sequential or fused.holds_pair(module)
+
+
+_TABLE = dict([*_torch_rules(), *_timm_rules(), *_fused_rules()])
 
 
 def qualified_name(kind: type) -> str:

@@ -9,7 +9,7 @@ from .parity import check_parity
 __all__ = ["sparsify"]
 
 
-def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Model:
+def sparsify(model: Model, *, backend: str = "auto", fuse: bool | None = None, verify: bool = False) -> Model:
     """Make ``model`` run on packed patches whenever a grid is bound, and as before when none is.
 
     Modules that look at one pixel stay. Spatial ones, and those that reduce over an image, change their class in
@@ -23,6 +23,9 @@ def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Mo
     Args:
         model: any module; no part of it may be sparsified already.
         backend: engine of the spatial modules, see :func:`patchsparse.explain`.
+        fuse: whether a batch norm, the shortcut that a block adds to it and the activation after it run as one
+            operator (`patch_batch_norm_act`) while a grid is bound. It has first derivatives only. None does it where
+            an engine is faster that way. Modules that a hook listens to are called one by one all the same.
         verify: run a small random input through copies of the model in float64, packed and as dense-and-mask, and
             compare the output of every module. :func:`patchsparse.testing.check_parity` does it for other sizes.
 
@@ -37,5 +40,5 @@ def sparsify(model: Model, *, backend: str = "auto", verify: bool = False) -> Mo
         check_name(backend)
     plan = plan_adoption(model, trust_forward=verify)
     if verify:
-        check_parity(model)
-    return adopt(model, plan, backend)
+        check_parity(model, fuse=fuse)
+    return adopt(model, plan, backend, fuse)

@@ -21,6 +21,7 @@ __all__ = [
     "BODIES",
     "BOTH_GRADIENTS_AT_ONCE",
     "ENGINES",
+    "FUSED_NORMS",
     "OPERATIONS",
     "OVERRIDE",
     "check_name",
@@ -62,6 +63,9 @@ BODIES: dict[str, tuple[str, ...]] = {
     "minkowski": (*_CONVOLUTION, "conv2d_gradients"),
     "dense": (*_CONVOLUTION, *_MAX_POOL),
 }
+# Engines whose batch norm with residual and activation is faster than PyTorch's three operations one after the other.
+# On a CPU they are not: gather's takes four to six times as long (benchmarks/test_norm.py).
+FUSED_NORMS = ("triton",)
 # Engines that compute the input and the weight gradient in one pass, faster than one after the other.
 BOTH_GRADIENTS_AT_ONCE = ("minkowski",)
 

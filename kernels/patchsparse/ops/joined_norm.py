@@ -48,8 +48,8 @@ class _NormAct(torch.autograd.Function):
     def forward(ctx: Any, x, residual, weight, bias, eps, activation, slope, backend, all_gather):
         chosen = body(norm_call("batch_norm_act", x, x.shape[0]), backend)
         ctx.rows = x.numel() // max(1, x.shape[1])
-        moments = chosen.batch_norm_moments(x)
-        mean, var, count = joined_moments(*moments, ctx.rows, all_gather)
+        mean, var = chosen.batch_norm_moments(x)
+        mean, var, count = joined_moments(mean, var, ctx.rows, all_gather)
         y, *_ = chosen.batch_norm_act(x, residual, weight, bias, mean, var, eps, activation, slope)
         ctx.options, ctx.backend, ctx.all_gather = (eps, activation, slope), backend, all_gather
         ctx.save_for_backward(x, residual, weight, bias, mean, var, count)
@@ -58,7 +58,7 @@ class _NormAct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, residual, weight, bias, mean, var, count = ctx.saved_tensors
         chosen = body(norm_call("batch_norm_act_grad", x, x.shape[0]), ctx.backend)
         join = _joining_sums(ctx.rows, count, ctx.all_gather)
@@ -72,7 +72,8 @@ class _NormUnpack(torch.autograd.Function):
     def forward(ctx: Any, x, fill, weight, bias, slot, coords, eps, backend, all_gather):
         chosen = body(norm_call("batch_norm_unpack", x, slot.numel()), backend)
         ctx.rows = x.numel() // max(1, x.shape[1])
-        mean, var, count = joined_moments(*chosen.batch_norm_moments(x), ctx.rows, all_gather)
+        mean, var = chosen.batch_norm_moments(x)
+        mean, var, count = joined_moments(mean, var, ctx.rows, all_gather)
         image, *_ = chosen.batch_norm_unpack(x, fill, weight, bias, mean, var, slot, coords, eps)
         ctx.eps, ctx.backend, ctx.all_gather = eps, backend, all_gather
         ctx.save_for_backward(x, fill, weight, bias, mean, var, count, slot, coords)
@@ -81,7 +82,7 @@ class _NormUnpack(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, fill, weight, bias, mean, var, count, *maps = ctx.saved_tensors
         chosen = body(norm_call("batch_norm_unpack_grad", x, maps[0].numel()), ctx.backend)
         join = _joining_sums(ctx.rows, count, ctx.all_gather)
@@ -94,5 +95,5 @@ def _as(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else grad.to(parameter.dtype)
 
 
-joined_batch_norm_act = torch.compiler.disable(_NormAct.apply)
-joined_batch_norm_unpack = torch.compiler.disable(_NormUnpack.apply)
+joined_batch_norm_act: Callable[..., Any] = torch.compiler.disable(_NormAct.apply)
+joined_batch_norm_unpack: Callable[..., Any] = torch.compiler.disable(_NormUnpack.apply)

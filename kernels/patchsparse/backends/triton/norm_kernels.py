@@ -69,8 +69,9 @@ def norm_moments_kernel(p_x, p_parts, count, splits, channels, BLOCK_M: tl.const
         m2 += away * tl.where(m_x, b_x - mean, 0.0)
     rows = tl.where(o_m < count, seen, seen - 1.0)[:, None]  # only the last tile may lack rows
     total = tl.sum(rows, 0)
-    center = tl.sum(mean * rows, 0) / total
-    center += tl.sum((mean - center) * rows, 0) / total  # what rounding left
+    share = rows / total
+    center = tl.sum(mean * share, 0)
+    center += tl.sum((mean - center) * share, 0)  # what rounding left
     away = mean - center
     at = split * channels + o_c
     tl.store(p_parts + at, center, mask=m_c)
