@@ -6,14 +6,14 @@ than a small kernel runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["forget", "is_eager", "is_traced", "is_transformed", "once"]
+__all__ = ["forget", "is_ordinary", "is_traced", "is_transformed", "once"]
 
 T = TypeVar("T")
 _PLAIN = (Tensor, nn.Parameter)
@@ -36,9 +36,9 @@ def is_transformed() -> bool:
     return transforms and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
-def is_eager(tensors: Iterable[Tensor]) -> bool:
-    """Return whether an operation on ``tensors`` only computes: nothing traces, no subclasses, all have values."""
-    return not is_traced() and all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+def is_ordinary(x: Tensor) -> bool:
+    """Return whether ``x`` has values and is of no subclass."""
+    return type(x) in _PLAIN and not x.is_meta
 
 
 def once(function: Callable[..., T]) -> Callable[..., T]:

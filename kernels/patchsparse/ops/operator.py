@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, infer_schema
 
-from ..eager import is_eager, is_transformed
+from ..eager import is_ordinary, is_traced, is_transformed
 
 __all__ = ["Operator", "operator"]
 
@@ -37,14 +37,16 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Compute the operator."""
-        tensors = [a for a in arguments if isinstance(a, Tensor)]
-        if is_eager(tensors):
-            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-                return self._apply(*arguments)
-            return self._body(*arguments)
-        if is_transformed():
+        plain, differentiable = not is_traced(), False
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                plain = plain and is_ordinary(argument)
+                differentiable = differentiable or argument.requires_grad
+        if not plain:
+            return self._transformable.apply(*arguments) if is_transformed() else self.registered(*arguments)
+        if differentiable and torch.is_grad_enabled():
             return self._function.apply(*arguments)
-        return self.registered(*arguments)
+        return self._body(*arguments)
 
     def shape(self, function: Callable[..., Any]) -> None:
         """Take the function that returns results without values: their shapes, dtypes and strides."""
@@ -53,12 +55,17 @@ class Operator:
     def differentiable(self, context: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Take what `torch.autograd.Function` calls ``setup_context`` and ``backward``; both ways use them."""
         self._definition.register_autograd(backward, setup_context=context)
-        methods = {"forward": self._body, "setup_context": context, "backward": backward}
-        methods = {name: staticmethod(method) for name, method in methods.items()}
-        self._function: Any = type(self._name, (torch.autograd.Function,), methods)
-        # Function.apply itself looks for function transforms and binds default values anew in each call.
-        past: Any = super(torch.autograd.Function, self._function)
-        self._apply: Callable[..., Any] = past.apply
+        body = self._body
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = body(*arguments)
+            context(ctx, arguments, output)
+            return output
+
+        # With a context apart torch.func can transform it, but each call binds all arguments to the signature of the
+        # body anew, which costs the host 15 us. So there is another one for calls that nothing transforms.
+        self._function = _function(self._name, forward=forward, backward=backward)
+        self._transformable = _function(self._name, forward=body, setup_context=context, backward=backward)
 
     def _refuse(self, ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"patchsparse::{self._name} has no derivative: only first derivatives can be taken here")
@@ -71,6 +78,11 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     registered operator, which may not, returns an empty tensor for None, and copies.
     """
     return lambda body: Operator(name, body)
+
+
+def _function(name: str, **methods: Callable[..., Any]) -> Any:
+    """Return a `torch.autograd.Function` of that name."""
+    return type(name, (torch.autograd.Function,), {name: staticmethod(method) for name, method in methods.items()})
 
 
 def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
