@@ -39,6 +39,7 @@ def _replayed(record, ways: Encoders, masked: float, limit: float, floor: float)
             found[f"{way} graph"] = ways.captured(way)
         except (RuntimeError, AssertionError) as error:
             record.row(left_out(ways.case, f"{way} graph", str(error), masked))
+            ways.check()  # a replay that differs closed the gate for the others, too
     found[DENSE_AND_MASK] = ways.steps[DENSE_AND_MASK]
     if DENSE in ways.scale.compiled:
         found[f"{DENSE} compiled"] = ways.compiled(DENSE)

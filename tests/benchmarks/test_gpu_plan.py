@@ -31,8 +31,8 @@ PATIENT = PRINT + (
 )
 
 
-def line(name: str, code: str, seconds: float = 20.0, **details: str) -> Line:
-    return Line(name, ("{python}", "-c", code, "{rows}"), seconds, f"does {name} do?", **details)
+def line(name: str, code: str) -> Line:
+    return Line(name, ("{python}", "-c", code, "{rows}"), 20, f"does {name} do?")
 
 
 def options(*arguments: str) -> argparse.Namespace:
