@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from spatspark_fast.training.device_rates import Lists, Rates, adam, on_cpu, tensors_of, to_device
+
 __all__ = ["Lamb", "clip_gradients"]
 
 CHUNK = 1 << 16  # elements; the five arrays of a chunk (1.3 MB in float32) stay in a core's second-level cache
+ROW = 1024  # elements of one row of the updates on a GPU; no row holds elements of two parameters
 
 
 _torch: Any = torch  # type checkers do not know its kernels for lists of tensors
-
-
-class _Rates(NamedTuple):
-    """Hold the numbers that one group shares in one step."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    step: int
-
-
-class _Lists(NamedTuple):
-    """Hold the tensors of one group, parameter by parameter."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    firsts: list[Tensor]
-    seconds: list[Tensor]
 
 
 class Lamb(Optimizer):
@@ -45,8 +29,9 @@ class Lamb(Optimizer):
     weight decay take Adam's update as it is. The state has timm's names, and either loads the other's.
 
     Parameters may be on any device, in any dense memory format. Adam's part is PyTorch's fused kernel, which
-    writes its update into zeros here. On a CPU the rest goes through memory in pieces that fit a cache; on a
-    GPU it is a fixed number of calls for each group. No value is read back from a GPU.
+    moves a scratch copy here. On a CPU the rest goes through memory in pieces that fit a cache; on a GPU it is a
+    fixed number of calls for each group, and the rates lie on the device, so that a CUDA graph can hold them:
+    `step` is `advance`, on the host, and `move`, on the device. No value is read back.
     """
 
     def __init__(
@@ -66,31 +51,37 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            group["step"] = int(group.get("step", 0)) + 1  # a tensor on the CPU in timm's checkpoints
-            lists = self._lists(group["params"])
-            if not lists.params:
-                continue
-            beta1, beta2 = group["betas"]
-            rates = _Rates(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], group["step"])
-            on_cpu = all(parameter.device.type == "cpu" for parameter in lists.params)
-            (_update_in_pieces if on_cpu else _update_together)(lists, rates)
+        numbers = self.advance()
+        first = self.param_groups[0]["params"][0]
+        if on_cpu(first):
+            for group, (lr, weight_decay, step) in zip(self.param_groups, numbers, strict=True):
+                lists = self._lists(group["params"])
+                if lists.params:
+                    _update_in_pieces(lists, Rates.of(group, lr, weight_decay, step, weight_decay != 0))
+        else:
+            self.move(to_device(numbers, first.device), [decay != 0 for _, decay, _ in numbers])
         return loss
 
-    def _lists(self, parameters: Iterable[Tensor]) -> _Lists:
-        lists = _Lists([], [], [], [])
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            grad = parameter.grad
-            if not _same_order(grad, parameter):
-                grad = torch.empty_like(parameter).copy_(grad)
-            for values, value in zip(lists, (parameter, grad, state["exp_avg"], state["exp_avg_sq"]), strict=True):
-                values.append(value)
-        return lists
+    def advance(self) -> list[tuple[float, float, float]]:
+        """Count the step; return the learning rate, the weight decay and the number of the step of each group."""
+        for group in self.param_groups:
+            group["step"] = int(group.get("step", 0)) + 1  # a tensor on the CPU in timm's checkpoints
+        return [(group["lr"], group["weight_decay"], float(group["step"])) for group in self.param_groups]
+
+    @torch.no_grad()
+    def move(self, rates: Tensor, decays: Sequence[bool]) -> None:
+        """Move the weights by ``rates`` ``(groups, 3)`` float32 on their device, in the order of `advance`.
+
+        ``decays`` says of which groups the weight decay is not 0: the others take Adam's update as it is.
+        """
+        for group, row, decay in zip(self.param_groups, rates, decays, strict=True):
+            lists = self._lists(group["params"])
+            if lists.params:
+                lr, weight_decay, step = row.unbind()
+                _update_together(lists, Rates.of(group, lr, weight_decay, step, decay))
+
+    def _lists(self, parameters: Iterable[Tensor]) -> Lists:
+        return tensors_of(parameters, self.state)
 
 
 def _trust(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
@@ -99,51 +90,42 @@ def _trust(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
     return torch.where((weight_norm > 0) & (update_norm > 0), ratio, 1.0)
 
 
-def _adam(lists: _Lists, targets: list[Tensor], lr: float, rates: _Rates) -> None:
-    """Move both moments, and subtract ``lr`` times Adam's update from ``targets``, in one pass."""
-    step = torch.full((), float(rates.step), device=targets[0].device)  # filled there: a copy would wait
-    _torch._fused_adam_(
-        targets,
-        lists.grads,
-        lists.firsts,
-        lists.seconds,
-        [],
-        [step] * len(targets),
-        lr=lr,
-        beta1=rates.beta1,
-        beta2=rates.beta2,
-        weight_decay=0.0,
-        eps=rates.eps,
-        amsgrad=False,
-        maximize=False,
-    )
+@lru_cache(maxsize=16)
+def _owners(numels: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return for each row of `ROW` elements the number of the parameter that it belongs to, ``(rows, 1)``."""
+    rows = torch.tensor([-(-numel // ROW) for numel in numels])
+    return torch.repeat_interleave(torch.arange(len(numels)), rows).unsqueeze(1).to(device)
 
 
-def _update_together(lists: _Lists, rates: _Rates) -> None:
+def _update_together(lists: Lists, rates: Rates) -> None:
     """Update all parameters of a group by a fixed number of calls, each of which takes them all."""
     params = lists.params
-    if rates.weight_decay == 0:
-        _adam(lists, params, rates.lr, rates)
+    if not rates.decays:
+        adam(lists, params, rates.lr, rates)
         return
-    zeros = params[0].new_zeros(sum(parameter.numel() for parameter in params))
-    parts = zeros.split([parameter.numel() for parameter in params])
-    updates = [
-        part.as_strided(p.shape, p.stride(), part.storage_offset()) for part, p in zip(parts, params, strict=True)
-    ]
-    _adam(lists, updates, -1.0, rates)
-    _torch._foreach_add_(updates, params, alpha=rates.weight_decay)
-    norms = (torch.stack(_torch._foreach_norm(tensors)) for tensors in (params, updates))
-    trust = _trust(*norms).mul_(-rates.lr)
-    # One call: foreach has no fast way to scale each tensor by a scalar on the device and then to add it.
-    _torch._foreach_addcmul_(params, updates, list(trust.unbind()))
+    owners = _owners(tuple(parameter.numel() for parameter in params), params[0].device)
+    flat = params[0].new_empty(len(owners), ROW)
+    updates, start = [], 0
+    for parameter in params:
+        updates.append(flat.as_strided(parameter.shape, parameter.stride(), start))
+        start += -(-parameter.numel() // ROW) * ROW
+    _torch._foreach_copy_(updates, params)
+    flat.mul_(rates.weight_decay)
+    adam(lists, updates, -1.0, rates)
+    norms = torch.stack(_torch._foreach_norm([*params, *updates])).view(2, -1)
+    trust = _trust(*norms.unbind()).mul_(rates.lr)
+    # Row by row: foreach has no fast way to scale each tensor by a scalar on the device.
+    flat.mul_(trust[owners])
+    _torch._foreach_sub_(params, updates)
 
 
-def _update_in_pieces(lists: _Lists, rates: _Rates) -> None:
+def _update_in_pieces(lists: Lists, rates: Rates) -> None:
     """Update parameter by parameter, and each of them in pieces that a cache holds until their norm is taken."""
-    flat = _Lists(*([_flat(tensor) for tensor in tensors] for tensors in lists))
-    if rates.weight_decay == 0:
-        _adam(flat, flat.params, rates.lr, rates)
+    flat = Lists(*([_flat(tensor) for tensor in tensors] for tensors in lists))
+    if not rates.decays:
+        adam(flat, flat.params, rates.lr, rates)
         return
+    lr, weight_decay = float(rates.lr), float(rates.weight_decay)
     # One scratch for all parameters: fresh memory would cost a page fault every 4 kB.
     scratch = flat.params[0].new_empty(max(parameter.numel() for parameter in flat.params))
     for weights, *others in zip(*flat, strict=True):
@@ -152,17 +134,11 @@ def _update_in_pieces(lists: _Lists, rates: _Rates) -> None:
         for weight, grad, first, second, update in zip(
             *(tensor.split(CHUNK) for tensor in (weights, *others, updates)), strict=True
         ):
-            _adam(_Lists([weight], [grad], [first], [second]), [update.zero_()], -1.0, rates)
-            update.add_(weight, alpha=rates.weight_decay)
+            adam(Lists([weight], [grad], [first], [second]), [update.zero_()], -1.0, rates)
+            update.add_(weight, alpha=weight_decay)
             squares += [weight.dot(weight), update.dot(update)]
         norms = torch.stack(squares).view(-1, 2).double().sum(0).sqrt_()
-        weights.add_(updates, alpha=-rates.lr * float(_trust(norms[0], norms[1])))
-
-
-def _same_order(one: Tensor, other: Tensor) -> bool:
-    """Return whether the elements of two tensors of one shape lie in memory in one order."""
-    steps = zip(one.shape, one.stride(), other.stride(), strict=True)
-    return all(length == 1 or a == b for length, a, b in steps)
+        weights.add_(updates, alpha=-lr * float(_trust(norms[0], norms[1])))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -187,7 +163,7 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float | None) -> Tensor:
     norm = torch.linalg.vector_norm(torch.stack(_torch._foreach_norm(grads)))
     if limit is not None:
         scale = (limit / (norm + 1e-6)).clamp_(max=1.0)
-        if norm.device.type == "cpu" and float(scale) == 1.0:  # reading it waits for nothing here
+        if on_cpu(norm) and float(scale) == 1.0:  # reading it waits for nothing here
             return norm
         _torch._foreach_mul_(grads, scale)
     return norm

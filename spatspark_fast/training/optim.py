@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
+from spatspark_fast.training.adamw import AdamW
 from spatspark_fast.training.lamb import Lamb
 from spatspark_fast.training.options import OptimOptions
 
@@ -28,15 +28,13 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(
-    named: Iterable[tuple[str, nn.Parameter]], config: OptimOptions, lr: float
-) -> torch.optim.Optimizer:
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimOptions, lr: float) -> Lamb | AdamW:
     """Build LAMB or AdamW over `parameter_groups`; rates are set anew before each step by `set_rates`."""
     groups = parameter_groups(named)
     betas = (config.betas[0], config.betas[1])
     if config.name == "lamb":
         return Lamb(groups, lr=lr, betas=betas, weight_decay=0.0)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=0.0)
+    return AdamW(groups, lr=lr, betas=betas, weight_decay=0.0)
 
 
 def set_rates(groups: Iterable[dict[str, Any]], lr: float, weight_decay: float) -> None:

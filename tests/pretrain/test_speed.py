@@ -212,7 +212,7 @@ class Waiting(TorchDispatchMode):
 @pytest.mark.parametrize("decode_ratio", [1.0, 0.25])
 def test_a_training_step_reads_nothing_back(decode_ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a step as a GPU would run it: with the engine in PyTorch operators, and the loss unread."""
-    monkeypatch.setattr(lamb, "_update_in_pieces", lamb._update_together)
+    monkeypatch.setattr(lamb, "on_cpu", lambda tensor: False)
     monkeypatch.setattr(SparkPretraining, "check_finite", lambda self: None)  # on a GPU not called in a step
     config = PretrainConfig()
     config.model.encoder, config.model.decoder_width, config.model.backend = "resnet10t", 64, "gather"

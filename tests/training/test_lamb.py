@@ -2,7 +2,6 @@
 
 import copy
 import io
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatspark_fast.models.spark import build_spark
 from spatspark_fast.training import lamb
+from spatspark_fast.training.device_rates import to_device
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import build_optimizer, parameter_groups, set_rates
 from spatspark_fast.training.options import OptimOptions
@@ -58,13 +58,11 @@ def error(model: nn.Module, truth: nn.Module) -> float:
 
 
 @pytest.mark.parametrize(
-    ("way", "chunk"),
-    [(lamb._update_in_pieces, 1 << 16), (lamb._update_in_pieces, 1000), (lamb._update_together, 1 << 16)],
+    ("on_cpu", "chunk"),
+    [(True, 1 << 16), (True, 1000), (False, 1 << 16)],
 )
-def test_steps_are_those_of_timm(
-    model: nn.Module, way: Callable[..., None], chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lamb, "_update_in_pieces", way)
+def test_steps_are_those_of_timm(model: nn.Module, on_cpu: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lamb, "on_cpu", lambda tensor: on_cpu)
     monkeypatch.setattr(lamb, "CHUNK", chunk)
     truth, theirs, ours = copy.deepcopy(model).double(), copy.deepcopy(model), model
     optimizers: list[torch.optim.Optimizer] = [timm_lamb(truth, torch.float64), timm_lamb(theirs), our_lamb(ours)]
@@ -102,6 +100,30 @@ def test_a_checkpoint_of_timm_s_lamb_goes_on(model: nn.Module) -> None:
     back = timm_lamb(theirs)
     back.load_state_dict(new.state_dict())
     back.step()
+
+
+def test_adamw_by_rates_on_the_device_is_pytorch_s(model: nn.Module) -> None:
+    truth, theirs, ours = copy.deepcopy(model).double(), copy.deepcopy(model), model
+    options = OptimOptions(name="adamw", betas=list(BETAS))
+    optimizers = [build_optimizer(each.named_parameters(), options, 0.0) for each in (truth, theirs, ours)]
+    for step in range(20):
+        give_gradients([truth, theirs, ours], step)
+        for optimizer in optimizers:
+            set_rates(optimizer.param_groups, 0.01 * (step + 1) / 20, 0.04 * step)
+        for optimizer in optimizers[:2]:
+            optimizer.step()
+        numbers = optimizers[2].advance()
+        assert [count for _, _, count in numbers] == [step + 1] * 2
+        optimizers[2].move(to_device(numbers, torch.device("cpu")), [decay != 0 for _, decay, _ in numbers])
+    assert 0 < error(ours, truth) <= 2 * error(theirs, truth) + 1e-7
+    assert all(float(state["step"]) == 20 for state in optimizers[2].state.values())
+    give_gradients([truth, theirs, ours], 20)
+    optimizers[2].step()  # PyTorch's own goes on from there
+    optimizers[1].step()
+    assert error(ours, theirs) < 1e-5
+    next(iter(optimizers[2].state.values()))["step"] += 1
+    with pytest.raises(ValueError, match="different numbers of steps"):
+        optimizers[2].advance()
 
 
 def test_gradients_in_another_order_of_memory_count_the_same() -> None:
@@ -150,7 +172,7 @@ class Reads(TorchDispatchMode):
 def test_on_a_gpu_nothing_is_read_back_and_the_calls_do_not_grow_with_the_parameters(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lamb, "_update_in_pieces", lamb._update_together)
+    monkeypatch.setattr(lamb, "on_cpu", lambda tensor: False)
     calls = []
     for count in (2, 40):
         parameters = [nn.Parameter(torch.randn(4, 4)) for _ in range(count)]
