@@ -89,6 +89,7 @@ OPTIONS = {
     "trainer.seed": ("seed", TRAININGS),
     "trainer.precision": ("number format of the training step", "pretrain finetune info"),
     "trainer.compile": ("mode of torch.compile", TRAININGS),
+    "trainer.graph": ("whole training steps as CUDA graphs", TRAININGS),
     "trainer.accumulate": ("passes for one optimiser step", TRAININGS),
     "trainer.device": ("where training is computed", TRAININGS),
     "trainer.devices": ("number of devices", TRAININGS),

@@ -1,5 +1,6 @@
 """The step of finetuning as a Lightning module: a forecaster, its loss, and what its checkpoints say."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, fore
 from spatspark_fast.finetune.loss import ForecastLoss
 from spatspark_fast.models.forecaster import Forecaster
 from spatspark_fast.models.registry import DESCRIPTION, PREFIX, describe_forecaster
-from spatspark_fast.training.module import PlannedTraining, averaged
+from spatspark_fast.training.average import averaged
+from spatspark_fast.training.captured import Inputs
+from spatspark_fast.training.module import PlannedTraining, compile_parts
 from spatspark_fast.training.schedules import Plan
 
 __all__ = ["ForecastTraining", "begin_norms"]
@@ -57,19 +60,21 @@ class ForecastTraining(PlannedTraining[Forecaster]):
             scale, config.loss.ssim_weight, config.loss.weighting, config.loss.spectral_weight
         )
         self.ema = averaged(model, config.optim.ema)
-        if config.trainer.compile != "off":  # in place: the keys of the weights stay
-            model.compile(mode=config.trainer.compile)
+        compile_parts((model,), config.trainer.compile)
 
     @property
     def trained(self) -> Forecaster:
         """Return the model whose weights are trained."""
         return self.model
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def inputs(self, batch: dict[str, Any]) -> Inputs:
+        """Return the frames of a batch."""
+        return Inputs(batch["input"])
+
+    def loss(self, frames: Tensor, noise: Sequence[Tensor], counts: tuple[int, ...]) -> Tensor:
         """Return the loss of one batch ``(B, T_in + T_out, H, W)``, NaN where the future is unknown."""
-        frames = batch["input"]
         past, future = frames[:, : self.model.in_length], frames[:, self.model.in_length :]
-        return self.watch(self.criterion(self.model(past), future))
+        return self.criterion(self.model(past), future)
 
     def description(self) -> dict[str, Any]:
         """Say as plain values how to build the model again."""

@@ -26,6 +26,7 @@ from spatspark_fast.models.registry import build_forecaster, load_forecaster
 from spatspark_fast.models.spatspark import SpatSpark
 from spatspark_fast.training.bar import Bar
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
+from spatspark_fast.training.cuda_graphs import choose_graphs
 from spatspark_fast.training.feed import open_store, open_stream, plain_place
 from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
 from spatspark_fast.training.recorder import Recorder
@@ -83,6 +84,7 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
         first = stack_of(windows, split.train[: min(stream.batch_size, FIRST)])
         begin_norms(model.train(), first[:, : model.in_length])
     module = ForecastTraining(config, model, plain.scale, plan)
+    module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say
     started = time.perf_counter()
     with known_warnings_off():
         trainer.fit(module, stream, ckpt_path=checkpoint)

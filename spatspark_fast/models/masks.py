@@ -8,6 +8,8 @@ generator state in a checkpoint.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +24,10 @@ from spatspark_fast.models.patch_loss import patchify
 from spatspark_fast.models.spark import SparK
 
 __all__ = [
+    "MaskDraw",
     "MaskSampler",
+    "draw_masks",
+    "grids_of",
     "leaves_patches_out",
     "num_decoded",
     "num_visible",
@@ -104,22 +109,32 @@ class MaskSampler:
         a run gives the same masks on every device; they travel to it as one small copy and nothing is read
         back.
         """
-        generator = _generator(_MASK_STREAM, self.seed, step, rank)
-        return self.draw(frames, self.ratio_at(progress, step), generator)
+        shape = grid_shape(frames.shape[-2:], self.patch)
+        visible = num_visible(shape[0] * shape[1], self.ratio_at(progress, step))
+        noise = self.noise(frames.shape[0], shape, step, rank)
+        return self.grid(frames, noise.to(frames.device, non_blocking=True), visible)
 
     def draw(self, frames: Tensor, ratio: float, generator: torch.Generator) -> PatchGrid:
-        """Return a grid for ``frames`` ``(B, T, H, W)`` at a given ``ratio``, from a CPU ``generator``.
+        """Return a grid for ``frames`` ``(B, T, H, W)`` at a given ``ratio``, from a CPU ``generator``."""
+        shape = grid_shape(frames.shape[-2:], self.patch)
+        noise = _gumbel(frames.shape[0], shape, generator)
+        return self.grid(frames, noise.to(frames.device), num_visible(shape[0] * shape[1], ratio))
+
+    def noise(self, batch: int, shape: tuple[int, int], step: int, rank: int = 0) -> Tensor:
+        """Return the random part of the masks of a ``step``, ``(B, Gh, Gw)`` float32 on the CPU."""
+        return _gumbel(batch, shape, _generator(_MASK_STREAM, self.seed, step, rank))
+
+    def grid(self, frames: Tensor, noise: Tensor, visible: int) -> PatchGrid:
+        """Return the grid for ``frames`` ``(B, T, H, W)`` with ``visible`` patches of each image, on their device.
 
         Weighted sampling without replacement by exponential keys (Efraimidis and Spirakis 2006), in the form
         of Gumbel-top-k: the patches with the highest ``log weight + Gumbel noise`` are masked.
         """
-        shape = grid_shape(frames.shape[-2:], self.patch)
-        uniform = torch.rand((frames.shape[0], *shape), generator=generator, dtype=torch.float64)
-        masking = -torch.log(-torch.log(uniform.clamp(min=1e-300, max=1 - 1e-16)))
-        masking = masking.to(frames.device, torch.float32, non_blocking=True)
+        masking = noise
         if self.strategy == "rain":
-            masking = masking + self.strength * wet_share(frames, shape, self.wet_threshold)
-        return PatchGrid.from_scores(-masking, num_visible(shape[0] * shape[1], ratio))
+            shape = (noise.shape[1], noise.shape[2])
+            masking = noise + self.strength * wet_share(frames, shape, self.wet_threshold)
+        return PatchGrid.from_scores(-masking, visible)
 
     def decoded(self, grid: PatchGrid, share: float, step: int, rank: int = 0, masked: bool = True) -> PatchGrid:
         """Return the patches that a decoder reconstructs at a ``step``, a random ``share`` of all patches of an image.
@@ -127,12 +142,14 @@ class MaskSampler:
         They are taken from the ``masked`` ones alone (as many as there are, at most; one visible patch if there are
         none), or from all. Every image gets the same number. Nothing is read back from the device.
         """
-        generator = _generator(_DECODE_STREAM, self.seed, step, rank)
         patches = grid.shape[0] * grid.shape[1]
         count = num_decoded(patches, grid.num_active // grid.batch_size, share, masked)
-        scores = torch.rand((grid.batch_size, *grid.shape), generator=generator)
-        scores = scores.to(grid.device, non_blocking=True)
-        return PatchGrid.from_scores(scores - 2 * grid.active if masked else scores, count)
+        noise = self.decoding_noise(grid.batch_size, grid.shape, step, rank)
+        return decoded_grid(grid, noise.to(grid.device, non_blocking=True), count, masked)
+
+    def decoding_noise(self, batch: int, shape: tuple[int, int], step: int, rank: int = 0) -> Tensor:
+        """Return the random numbers that choose what a ``step`` reconstructs, ``(B, Gh, Gw)`` float32 on the CPU."""
+        return torch.rand((batch, *shape), generator=_generator(_DECODE_STREAM, self.seed, step, rank))
 
     def ratio_at(self, progress: float, step: int = 0) -> float:
         """Return the mask ratio at a ``progress`` in [0, 1]; ``interval`` depends on ``step`` alone."""
@@ -154,6 +171,11 @@ def leaves_patches_out(model: SparK, visible: int, patches: int, share: float) -
     return share < 1 or (model.decodes_apart and visible < patches)
 
 
+def decoded_grid(grid: PatchGrid, noise: Tensor, count: int, masked: bool) -> PatchGrid:
+    """Return the grid of the ``count`` patches of each image with the most ``noise``, masked ones first if so asked."""
+    return PatchGrid.from_scores(noise - 2 * grid.active if masked else noise, count)
+
+
 def patches_to_decode(
     model: SparK, masks: MaskSampler, grid: PatchGrid, share: float, step: int, rank: int = 0
 ) -> PatchGrid | None:
@@ -167,6 +189,59 @@ def patches_to_decode(
     return masks.decoded(grid, share, step, rank, masked=model.loss_on == "masked")
 
 
+class MaskDraw(NamedTuple):
+    """Hold what the two grids of a step follow from, besides its frames; nothing of it is on a device.
+
+    ``visible`` and ``decoded`` count patches of each image and decide the shapes of tensors; ``decoded`` is None for
+    whole images. ``noise`` holds the random numbers of each grid, ``(B, Gh, Gw)`` float32.
+    """
+
+    visible: int
+    decoded: int | None
+    noise: tuple[Tensor, ...]
+
+
+def draw_masks(
+    model: SparK,
+    masks: MaskSampler,
+    frames: tuple[int, ...],
+    share: float,
+    step: int,
+    progress: float = 0.0,
+    rank: int = 0,
+) -> MaskDraw:
+    """Draw the masks of a training ``step`` for frames of a shape ``(B, T, H, W)``; see `grids_of`."""
+    batch, shape = frames[0], grid_shape(frames[-2:], masks.patch)
+    patches = shape[0] * shape[1]
+    visible = num_visible(patches, masks.ratio_at(progress, step))
+    noise = masks.noise(batch, shape, step, rank)
+    if not leaves_patches_out(model, visible, patches, share):
+        return MaskDraw(visible, None, (noise,))
+    count = num_decoded(patches, visible, share, model.loss_on == "masked")
+    return MaskDraw(visible, count, (noise, masks.decoding_noise(batch, shape, step, rank)))
+
+
+def grids_of(
+    model: SparK,
+    masks: MaskSampler,
+    frames: Tensor,
+    visible: int,
+    decoded: int | None,
+    noise: Sequence[Tensor],
+) -> tuple[PatchGrid, PatchGrid | None]:
+    """Return the grids of a `MaskDraw`, of what is seen and what is reconstructed; ``noise`` is where ``frames`` are.
+
+    Nothing is read back. Equivalent to::
+
+        grid = masks(frames, step, progress, rank)
+        decoded = patches_to_decode(model, masks, grid, share, step, rank)
+    """
+    grid = masks.grid(frames, noise[0], visible)
+    if decoded is None:
+        return grid, None
+    return grid, decoded_grid(grid, noise[1], decoded, model.loss_on == "masked")
+
+
 def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> tuple[float, float]:
     """Return the shares of patches of an image of ``size`` (H, W) pixels that are seen, and that are reconstructed."""
     rows, columns = grid_shape(size, model.patch)
@@ -174,6 +249,12 @@ def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: floa
     if not leaves_patches_out(model, visible, patches, decode_ratio):
         return visible / patches, 1.0
     return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
+
+
+def _gumbel(batch: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw Gumbel noise ``(B, Gh, Gw)`` float32 on the CPU."""
+    uniform = torch.rand((batch, *shape), generator=generator, dtype=torch.float64)
+    return (-torch.log(-torch.log(uniform.clamp(min=1e-300, max=1 - 1e-16)))).float()
 
 
 def _generator(*key: int) -> torch.Generator:

@@ -111,8 +111,7 @@ def _spill(x: Tensor, spread: Tensor, weight: Tensor, bias: Tensor | None) -> tu
 
     top = top + (middle - along(bias[:, 0], ends[0]))
     bottom = bottom + (middle - along(bias[:, 2], ends[0]))
-    inside = torch.ones(ends[1], dtype=x.dtype, device=x.device)
-    inside[0] = inside[-1] = 0  # the corners are in the rows already
+    inside = F.pad(x.new_ones(ends[1] - 2), (1, 1))  # the corners are in the rows already
     left = left + (inner - bias[:, 1, 0])[:, None] * inside
     right = right + (inner - bias[:, 1, 2])[:, None] * inside
     return top, bottom, left, right

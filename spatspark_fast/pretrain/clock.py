@@ -4,6 +4,8 @@ On a GPU a mark is an event in its queue, and what lies between two of them is r
 CPU it is the time of day. The parts follow each other in a step like this::
 
     data | pack, encoder | densify, decoder, loss | backward of these | backward of the encoder | clip, optimiser
+
+A step that is one CUDA graph has no parts that one could see; then there is "data", and "step".
 """
 
 import time
@@ -17,10 +19,13 @@ from torch import Tensor
 from spatspark_fast.models.spark import Observer, SparK
 from spatspark_fast.training.stream import BatchStream
 
-__all__ = ["PARTS", "Lap", "StepClock"]
+__all__ = ["PARTS", "WHOLE", "Lap", "StepClock"]
 
 PARTS = {"encoder": "encoder", "decoder": "densify, decoder and loss", "optimiser": "clipping and optimiser"}
 """The parts of a step in its order, and how a user is told of them. Beside them is "data", and "other"."""
+
+WHOLE = "step"
+"""The part that a step is which has been captured as a CUDA graph."""
 
 
 class _Mark(NamedTuple):
@@ -37,10 +42,14 @@ class Lap:
         self._marks = marks
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of "data", each of `PARTS` and "other"; on a GPU only once it has passed all marks."""
-        found: dict[str, float] = dict.fromkeys(("data", *PARTS, "other"), 0.0)
+        """Return the seconds of "data", of each of `PARTS` or of `WHOLE` steps, and of "other".
+
+        On a GPU only once it has passed all marks.
+        """
+        whole = any(mark.part == WHOLE for mark in self._marks)
+        found: dict[str, float] = dict.fromkeys(("data", WHOLE, "other") if whole else ("data", *PARTS, "other"), 0.0)
         for before, after in zip(self._marks, self._marks[1:], strict=False):
-            found[after.part] += _between(before.moment, after.moment)
+            found[after.part] = found.get(after.part, 0.0) + _between(before.moment, after.moment)
         return found
 
 
@@ -56,6 +65,7 @@ class StepClock(L.Callback, Observer):
         self._running = False
         self._marks: list[_Mark] = []
         self._spark: SparK | None = None
+        self._module: Any = None
 
     def lap(self) -> Lap:
         """Return what was marked since the last lap, and begin the next one."""
@@ -78,6 +88,7 @@ class StepClock(L.Callback, Observer):
         stream = trainer.train_dataloader
         if isinstance(stream, BatchStream):
             stream.mark = self.mark
+        self._module = pl_module
         spark: SparK = pl_module.spark
         spark.observer = self
         self._spark = spark
@@ -85,13 +96,19 @@ class StepClock(L.Callback, Observer):
         self._marks = []
         self.mark("other")
 
+    @property
+    def _whole(self) -> bool:
+        """Whether steps are captured, so that a mark between their parts would be part of a graph."""
+        return self._module.captured is not None
+
     def started(self) -> None:
         """Begin the forward pass."""
-        self.mark("other")
+        if not self._whole:
+            self.mark("other")
 
     def encoded(self, features: list[Tensor]) -> list[Tensor]:
         """End the encoder's forward pass, and find out when the decoder's backward pass ends."""
-        if not torch.is_grad_enabled():
+        if self._whole or not torch.is_grad_enabled():
             return features
         self.mark("encoder")
         # The decoder reads aliases: the gradients of the features themselves wait for the deeper stages too.
@@ -103,16 +120,18 @@ class StepClock(L.Callback, Observer):
 
     def decoded(self) -> None:
         """End the forward pass of decoder and loss."""
-        if torch.is_grad_enabled():
+        if not self._whole and torch.is_grad_enabled():
             self.mark("decoder")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: Any) -> None:
         """End the backward pass."""
-        self.mark("encoder")
+        if not self._whole:
+            self.mark("encoder")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the step."""
-        self.mark("optimiser" if pl_module.between_steps or pl_module.epoch_complete else "other")
+        ended = "optimiser" if pl_module.between_steps or pl_module.epoch_complete else "other"
+        self.mark(WHOLE if self._whole else ended)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Leave the model as it was."""

@@ -12,13 +12,14 @@ from spatspark_fast.models.backbones import save_encoder
 from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain.build import build_masks, build_model
-from spatspark_fast.pretrain.clock import PARTS, StepClock
+from spatspark_fast.pretrain.clock import PARTS, WHOLE, StepClock
 from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.pretrain.module import SparkPretraining
 from spatspark_fast.pretrain.pictures import Pictures
 from spatspark_fast.pretrain.savings import counted_savings, describe_savings
 from spatspark_fast.training.bar import Bar
 from spatspark_fast.training.checkpoints import Checkpoints, read_checkpoint
+from spatspark_fast.training.cuda_graphs import choose_graphs
 from spatspark_fast.training.feed import open_store, open_stream
 from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
 from spatspark_fast.training.recorder import Recorder
@@ -37,7 +38,7 @@ __all__ = ["COLUMNS", "train"]
 
 COLUMNS = (
     *("step", "epoch", "loss", "lr", "weight_decay", "mask_ratio", "grad_norm", "images_per_s"),
-    *("data_wait_share", "encoder_share", "decoder_share", "optimiser_share"),
+    *("data_wait_share", "encoder_share", "decoder_share", "optimiser_share", "step_share"),
 )
 MEASURED_WINDOWS = 4  # few, to be quick on a CPU
 
@@ -73,6 +74,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
         for note in (*notes, *resume_notes(to_plain(config), state)):
             say(note)
     module = SparkPretraining(config, spark, masks, plan)
+    module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say
     started = time.perf_counter()
     with known_warnings_off():
         trainer.fit(module, stream, ckpt_path=checkpoint)
@@ -82,7 +84,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
         run.write(run.encoder, lambda path: save_encoder(module.kept.encoder, path, input_scaling=scaling))
         run.add_to_session({"speed": recorder.speed.summary()})
         say(describe_training(module, recorder, time.perf_counter() - started))
-        say(describe_speed(recorder.speed, PARTS))
+        say(describe_speed(recorder.speed, {**PARTS, WHOLE: "training steps, each a CUDA graph"}))
         if options.savings:
             say(_savings(config, spark.to(device), windows, run))
         say(

@@ -46,7 +46,8 @@ class AdamW(torch.optim.AdamW):
             if not lists.params:
                 continue
             for parameter in lists.params:
-                self.state[parameter].setdefault("step", torch.tensor(1.0))
+                if "step" not in self.state[parameter]:
+                    self.state[parameter]["step"] = torch.tensor(1.0)
             lr, weight_decay, step = row.unbind()
             numbers = Rates.of(group, lr, weight_decay, step, decays_now)
             if numbers.decays:

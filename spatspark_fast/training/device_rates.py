@@ -21,6 +21,7 @@ class Movable(Protocol):
     """Say what a captured step needs of an optimiser."""
 
     param_groups: list[dict[str, Any]]
+    state: Any
 
     def advance(self) -> list[tuple[float, float, float]]:
         """Count the step; return the learning rate, the weight decay and the number of the step of each group."""

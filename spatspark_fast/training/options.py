@@ -16,6 +16,7 @@ __all__ = [
     "Compile",
     "DataOptions",
     "Device",
+    "Graph",
     "ModelOptions",
     "OptimOptions",
     "Optimiser",
@@ -24,13 +25,15 @@ __all__ = [
     "TrainerOptions",
     "TrainingConfig",
     "check_training",
+    "has_old_graphs",
     "under_new_names",
 ]
 
 Resident = Literal["auto", "device", "host", "off"]
 Optimiser = Literal["lamb", "adamw"]
 Precision = Literal["fp32", "bf16"]
-Compile = Literal["off", "default", "reduce-overhead", "max-autotune"]
+Compile = Literal["off", "default", "max-autotune"]
+Graph = Literal["auto", "on", "off"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -125,7 +128,8 @@ class TrainerOptions:
         max_steps: stop after so many optimiser steps, if that comes first; the schedules end there too
         seed: seed of all that is random: weights, data order, augmentation, masks and drop-path
         precision: "fp32", or "bf16" (autocast; weights stay in float32)
-        compile: torch.compile of the model: "off", or its mode ("reduce-overhead" for small batches on a GPU)
+        compile: torch.compile of the model: "off", or its mode
+        graph: whole steps as CUDA graphs: "on", "off", or "auto" (on one GPU); where that fails they run as without
         accumulate: forward passes for one optimiser step
         device: where to train: "auto" (on a GPU if there is one), "cpu" or "cuda"
         devices: number of devices, or "auto" for all (one process on a CPU)
@@ -140,6 +144,7 @@ class TrainerOptions:
     seed: int = 0
     precision: Precision = "fp32"
     compile: Compile = "off"
+    graph: Graph = "auto"
     accumulate: int = 1
     device: Device = "auto"
     devices: str = "auto"
@@ -201,10 +206,26 @@ def check_training(config: TrainingConfig) -> None:
 
 
 def under_new_names(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run or file, nested dicts; ``trainer.accelerator`` became ``trainer.device``."""
+    """Return the options of a run or file, nested dicts, by today's names and values.
+
+    ``trainer.accelerator`` became ``trainer.device``, and ``trainer.compile reduce-overhead`` is `GRAPHS_NOW`.
+    """
     trainer = plain.get("trainer")
-    if not isinstance(trainer, Mapping) or "accelerator" not in trainer:
+    if not isinstance(trainer, Mapping):
         return dict(plain)
-    others = {name: value for name, value in trainer.items() if name != "accelerator"}
-    device = "cuda" if trainer["accelerator"] == "gpu" else trainer["accelerator"]
-    return {**plain, "trainer": {**others, "device": device}}
+    options = dict(trainer)
+    if "accelerator" in options:
+        accelerator = options.pop("accelerator")
+        options["device"] = "cuda" if accelerator == "gpu" else accelerator
+    if has_old_graphs(plain):
+        options |= GRAPHS_NOW
+    return {**plain, "trainer": options}
+
+
+GRAPHS_NOW = {"compile": "default", "graph": "auto"}
+
+
+def has_old_graphs(plain: Mapping[str, Any]) -> bool:
+    """Tell whether options are of the time when CUDA graphs were a mode of ``trainer.compile``."""
+    trainer = plain.get("trainer")
+    return isinstance(trainer, Mapping) and trainer.get("compile") == "reduce-overhead"

@@ -17,7 +17,7 @@ class Speed:
             self.windows, self.seconds = 0, {}
         self.rows += 1
         self.windows += windows
-        self.seconds = {part: self.seconds.get(part, 0.0) + parts[part] for part in parts}
+        self.seconds = {part: self.seconds.get(part, 0.0) + parts.get(part, 0.0) for part in {**self.seconds, **parts}}
         return _columns(windows, parts)
 
     def summary(self) -> dict[str, float]:
