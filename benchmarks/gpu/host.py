@@ -49,67 +49,74 @@ def load(checkout: Path) -> ModuleType:
     return module
 
 
+class _Step:
+    """The operators of a ResNet's step on few patches, with gradients that no call leaves behind."""
+
+    def __init__(self, package: ModuleType, channels: int, p: int):
+        self.package, self.norm = package, import_module(f"{package.__name__}.functional.norm")
+        self.grid = package.PatchGrid.random(4, (8, 8), keep=0.4, generator=torch.Generator().manual_seed(0))
+        patches = self.grid.num_active
+        self.x, self.g = _random(patches, channels, p, p).requires_grad_(), _random(patches, channels, p, p)
+        self.wide, self.narrow = _random(patches, 64, 8, 8).requires_grad_(), _random(patches, 64, 4, 4)
+        self.images = _random(4, channels, 8 * p, 8 * p)
+        self.weight = nn.Parameter(_random(channels, channels, 3, 3))
+        self.scale, self.shift = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.running = (torch.zeros(channels), torch.ones(channels))
+
+    def _backward(self, y: Tensor, g: Tensor) -> None:
+        y.backward(g)
+        for leaf in (self.x, self.wide, self.weight, self.scale, self.shift):
+            leaf.grad = None
+
+    def conv(self) -> None:
+        """Run a 3x3 convolution forward and backward."""
+        self._backward(self.package.patch_conv2d(self.x, self.weight, None, self.grid, padding=1), self.g)
+
+    def conv_forward(self) -> None:
+        """Run a 3x3 convolution forward, without a graph."""
+        with torch.no_grad():
+            self.package.patch_conv2d(self.x, self.weight, None, self.grid, padding=1)
+
+    def max_pool(self) -> None:
+        """Run a max-pool forward and backward."""
+        self._backward(self.package.patch_max_pool2d(self.wide, self.grid, 3, 2, 1), self.narrow)
+
+    def norm_act(self) -> None:
+        """Run batch norm, addition and ReLU forward and backward."""
+        arguments = (self.x, self.scale, self.shift, *self.running, True)
+        self._backward(self.norm.patch_batch_norm_act(*arguments, activation="relu", residual=self.x), self.g)
+
+    def norm_unpack(self) -> None:
+        """Run batch norm and the laying out of images forward and backward."""
+        arguments = (self.x, self.grid, self.scale, self.shift, *self.running)
+        self._backward(self.norm.patch_batch_norm_unpack(*arguments, training=True), self.images)
+
+    def pack(self) -> None:
+        """Cut images into patches and lay them back."""
+        self.package.unpack(self.package.pack(self.images, self.grid), self.grid)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
 def calls(package: ModuleType, channels: int = 256, p: int = 2) -> dict[str, Callable[[], None]]:
-    """Return the operators of a ResNet's step by name, on few patches: each call runs forward and backward.
+    """Return calls of the operators of a ResNet's step by name.
 
     Args:
         package: ``patchsparse``.
         channels: of the 3x3 layer and of the norms.
         p: side of a patch there, in pixels.
     """
-    norm = import_module(f"{package.__name__}.functional.norm")
-    grid = package.PatchGrid.random(4, (8, 8), keep=0.4, generator=torch.Generator().manual_seed(0))
-
-    def rows(c: int, size: int) -> Tensor:
-        x = torch.randn(grid.num_active, c, size, size, dtype=torch.bfloat16)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    x, g, wide, narrow = (
-        rows(channels, p).requires_grad_(),
-        rows(channels, p),
-        rows(64, 8).requires_grad_(),
-        rows(64, 4),
-    )
-    weight = torch.randn(channels, channels, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    weight, scale, shift = nn.Parameter(weight), nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-    running = (torch.zeros(channels), torch.ones(channels))
-    images = torch.randn(4, channels, 8 * p, 8 * p, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-
-    def conv(backward: bool) -> None:
-        y = package.patch_conv2d(x, weight, None, grid, padding=1)
-        if backward:
-            y.backward(g)
-
-    def forward() -> None:
-        with torch.no_grad():
-            conv(False)
-
-    def norm_act() -> None:
-        arguments = (x, scale, shift, *running, True)
-        norm.patch_batch_norm_act(*arguments, activation="relu", residual=x).backward(g)
-
-    def norm_unpack() -> None:
-        norm.patch_batch_norm_unpack(x, grid, scale, shift, *running, training=True).backward(images)
-
-    named: dict[str, Callable[[], None]] = {
-        "3x3 convolution, three passes": lambda: conv(True),
-        "3x3 convolution, forward without a graph": forward,
-        "max-pool, two passes": lambda: package.patch_max_pool2d(wide, grid, 3, 2, 1).backward(narrow),
-        "norm + residual + ReLU, two passes": norm_act,
-        "norm + unpack, two passes": norm_unpack,
-        "pack, then unpack": lambda: package.unpack(package.pack(images, grid), grid),
+    step = _Step(package, channels, p)
+    return {
+        "3x3 convolution, three passes": step.conv,
+        "3x3 convolution, forward without a graph": step.conv_forward,
+        "max-pool, two passes": step.max_pool,
+        "norm + residual + ReLU, two passes": step.norm_act,
+        "norm + unpack, two passes": step.norm_unpack,
+        "pack, then unpack": step.pack,
     }
-    leaves = (x, wide, weight, scale, shift)
-
-    def without_gradients(run: Callable[[], None]) -> Callable[[], None]:
-        def whole() -> None:
-            run()
-            for leaf in leaves:
-                leaf.grad = None
-
-        return whole
-
-    return {name: without_gradients(run) for name, run in named.items()}
 
 
 def python_calls(run: Callable[[], None]) -> int:

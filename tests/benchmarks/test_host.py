@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
+from triton import knobs
 
 import patchsparse
 from benchmarks.gpu import host
@@ -12,7 +12,7 @@ from benchmarks.gpu.fake import fake_gpu
 from patchsparse.backends.triton import launch
 
 ROOT = Path(__file__).parents[2]
-compiles = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 runs kernels in Python")
+compiles = pytest.mark.skipif(knobs.runtime.interpret, reason="TRITON_INTERPRET=1 runs kernels in Python")
 
 
 @compiles
