@@ -5,12 +5,9 @@ or on those named, such as ``90``.
 """
 
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import triton
@@ -25,9 +22,14 @@ from patchsparse.backends.triton.launch import Launch, rows_like
 from patchsparse.geometry import Stencil
 
 from .compiled_stem import stems
+from .machine_code import Loop, main_loop, resources
 
-ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one program may take
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+# KB of shared memory that one program may take, and of a multiprocessor (CUDA C++ Programming Guide, table of technical
+# specifications per compute capability), and warps that share a multiprocessor.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+SHARED_TOTAL = {80: 164 * 1024, 86: 100 * 1024, 89: 100 * 1024, 90: 228 * 1024, 100: 228 * 1024, 120: 100 * 1024}
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -41,13 +43,38 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers per thread, bytes of local memory per thread (spills), bytes of shared memory, matrix instructions."""
+    """What a compiled kernel takes.
+
+    Attributes:
+        registers: per thread.
+        local: bytes of local memory per thread (spills).
+        shared: bytes of shared memory per program.
+        products: matrix instructions in all.
+        pending: copies still in flight while a step of the main loop waits for its operands.
+        programs: that share a multiprocessor.
+        instructions: of the whole kernel.
+        loop: instructions of the main loop, for each step and warp; None if no loop multiplies or all is unrolled.
+    """
 
     registers: int
     local: int
     shared: int
     products: int
-    pending: int  # copies still in flight while a step of the main loop waits for its operands
+    pending: int
+    programs: int
+    instructions: int
+    loop: Loop | None
+
+    def __str__(self) -> str:
+        line = f"{self.registers} registers, {self.shared / 1024:.0f} KB, {self.programs} programs, "
+        line += f"{self.instructions} instructions"
+        if self.loop is None:
+            return line
+        s = self.loop
+        return (
+            f"{line}, a step: {s.total}, {s.matrix} matrix, {s.fused} fused, {s.copies} copies of 16 "
+            f"bytes, {s.loads} loads, {s.shared} shared, {s.other} other"
+        )
 
 
 def compile_launch(launch: Launch, architecture: int) -> Usage:
@@ -68,16 +95,15 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.findall(rf"{what}:(\d+)", report)[0]) for what in ("REG", "STACK", "LOCAL"))
-    ptx = compiled.asm["ptx"]
+    registers, local = resources(compiled.asm["cubin"])
+    ptx, shared = compiled.asm["ptx"], compiled.metadata.shared
     products = len(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))
     waits = [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)]
-    return Usage(registers, stack + local, compiled.metadata.shared, products, max(waits, default=0))
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256 * launch.warps)
+    by_memory = SHARED_TOTAL[architecture] // (shared + 1024)  # the driver keeps 1 KB for each program
+    programs = min(by_registers, by_memory, WARPS[architecture] // launch.warps)
+    counts = main_loop(compiled.asm["cubin"])
+    return Usage(registers, local, shared, products, max(waits, default=0), programs, *counts)
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -90,23 +116,28 @@ STRIDED = Stencil((3, 3), (2, 2), (1, 1), (1, 1))
 
 
 def forward(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 2) -> Launch:
-    x, w, y = _meta(4096, p, p, c, dtype=dtype), _meta(c, 3, 3, c, dtype=dtype), _meta(1, dtype=dtype)
-    strides = {"w_first": 0, "w_out": 9 * c, "w_tap": c, "w_in": 1}
-    y = rows_like(y, 4096, (p, p), c)
-    return conv.forward_launch(x, w, _meta(c, dtype=dtype), y, *GRID, SAME3, 1, (c, c), strides, False, tile)
+    """Return the launch of a 3x3 convolution of ``c`` channels."""
+    x, y = _meta(4096, p, p, c, dtype=dtype), rows_like(_meta(1, dtype=dtype), 4096, (p, p), c)
+    weights = conv.forward_weights(_meta(c, c, 3, 3, dtype=dtype), 1)
+    return conv.forward_launch(x, weights, _meta(c, dtype=dtype), y, *GRID, (p, p), SAME3, False, tile)
 
 
-def input_gradient(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4) -> Launch:
-    """Return the launch of the input gradient at stride 2: the transposed kernel."""
-    g, w = _meta(4096, p // 2, p // 2, c, dtype=dtype), _meta(c, 3, 3, c, dtype=dtype)
-    strides = {"w_first": 0, "w_out": 1, "w_tap": c, "w_in": 9 * c}
-    y = rows_like(g, 4096, (p, p), c)
-    return conv.forward_launch(g, w, None, y, *GRID, STRIDED, 1, (c, c), strides, True, tile)
+def input_gradient(
+    tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4, stencil: Stencil = STRIDED
+) -> Launch:
+    """Return the launch of the input gradient, at stride 2 with the transposed table."""
+    out, straight = stencil.output_size((p, p)), stencil.stride == (1, 1)
+    g, y = _meta(4096, *out, c, dtype=dtype), rows_like(_meta(1, dtype=dtype), 4096, (p, p), c)
+    weights = conv.transposed_weights(_meta(c, c, 3, 3, dtype=dtype), 1, straight)
+    return conv.forward_launch(g, weights, None, y, *GRID, (p, p), stencil, not straight, tile)
 
 
 def weight_gradient(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 2) -> Launch:
-    x, w = _meta(4096, p, p, c, dtype=dtype), _meta(c, c, 3, 3, dtype=dtype)
-    return conv.wgrad_launches(x, x, w, *GRID, SAME3, 1, tile)[0]
+    """Return the launch of the weight gradient of a 3x3 (of four taps at once: 4x4) convolution of ``c`` channels."""
+    k = 3 if 9 % tile.taps == 0 else 4
+    stencil = Stencil((k, k), (1, 1), (k // 2, k // 2), (1, 1))
+    x, w = _meta(4096, p, p, c, dtype=dtype), _meta(c, c, k, k, dtype=dtype)
+    return conv.wgrad_launches(x, x, w, *GRID, stencil, 1, tile)[0]
 
 
 def memory_bound(c: int = 128, p: int = 8) -> Iterator[tuple[str, Launch]]:
@@ -154,26 +185,45 @@ def unpacks(dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4) -> It
         yield f"{launch.kernel.__name__} {str(dtype).removeprefix('torch.')} C{c}", launch
 
 
-def launches() -> Iterator[tuple[str, Launch]]:
-    """Yield a name and a launch for every configuration of every kernel."""
-    single = torch.float32
-    for tile in configs.CONV:
-        name = f"{tile.m}x{tile.n}x{tile.k}"
-        yield f"fwd {name}", forward(tile)
-        yield f"dgrad stride 2 {name}", input_gradient(tile)
-        if tile.m * tile.n <= 128 * 128:  # larger ones are for 16 bit and rows in their own order
-            yield f"fwd sorted {name}", forward(replace(tile, sorted=True), p=1, c=512)
-            yield f"fwd tf32 {name}", forward(replace(tile, k=tile.k // 2), single)
-    for tile in configs.WGRAD:
-        name = f"{tile.m}x{tile.n}x{tile.k}"
-        yield f"wgrad {name}", weight_gradient(tile)
-        yield f"wgrad listed {name}", weight_gradient(replace(tile, sorted=True))
-        if tile.k <= 64:
-            yield f"wgrad tf32 {name}", weight_gradient(replace(tile, k=tile.k // 2), single)
-    for tile in configs.FULL:
-        name = f"{tile.m}x{tile.n}x{tile.k}"
-        for kind, launch in (("fwd", forward(tile, single)), ("wgrad", weight_gradient(tile, single))):
-            yield f"{kind} ieee {name}", replace(launch, constants=launch.constants | {"PRECISION": "ieee"})
+def _named(kind: str, tile: configs.Tile) -> str:
+    taps = f" {tile.taps} taps" if tile.taps > 1 else ""
+    return f"{kind}{' sorted' if tile.sorted else ''} {tile.m}x{tile.n}x{tile.k}{taps} {tile.stages} stages"
+
+
+def convolutions(architecture: int) -> Iterator[tuple[str, Launch]]:
+    """Yield the launches of convolutions for every configuration that the engine offers on an architecture."""
+    single, shared = torch.float32, SHARED_LIMIT[architecture]
+    shapes = [(c_in, c_out, share) for c_in in (512, 64, 17) for c_out in (512, 64, 32, 16) for share in (1.0, 0.5)]
+    for kind, dtype, tensor_cores in (("", torch.bfloat16, True), (" tf32", single, True), (" ieee", single, False)):
+        options = (dtype.itemsize, tensor_cores)
+        tiles = [t for i, o, s in shapes for t in configs.conv_tiles(1 << 20, i, o, *options, s, shared)]
+        for tile in dict.fromkeys(tiles):
+            c = 17 if tile.k < 32 // dtype.itemsize else max(tile.n, 64)
+            launch = forward(tile, dtype, c)
+            yield _named("fwd" + kind, tile), _precisely(launch, tensor_cores)
+            if tile.sorted:
+                yield _named(f"dgrad{kind} stride 2", tile), _precisely(input_gradient(tile, dtype, c), tensor_cores)
+            else:
+                gradient = input_gradient(tile, dtype, c, stencil=SAME3)
+                yield _named("dgrad" + kind, tile), _precisely(gradient, tensor_cores)
+        tiles = [t for i, o, s in shapes for k in (9, 16) for t in configs.wgrad_tiles(o, i, k, *options, s, shared)]
+        for tile in dict.fromkeys(tiles):
+            launch = weight_gradient(tile, dtype, max(tile.n, 64))
+            yield _named("wgrad" + kind, tile), _precisely(launch, tensor_cores)
+    tile = configs.conv_tiles(1 << 20, 17, 17, 2, True, 1.0, shared)[0]
+    yield _named("fwd C17", tile), forward(tile, c=17)  # no wide copies
+    tile = configs.wgrad_tiles(17, 17, 9, 2, True, 1.0, shared)[0]
+    yield _named("wgrad C17", tile), weight_gradient(tile, c=17)
+
+
+def _precisely(launch: Launch, tensor_cores: bool) -> Launch:
+    """Return a launch with plain multiply-adds unless it may use tensor cores."""
+    return launch if tensor_cores else replace(launch, constants=launch.constants | {"PRECISION": "ieee"})
+
+
+def launches(architecture: int) -> Iterator[tuple[str, Launch]]:
+    """Yield a name and a launch for every configuration of every kernel that is offered on an architecture."""
+    yield from convolutions(architecture)
     yield from stems()
     yield from memory_bound()
     yield from norms()
@@ -182,24 +232,16 @@ def launches() -> Iterator[tuple[str, Launch]]:
     yield from unpacks(torch.float32, c=70, p=3)
 
 
-def supported(launch: Launch, architectures: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the architectures that the engine offers a launch to: large tiles not to those before sm_90."""
-    m, n, k = (launch.constants.get(f"BLOCK_{x}", 1) for x in "MNK")
-    large = configs.is_large(configs.Tile(m, n, k, launch.warps, launch.stages))
-    return tuple(a for a in architectures if a >= 90 or not large or "BLOCK_K" not in launch.constants)
-
-
 def main() -> int:
     """Print a table of all configurations on all architectures; return the number that spill or do not fit."""
     failures = 0
-    chosen = tuple(int(a) for a in sys.argv[1:]) or ARCHITECTURES
-    for name, launch in launches():
-        for architecture in supported(launch, chosen):
+    for architecture in tuple(int(a) for a in sys.argv[1:]) or ARCHITECTURES:
+        for name, launch in launches(architecture):
             usage = compile_launch(launch, architecture)
             good = usage.local == 0 and usage.shared <= SHARED_LIMIT[architecture]
             failures += not good
-            line = f"{'ok ' if good else 'BAD'} sm_{architecture} {name:28s} {launch.warps} warps {usage}\n"
-            sys.stdout.write(line)
+            line = f"{'ok ' if good else 'BAD'} sm_{architecture} {name:36s} {launch.warps} warps, {usage}"
+            sys.stdout.write(f"{line}{'' if good else f', {usage.local} bytes spilled'}\n")
             sys.stdout.flush()
     sys.stdout.write(f"Triton {triton.__version__}: {failures} configurations spill or do not fit\n")
     return min(failures, 1)

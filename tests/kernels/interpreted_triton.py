@@ -20,9 +20,7 @@ from patchsparse import (
     patch_conv_transpose2d,
     patch_max_pool2d,
 )
-from patchsparse.backends import gather, triton
-from patchsparse.backends.triton import conv, tuning
-from patchsparse.backends.triton.configs import CONV, WGRAD, Tile
+from patchsparse.backends.triton import tuning
 from patchsparse.functional.norm import ACTIVATIONS
 from patchsparse.geometry import Stencil
 
@@ -182,52 +180,6 @@ def test_max_pooling_keeps_nan():
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def problem(p: int, c: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
-    grid = PatchGrid.random(2, (4, 4), 0.4, torch.Generator().manual_seed(p))
-    x, w, g = (t.to(dtype) for t in normal(p, (grid.num_active, c, p, p), (c, c, 3, 3), (grid.num_active, c, p, p)))
-    return grid, x, w, g
-
-
-@pytest.mark.parametrize("number", rest_but([0, 1], range(len(CONV))))
-def test_every_forward_tile(number):
-    tile, ordered = CONV[number], number % 2 == 0
-    grid, x, w, _ = problem(2, 32)
-    stencil = Stencil((3, 3), (1, 1), (1, 1), (1, 1))
-    y = torch.empty_like(x).contiguous(memory_format=torch.channels_last)
-    strides = {"w_first": 0, "w_out": 9 * 32, "w_tap": 32, "w_in": 1}
-    tile = Tile(tile.m, tile.n, tile.k, tile.warps, tile.stages, ordered)
-    maps = (grid.slot, grid.coords, stencil, 1, (32, 32), strides, False, tile)
-    conv.forward_launch(conv.as_rows(x), conv.as_rows(w), None, y, *maps).run()
-    expected = gather.conv2d(x.float(), w.float(), None, grid.slot, grid.coords, stencil, 1)
-    torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().amax().item())
-
-
-@pytest.mark.parametrize("number", rest_but([0, 1], range(len(WGRAD))))
-def test_every_weight_gradient_tile(number):
-    tile, listed = WGRAD[number], number % 2 == 0
-    grid, x, w, g = problem(2, 16)
-    stencil = Stencil((3, 3), (1, 1), (1, 1), (1, 1))
-    out = torch.empty_like(w).contiguous(memory_format=torch.channels_last)
-    tile = Tile(tile.m, tile.n, tile.k, tile.warps, tile.stages, listed, waves=20)
-    rows = (conv.as_rows(x), conv.as_rows(g))
-    for launch in conv.wgrad_launches(*rows, out, grid.slot, grid.coords, stencil, 1, tile):
-        launch.run()
-    expected = gather.conv2d_wgrad(x.float(), g.float(), grid.slot, grid.coords, stencil, 1)
-    torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().amax().item())
-
-
-def test_weight_gradient_is_deterministic_and_rows_permute():
-    grid, x, w, g = problem(2, 32, torch.float32)
-    first, second = (
-        triton.conv2d_wgrad(x, g, grid.slot, grid.coords, Stencil((3, 3), padding=(1, 1)), 1) for _ in range(2)
-    )
-    assert torch.equal(first, second)
-    order = torch.randperm(grid.num_active, generator=torch.Generator().manual_seed(0))
-    straight = patch_conv2d(x, w, None, grid, 1, 1, backend="triton")
-    permuted = patch_conv2d(x[order], w, None, grid.permute(order), 1, 1, backend="triton")
-    torch.testing.assert_close(permuted, straight[order], rtol=1e-5, atol=1e-5)
-
-
 def test_tuning_remembers_the_fastest_of_the_configurations_that_agree():
     tuner_key = ("a kind of call of this test",)
     good = torch.ones(4)
@@ -247,20 +199,6 @@ def test_tuning_remembers_the_fastest_of_the_configurations_that_agree():
     asked: list[str] = []
     tuning.best(tuner_key, ("slow",), lambda config: asked.append(config) or good)
     assert asked == ["fast"]  # also outside of tune()
-
-
-@pytest.mark.rest
-def test_tuned_convolution_equals_the_default(monkeypatch):
-    few = conv.conv_tiles
-    monkeypatch.setattr(conv, "conv_tiles", lambda *a: few(*a)[:3])
-    grid, x, w, _ = problem(1, 16)
-    x, w = x.half(), w.half()
-    before = patch_conv2d(x, w, None, grid, 1, 1, backend="triton")
-    with tuning.tune(repetitions=1) as tuner:
-        known = len(tuner.found)
-        after = patch_conv2d(x, w, None, grid, 1, 1, backend="triton")
-    assert len(tuner.found) == known + 1
-    torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

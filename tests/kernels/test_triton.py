@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_interpreted_kernels_equal_the_other_engines(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=--strict-markers", "-m", part]
-    command += [f"tests/kernels/interpreted_{name}.py" for name in ("triton", "norms", "stem")]
+    command += [f"tests/kernels/interpreted_{name}.py" for name in ("triton", "conv", "norms", "stem")]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
@@ -41,13 +41,16 @@ def _compilations() -> list:
         return []
     from . import compiled
 
-    chosen = [(n, launch) for n, launch in compiled.launches() if not n.startswith(("dgrad", "fwd tf32", "wgrad tf32"))]
+    offered = {a: list(compiled.launches(a)) for a in compiled.ARCHITECTURES}
+    turns = cycle((90, 80, 100, 90, 86, 120, 90))
+    names = dict.fromkeys(name for launches in offered.values() for name, _ in launches)
     cases, kinds = [], set()
-    for (name, launch), turn in zip(chosen, cycle((90, 80, 100, 90)), strict=False):
-        kind = re.sub(r" ?(\d+x\d+x\d+|b?float\d+ C\d+|C\d+( tf32| ieee)?)", "", name)
-        for arch in compiled.supported(launch, compiled.ARCHITECTURES if "unpack" in name else (turn,)) or (90,):
-            marks = pytest.mark.rest if kind in kinds else ()
-            cases.append(pytest.param(launch, arch, id=f"{name} sm_{arch}", marks=marks))
+    for name in names:
+        having = [a for a in compiled.ARCHITECTURES if name in dict(offered[a])]
+        kind = re.sub(r" ?(\d+x\d+x\d+|b?float\d+ C\d+|C\d+( tf32| ieee)?|\d (stages|taps))", "", name)
+        for arch in having if "unpack" in name else [next(turn for turn in turns if turn in having)]:
+            marks = pytest.mark.rest if kind in kinds or kind.startswith(("dgrad", "fwd tf32", "wgrad tf32")) else ()
+            cases.append(pytest.param(dict(offered[arch])[name], arch, id=f"{name} sm_{arch}", marks=marks))
             kinds.add(kind)
     return cases
 
@@ -58,31 +61,66 @@ def test_configurations_compile_without_spills(launch, architecture, monkeypatch
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns unless one of the two is chosen
     usage = compiled.compile_launch(launch, architecture)
-    assert usage.local == 0, f"{usage} spills"
+    assert usage.local == 0, f"{usage} spills {usage.local} bytes"
     assert usage.shared <= compiled.SHARED_LIMIT[architecture], usage
-    if "BLOCK_K" in launch.constants and launch.constants["PRECISION"] == "ieee" and launch.constants["BLOCK_K"] >= 64:
+    constants = launch.constants
+    wide = "BLOCK_K" in constants and constants["BLOCK_K"] >= 64 and constants.get("C_IN", 64) % 8 == 0
+    if wide and constants["PRECISION"] == "ieee":
         assert usage.products > 0, "no tensor-core instruction"
-        assert usage.pending >= 1 or launch.stages < 3, "the loads of the main loop are not pipelined"
+        assert usage.pending >= launch.stages - 2, "the loads of the main loop are not pipelined"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles for a GPU")
+@pytest.mark.parametrize(("kind", "matrix", "copies", "programs"), [("fwd", 8, 16, 2), ("wgrad", 12, 16, 2)])
+def test_the_main_loop_is_found_in_the_machine_code(kind, matrix, copies, programs):
+    """128 x 128 x 64: 2 times 64 rows, 4 times 16 of the sum; three taps of 64 x 64 x 64. A copy moves 8 values."""
+    from . import compiled
+
+    three = next(t for t in configs.WGRAD if t.taps == 3)
+    made = compiled.forward(configs.CONV[0], c=512, p=1) if kind == "fwd" else compiled.weight_gradient(three, c=64)
+    usage = compiled.compile_launch(made, 90)
+    loop = usage.loop
+    assert loop is not None
+    assert (loop.matrix, loop.copies, usage.programs) == (matrix, copies, programs)
+    assert loop.matrix + loop.copies + loop.loads + loop.shared + loop.other == loop.total < 300
 
 
 def test_every_shape_finds_a_shipped_configuration():
     def shape(tile):
         return tile.m, tile.n, tile.warps, tile.stages
 
-    conv, wgrad, full = ({shape(t) for t in tiles} for tiles in (configs.CONV, configs.WGRAD, configs.FULL))
-    for c_in in (1, 12, 64, 512):
-        for c_out in (1, 24, 64, 2048):
-            for itemsize, tensor_cores in ((2, True), (4, True), (4, False)):
-                for share in (0.3, 0.8, 1.0):
-                    options = (itemsize, tensor_cores, share)
-                    tiles = configs.conv_tiles(4096, c_in, c_out, *options, True)
-                    assert {shape(t) for t in tiles} <= (conv if tensor_cores else full)
-                    assert all(16 <= t.k <= 128 for t in tiles)
-                    assert tiles[0].sorted == (share < 0.75)
-                    small = configs.conv_tiles(4096, c_in, c_out, *options, True, False)
-                    assert not any(configs.is_large(t) for t in small)
-                    tiles = configs.wgrad_tiles(c_in, c_out, *options)
-                    assert {shape(t) for t in tiles} <= (wgrad if tensor_cores else full)
+    shipped = {configs.LARGE: (configs.CONV, configs.WGRAD), 99 << 10: (configs.CONV_SMALL, configs.WGRAD_SMALL)}
+    shipped[163 << 10] = shipped[99 << 10]
+    full = {shape(t) for t in configs.FULL}
+    for shared, c_in, c_out in product(shipped, (1, 12, 64, 512), (1, 24, 64, 2048)):
+        conv, wgrad = ({shape(t) for t in tiles} for tiles in shipped[shared])
+        for (itemsize, tensor_cores), share in product(((2, True), (4, True), (4, False)), (0.3, 0.8, 1.0)):
+            tiles = configs.conv_tiles(4096, c_in, c_out, itemsize, tensor_cores, share, shared)
+            assert {shape(t) for t in tiles} <= (conv if tensor_cores else full)
+            assert all(16 <= t.k <= 64 for t in tiles)
+            assert tiles[0].sorted == (share < 0.75)
+            assert all(configs.memory_of(t, itemsize) <= shared for t in tiles)
+            assert not tensor_cores or configs.programs_of(tiles[0], itemsize, shared) == 8 // tiles[0].warps
+            for taps in (9, 16, 49):
+                tiles = configs.wgrad_tiles(c_in, c_out, taps, itemsize, tensor_cores, share, shared)
+                assert {shape(t) for t in tiles} <= (wgrad if tensor_cores else full)
+                assert all(taps % t.taps == 0 for t in tiles)
+                assert all(configs.memory_of(t, itemsize) <= shared for t in tiles)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "slots", "largest", "splits"),
+    [
+        (3, 264, 999, 88),  # one turn, exactly full
+        (9, 264, 999, 29),  # 261 of 264 places: rounding up would leave a turn for 6 programs
+        (36, 264, 7, 7),
+        (144, 264, 1, 1),
+        (300, 264, 999, 3),  # 900 programs in four turns fill 0.85 of the places, 300 in two 0.57
+        (5, 4, 10, 3),  # more programs than places: 15 of 16 in four turns
+    ],
+)
+def test_parts_of_the_weight_gradient_fill_whole_turns(tiles, slots, largest, splits):
+    assert configs.splits_of(tiles, slots, largest) == splits
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on the CPU")

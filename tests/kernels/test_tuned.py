@@ -21,7 +21,7 @@ from patchsparse.backends.triton.configs import conv_tiles  # noqa: E402
 SAME = Stencil((3, 3), padding=(1, 1))
 KIND = tuned.Kind("conv2d", "sm_90", torch.bfloat16, "ieee", (8, 8), SAME, (64, 64), 1, 18, 3)
 RUN = {"card": "NVIDIA H100", "from": "torch 2.11.0; commit abc; a test"}
-TILES = conv_tiles(2**18, 64, 64, 2, True, 0.8, True)
+TILES = conv_tiles(2**18, 64, 64, 2, True, 0.8)
 SECOND = TILES[1]
 
 

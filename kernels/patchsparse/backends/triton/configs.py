@@ -1,7 +1,7 @@
-"""The shipped configurations: tile sizes, warps and stages per kernel; the first of a list is the default.
+"""The shipped configurations: tile sizes, warps and stages per kernel, and which of them a device is offered.
 
-Every configuration listed here is compiled ahead of time in the tests for three architectures: none spills, all fit
-into the shared memory of the smallest (163 KB, sm_80). Reasons for the numbers are in ``README.md``.
+Every configuration that is offered is compiled ahead of time in the tests: none spills, all fit into the shared memory
+of the devices that it is offered to. Reasons for the numbers are in ``README.md``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,26 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-__all__ = ["CONV", "FULL", "WGRAD", "Tile", "conv_tiles", "is_large", "stencil_tile", "wgrad_tiles"]
+import torch
+
+__all__ = [
+    "CONV",
+    "CONV_SMALL",
+    "FULL",
+    "LARGE",
+    "WGRAD",
+    "WGRAD_SMALL",
+    "Tile",
+    "conv_tiles",
+    "memory_of",
+    "programs_of",
+    "shared_memory",
+    "splits_of",
+    "stencil_tile",
+    "wgrad_tiles",
+]
+
+LARGE = 227 * 1024  # bytes of shared memory that a program may take where four warps share one product: sm_90, sm_100
 
 
 @dataclass(frozen=True)
@@ -23,7 +42,7 @@ class Tile:
         warps: per program.
         stages: of the software pipeline.
         sorted: take rows in the order of their active taps; for the weight gradient, take listed active pairs.
-        waves: programs per multiprocessor that the weight gradient splits its rows into.
+        taps: of the weight gradient, for which a program reads the output gradient once.
     """
 
     m: int
@@ -32,61 +51,99 @@ class Tile:
     warps: int
     stages: int
     sorted: bool = False
-    waves: int = 2
+    taps: int = 1
 
 
-# For 16-bit values; a step of float32 is half as long, which takes the same memory.
+# For 16-bit values; a step of float32 is half as long, which takes the same memory. In order of preference.
 CONV = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(64, 128, 64, 4, 3),
-    Tile(128, 64, 64, 8, 3),
-    Tile(256, 64, 64, 8, 3),
-    Tile(128, 256, 64, 8, 3),
-    Tile(256, 128, 64, 8, 3),
+    Tile(128, 128, 64, 4, 3),
+    Tile(128, 64, 64, 4, 3),
+    Tile(64, 128, 64, 4, 4),
     Tile(64, 64, 64, 4, 4),
     Tile(128, 32, 64, 4, 4),
     Tile(128, 16, 64, 4, 4),
+    Tile(256, 64, 64, 4, 2),
+    Tile(64, 256, 64, 4, 2),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
 )
 WGRAD = (
-    Tile(128, 128, 64, 8, 3),
-    Tile(64, 64, 64, 4, 3),
+    Tile(128, 128, 64, 4, 3),
+    Tile(64, 64, 64, 4, 3, taps=3),
+    Tile(64, 64, 64, 4, 2, taps=4),
     Tile(64, 128, 64, 4, 3),
-    Tile(64, 64, 128, 4, 3),
+    Tile(64, 64, 64, 4, 4),
     Tile(64, 32, 64, 4, 4),
+    Tile(64, 16, 64, 4, 4),
+    Tile(128, 64, 64, 8, 3, taps=3),
+    Tile(128, 256, 64, 8, 3),
+)
+# For devices with less shared memory, where each warp multiplies alone and keeps its operands in registers.
+CONV_SMALL = (
+    Tile(128, 128, 32, 8, 3),
+    Tile(128, 64, 64, 4, 3),
+    Tile(128, 64, 32, 4, 3),
+    Tile(64, 128, 32, 4, 3),
+    Tile(64, 64, 64, 4, 3),
+    Tile(128, 32, 32, 4, 4),
+    Tile(128, 16, 32, 4, 4),
+)
+WGRAD_SMALL = (
+    Tile(128, 128, 32, 8, 3),
+    Tile(64, 64, 32, 4, 3, taps=3),
+    Tile(64, 128, 32, 4, 3),
+    Tile(64, 64, 64, 4, 3),
+    Tile(64, 32, 64, 4, 3),
     Tile(64, 16, 64, 4, 3),
 )
 # Full float32 has no tensor cores: small tiles of plain multiply-adds, kept in registers.
-FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 2), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
+FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 3), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may take on a device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else LARGE
+
+
+def memory_of(tile: Tile, itemsize: int) -> int:
+    """Return the bytes of shared memory of a tile's operands; steps are those of ``itemsize`` bytes per value."""
+    return tile.stages * (tile.m + tile.taps * tile.n) * tile.k * itemsize
+
+
+def programs_of(tile: Tile, itemsize: int, shared: int) -> int:
+    """Return how many programs share a multiprocessor: 1 KB each is reserved, 8 warps have 255 registers a thread."""
+    return max(1, min(8 // tile.warps, (shared + 1024) // (memory_of(tile, itemsize) + 1024)))
 
 
 def _power(value: int, least: int = 16) -> int:
     return max(least, 1 << (value - 1).bit_length())
 
 
-def is_large(tile: Tile) -> bool:
-    """Return whether a tile fills the registers: before sm_90, with float32, or with sorted rows, it would spill."""
-    return tile.m * tile.n > 128 * 128 or tile.k > 64
+def _fitting(tiles: tuple[Tile, ...], n: int, k: int, itemsize: int, tensor_cores: bool, shared: int) -> list[Tile]:
+    """Return the tiles no wider than ``n`` channels need, with steps no longer than ``k``, that fit into the memory.
+
+    Those come first of which as many programs as registers allow share a multiprocessor.
+    """
+    longest = [t.k * 2 // itemsize if tensor_cores else t.k for t in tiles]
+    kept = [replace(t, k=min(step, _power(k))) for t, step in zip(tiles, longest, strict=True) if t.n <= _power(n)]
+    fitting = dict.fromkeys(t for t in kept if memory_of(t, itemsize) <= shared)
+    return sorted(fitting, key=lambda t: programs_of(t, itemsize, shared) < 8 // t.warps)
 
 
-def _adapt(tiles: tuple[Tile, ...], n: int, k: int, tensor_cores: bool, itemsize: int, large: bool) -> list[Tile]:
-    """Return the tiles no wider than ``n`` channels need, with steps no longer than ``k``, without repetitions."""
-    longest = 64 if itemsize == 2 or not tensor_cores else 32
-    kept = [t for t in tiles if t.n <= _power(n) and ((large and itemsize == 2) or not is_large(t))]
-    fitted = [replace(t, k=min(t.k * 2 // itemsize if tensor_cores else t.k, _power(k), 2 * longest)) for t in kept]
-    return list(dict.fromkeys(fitted))
+def _in_order(tiles: list[Tile], first: tuple[int, int], share: float, most: int) -> tuple[Tile, ...]:
+    """Return the tiles of ``first`` (m, n) first, sorted ones among them, or before, by the share of active pairs."""
+    tiles = sorted(tiles, key=lambda t: (t.m, t.n) != first)
+    taken = [replace(t, sorted=True) for t in tiles]
+    if share < 0.75:  # sorting saves a quarter of the products or more
+        return tuple(taken + tiles[:1])
+    return tuple(tiles + taken[:most]) if share < 0.9 else tuple(tiles)
 
 
 @lru_cache(maxsize=4096)
 def conv_tiles(
-    rows: int,
-    c_in: int,
-    c_out: int,
-    itemsize: int,
-    tensor_cores: bool,
-    share: float,
-    sortable: bool,
-    large: bool = True,
-) -> list[Tile]:
+    rows: int, c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float, shared: int = LARGE
+) -> tuple[Tile, ...]:
     """Return the configurations of the forward kernel and of the input gradient, the default first.
 
     Args:
@@ -96,45 +153,49 @@ def conv_tiles(
         itemsize: bytes per value.
         tensor_cores: whether products run on them (16 bit, or TF32).
         share: expected share of active (row, tap) pairs.
-        sortable: whether an order of rows can be had.
-        large: whether the device takes large tiles, sm_90 and later.
+        shared: bytes of shared memory that a program may take.
     """
-    tiles = _adapt(CONV if tensor_cores else FULL, c_out, c_in, tensor_cores, itemsize, large)
-    first = _best_conv(rows, c_out) if tensor_cores else (tiles[0].m, tiles[0].n)
-    tiles.sort(key=lambda t: (t.m, t.n) != first)
-    if not sortable:
-        return tiles
-    ordered = [replace(t, sorted=True) for t in tiles if not is_large(t)]
-    if share < 0.75:  # sorting saves a quarter of the products or more
-        return ordered + tiles[:1]
-    return tiles + ordered[:2] if share < 0.9 else tiles
-
-
-def _best_conv(rows: int, c_out: int) -> tuple[int, int]:
-    """Return (m, n) of the default: as wide as the channels, and no larger than leaves three tiles per processor."""
-    n = min(_power(c_out), 128)
-    if n < 64:
-        return 128, n
-    if n == 64:
-        return (256, 64) if rows >= 256 * 400 else (128, 64)
-    return (128, 128) if rows * c_out >= 128 * 128 * 400 else (64, 128)
+    if not tensor_cores:
+        tiles = _fitting(FULL, c_out, c_in, itemsize, False, shared)
+        return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2)
+    tiles = _fitting(CONV if shared >= LARGE else CONV_SMALL, c_out, c_in, itemsize, True, shared)
+    if itemsize > 2:  # TF32 needs more registers a product
+        tiles = [t for t in tiles if t.m * t.n <= 128 * 128 and t.n <= 128]
+    wide = [t for t in tiles if t.n == min(_power(c_out), 128)]
+    filling = [t for t in wide if rows * c_out >= 128 * t.m * t.n]  # one tile or more for each of 128 multiprocessors
+    first = (filling or wide[-1:])[0]
+    return _in_order(tiles, (first.m, first.n), share, 2)
 
 
 @lru_cache(maxsize=4096)
 def wgrad_tiles(
-    c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float, large: bool = True
-) -> list[Tile]:
+    c_in: int, c_out: int, taps: int, itemsize: int, tensor_cores: bool, share: float, shared: int = LARGE
+) -> tuple[Tile, ...]:
     """Return the configurations of the weight gradient, the default first; channels are per group."""
-    tiles = _adapt(WGRAD if tensor_cores else FULL, c_in, 1 << 30, tensor_cores, itemsize, large)
-    fitting = [t for t in tiles if t.m <= max(64, _power(c_out))]
-    tiles = fitting or tiles
+    if not tensor_cores:
+        tiles = _fitting(FULL, c_in, 1 << 30, itemsize, False, shared)
+        return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2)
+    tiles = _fitting(WGRAD if shared >= LARGE else WGRAD_SMALL, c_in, 1 << 30, itemsize, True, shared)
+    tiles = [t for t in tiles if taps % t.taps == 0 and t.m <= max(64, _power(c_out))]
+    if itemsize > 2:
+        tiles = [t for t in tiles if t.m * t.n * t.taps <= 128 * 128]
     wide = (128 if _power(c_out) >= 128 else 64, min(_power(c_in), 128))
-    if tensor_cores:
-        tiles.sort(key=lambda t: (t.m, t.n) != wide)
-    listed = [replace(t, sorted=True) for t in tiles]
-    if share < 0.75:
-        return listed + tiles[:1]
-    return tiles + listed[:2] if share < 0.9 else tiles
+    return _in_order(tiles, wide, share, 2)
+
+
+def splits_of(tiles: int, slots: int, largest: int) -> int:
+    """Return into how many parts the weight gradient splits its rows, at most ``largest``.
+
+    ``tiles`` programs for each part take turns on ``slots``. Of the numbers that fill one to four turns without
+    beginning another, the lowest is taken that leaves fewest places empty, in tenths.
+    """
+    wanted = {max(1, min(slots * turns // tiles, largest)) for turns in (1, 2, 3, 4)}
+
+    def empty(splits: int) -> int:
+        turns = -(-tiles * splits // slots)
+        return round(10 * (1 - tiles * splits / (turns * slots)))
+
+    return min(wanted, key=lambda splits: (empty(splits), splits))
 
 
 @lru_cache

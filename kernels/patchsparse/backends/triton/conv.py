@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...geometry import Stencil
 from . import tuning
-from .configs import Tile, conv_tiles, wgrad_tiles
+from .configs import Tile, conv_tiles, programs_of, shared_memory, splits_of, wgrad_tiles
 from .conv_kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
-from .launch import Launch, as_rows, processors, row_major, rows_like, takes_large_tiles
+from .launch import Launch, as_rows, processors, rows_like
 from .row_tables import active_share, listed_rows, row_table, turned
 from .tuned import Kind, card_of
 
-__all__ = ["MOST_TAPS", "axes", "conv2d", "conv2d_dgrad", "conv2d_wgrad", "forward_launch", "wgrad_launches"]
+__all__ = [
+    "MOST_TAPS",
+    "Weights",
+    "axes",
+    "conv2d",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "forward_launch",
+    "forward_weights",
+    "sum_launch",
+    "transposed_weights",
+    "wgrad_launches",
+]
 
 Size = tuple[int, int]
 MOST_TAPS = 62  # the taps of a tile are bits of an int64
@@ -51,14 +64,43 @@ def _key(name: str, x: Tensor, size: Size, stencil: Stencil, channels: Size, gro
     return Kind(name, card, x.dtype, precision_of(x), size, stencil, channels, groups, rows, eighths)
 
 
+class Weights(NamedTuple):
+    """Weights as a kernel reads them.
+
+    Attributes:
+        taps: ``(C_out, kh, kw, C_in / groups)``.
+        channels: per group, those summed over and those written.
+        groups: of the convolution.
+        strides: of a group, of the first tap (an offset), of a written channel, of a tap, of a channel summed over.
+    """
+
+    taps: Tensor
+    channels: Size
+    groups: int
+    strides: tuple[int, int, int, int, int]
+
+
+def forward_weights(weight: Tensor, groups: int) -> Weights:
+    """Return ``weight`` ``(C_out, C_in / groups, kh, kw)`` for a convolution."""
+    taps = as_rows(weight)
+    c_out, c_in, number = taps.shape[0] // groups, taps.shape[3], taps.shape[1] * taps.shape[2]
+    return Weights(taps, (c_in, c_out), groups, (c_out * number * c_in, 0, number * c_in, c_in, 1))
+
+
+def transposed_weights(weight: Tensor, groups: int, turned_round: bool) -> Weights:
+    """Return ``weight`` ``(C_out, C_in / groups, kh, kw)`` for the input gradient, the last tap first if so wanted."""
+    taps = as_rows(weight)
+    c_out, c_in, number = taps.shape[0] // groups, taps.shape[3], taps.shape[1] * taps.shape[2]
+    first, tap = ((number - 1) * c_in, -c_in) if turned_round else (0, c_in)
+    return Weights(taps, (c_out, c_in), groups, (c_out * number * c_in, first, 1, tap, number * c_in))
+
+
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
-    taps = as_rows(weight)
-    c_out, c_in = taps.shape[0] // groups, taps.shape[3]
-    strides = {"w_out": stencil.taps * c_in, "w_tap": c_in, "w_in": 1, "w_first": 0}
-    return _run_forward("conv2d", x, taps, bias, slot, coords, stencil, groups, (c_in, c_out), strides)
+    weights, size = forward_weights(weight, groups), (x.shape[2], x.shape[3])
+    return _run_forward("conv2d", x, weights, bias, slot, coords, size, stencil, False)
 
 
 def conv2d_dgrad(
@@ -69,84 +111,65 @@ def conv2d_dgrad(
     At stride 1 this is the forward kernel with the weights read in the other direction; else each input pixel asks
     the outputs that read it. No atomics.
     """
-    taps = as_rows(weight)
-    c_out, c_in = taps.shape[0] // groups, taps.shape[3]
-    strides = {"w_out": 1, "w_tap": c_in, "w_in": stencil.taps * c_in, "w_first": 0}
-    if stencil.stride != (1, 1):
-        options = (slot, coords, stencil, groups, (c_out, c_in), strides, size)
-        return _run_forward("conv2d_dgrad", grad, taps, None, *options)
-    strides |= {"w_tap": -c_in, "w_first": (stencil.taps - 1) * c_in}
-    options = (slot, coords, turned(stencil), groups, (c_out, c_in), strides)
-    return _run_forward("conv2d_dgrad", grad, taps, None, *options)
+    straight = stencil.stride == (1, 1)
+    weights = transposed_weights(weight, groups, turned_round=straight)
+    stencil = turned(stencil) if straight else stencil
+    return _run_forward("conv2d_dgrad", grad, weights, None, slot, coords, size, stencil, not straight)
 
 
 def _run_forward(
     name: str,
     x: Tensor,
-    taps: Tensor,
+    weights: Weights,
     bias: Tensor | None,
     slot: Tensor,
     coords: Tensor,
+    size: Size,
     stencil: Stencil,
-    groups: int,
-    channels: Size,
-    strides: dict[str, int],
-    target: Size | None = None,
+    transposed: bool,
 ) -> Tensor:
-    """Choose a configuration and run; ``target`` is given if the convolution is transposed."""
-    source = (x.shape[2], x.shape[3])
-    density = _density(slot, coords)
-    share = active_share(source, stencil, density) if target is None else 1.0
-    size = target or stencil.output_size(source)
-    tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
-    count, large = x.shape[0] * size[0] * size[1], takes_large_tiles(x.device)
-    tiles = conv_tiles(count, *channels, x.element_size(), tensor_cores, share, target is None, large)
+    """Choose a configuration and run; ``size`` and ``stencil`` are those of the row table."""
+    density, precision = _density(slot, coords), precision_of(x)
+    target = size if transposed else stencil.output_size(size)
+    tensor_cores = x.dtype != torch.float32 or precision == "tf32"
+    count, share = x.shape[0] * target[0] * target[1], active_share(size, stencil, density)
+    tiles = conv_tiles(count, *weights.channels, x.element_size(), tensor_cores, share, shared_memory(x.device))
     rows = as_rows(x)
     bias = None if bias is None else bias.contiguous()
 
     def run(tile: Tile) -> Tensor:
-        y = rows_like(x, x.shape[0], size, groups * channels[1])
-        maps = (slot, coords, stencil, groups, channels, strides, target is not None)
-        forward_launch(rows, taps, bias, y, *maps, tile).run()
+        y = rows_like(x, x.shape[0], target, weights.groups * weights.channels[1])
+        forward_launch(rows, weights, bias, y, slot, coords, size, stencil, transposed, tile).run()
         return y
 
-    return tuning.best(_key(name, x, size, stencil, channels, groups, density), tiles, run)
+    source = (x.shape[2], x.shape[3])
+    return tuning.best(_key(name, x, source, stencil, weights.channels, weights.groups, density), tiles, run)
 
 
 def forward_launch(
     rows: Tensor,
-    taps: Tensor,
+    weights: Weights,
     bias: Tensor | None,
     y: Tensor,
     slot: Tensor,
     coords: Tensor,
+    size: Size,
     stencil: Stencil,
-    groups: int,
-    channels: Size,
-    strides: dict[str, int],
     transposed: bool,
     tile: Tile,
 ) -> Launch:
-    """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` ``(N, ph, pw, C)`` and weights ``taps``."""
-    source, size = (rows.shape[1], rows.shape[2]), (y.shape[2], y.shape[3])
-    kinds = stencil.stride if transposed else (1, 1)
-    count = y.shape[0] * size[0] * size[1] // (kinds[0] * kinds[1])
-    order = row_table(slot, coords, source, stencil, by_taps=True)[1:] if tile.sorted else (None, None)
-    programs = ceil(count / tile.m) * ceil(channels[1] / tile.n)
-    scalars = (count, slot.shape[1], slot.shape[2], *channels, groups, taps.numel() // groups)
+    """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` ``(N, ph, pw, C)``; see :func:`row_table`."""
+    table = row_table(slot, coords, size, stencil, transposed, tile.sorted)
+    count, (c_in, c_out) = y.shape[0] * y.shape[2] * y.shape[3], weights.channels
     return Launch(
         patch_conv2d_fwd_kernel,
-        (programs, groups, kinds[0] * kinds[1]),
-        (rows, taps, bias, y, *row_major(slot, coords), *order, *scalars, *(strides[s] for s in _STRIDES)),
-        axes(source, size, stencil)
-        | {"TRANSPOSED": transposed, "KINDS_V": kinds[0], "KINDS_H": kinds[1], "ORDERED": tile.sorted}
+        (ceil(count / tile.m) * ceil(c_out / tile.n), weights.groups),
+        (rows, weights.taps, bias, y, *table, count),
+        {"C_IN": c_in, "C_OUT": c_out, "GROUPS": weights.groups, "TAPS": stencil.taps, "W": weights.strides}
         | {"PRECISION": precision_of(rows), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
         tile.warps,
         tile.stages,
     )
-
-
-_STRIDES = ("w_first", "w_out", "w_tap", "w_in")
 
 
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
@@ -154,8 +177,8 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     size, density = (x.shape[2], x.shape[3]), _density(slot, coords)
     channels = (x.shape[1] // groups, grad.shape[1] // groups)
     tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
-    share, large = active_share(size, stencil, density), takes_large_tiles(x.device)
-    tiles = wgrad_tiles(*channels, x.element_size(), tensor_cores, share, large)
+    share, shared = active_share(size, stencil, density), shared_memory(x.device)
+    tiles = wgrad_tiles(*channels, stencil.taps, x.element_size(), tensor_cores, share, shared)
     operands = (as_rows(x), as_rows(grad))
 
     def run(tile: Tile) -> Tensor:
@@ -167,42 +190,46 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     return tuning.best(_key("conv2d_wgrad", x, size, stencil, channels, groups, density), tiles, run)
 
 
+def _splits(x: Tensor, grad: Tensor, weight: Tensor, programs: int, tile: Tile) -> int:
+    """Return into how many parts rows are split: no part is under four steps, all together no more than operands."""
+    rows, parts = grad[..., 0].numel(), 4 * weight.numel()
+    slots = processors(x.device) * programs_of(tile, x.element_size(), shared_memory(x.device))
+    return splits_of(programs, slots, max(1, min(rows // (4 * tile.k), (x.nbytes + grad.nbytes) // max(1, parts))))
+
+
 def wgrad_launches(
-    x: Tensor, grad: Tensor, weight: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int, tile: Tile
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    slot: Tensor,
+    coords: Tensor,
+    stencil: Stencil,
+    groups: int,
+    tile: Tile,
+    splits: int | None = None,
 ) -> list[Launch]:
-    """Return the launches that fill ``weight`` from ``x`` and ``grad``, both ``(N, ph, pw, C)``."""
-    source, size = (x.shape[1], x.shape[2]), (grad.shape[1], grad.shape[2])
-    c_in, c_out = x.shape[3] // groups, grad.shape[3] // groups
-    count = grad.shape[0] * size[0] * size[1]
-    tiles = stencil.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
-    wanted = ceil(processors(x.device) * tile.waves / (tiles * groups))
-    splits = max(1, min(wanted, ceil(count / (4 * tile.k))))
-    parts = x.new_empty(splits, weight.numel(), dtype=torch.float32)
-    pairs = listed_rows(slot, coords, source, stencil) if tile.sorted else (None, None, None)
+    """Return the launches that fill ``weight`` from ``x`` and ``grad``, both ``(N, ph, pw, C)``.
+
+    One part is written into ``weight`` itself. ``splits`` is how many there are; by default what fills the device.
+    """
+    size, c_in, c_out = (x.shape[1], x.shape[2]), x.shape[3] // groups, grad.shape[3] // groups
+    programs = stencil.taps // tile.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
+    splits = splits or _splits(x, grad, weight, programs * groups, tile)
+    parts = weight if splits == 1 else x.new_empty(splits, weight.numel(), dtype=torch.float32)
+    if tile.sorted:
+        rows = listed_rows(slot, coords, size, stencil, tile.taps)
+    else:
+        rows = (row_table(slot, coords, size, stencil).sources, None, None)
     partial = Launch(
         patch_conv2d_wgrad_kernel,
-        (tiles * splits, groups, 1),
-        (
-            x,
-            grad,
-            parts,
-            *row_major(slot, coords),
-            *pairs,
-            count,
-            slot.shape[1],
-            slot.shape[2],
-            c_in,
-            c_out,
-            groups,
-            splits,
-        ),
-        axes(source, size, stencil)
-        | {"LISTED": tile.sorted, "PRECISION": precision_of(x)}
-        | {"BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
+        (programs * splits, groups),
+        (x, grad, parts, *rows, grad[..., 0].numel(), splits),
+        {"C_IN": c_in, "C_OUT": c_out, "GROUPS": groups, "TAPS": stencil.taps, "TOGETHER": tile.taps}
+        | {"PRECISION": precision_of(x), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
         tile.warps,
         tile.stages,
     )
-    return [partial, sum_launch(parts, weight)]
+    return [partial] if splits == 1 else [partial, sum_launch(parts, weight)]
 
 
 def sum_launch(parts: Tensor, weight: Tensor) -> Launch:

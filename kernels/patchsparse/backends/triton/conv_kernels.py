@@ -1,18 +1,23 @@
 """The convolution kernels: implicit GEMM over packed rows. One formula per kernel; launch code is in ``conv.py``.
 
-Notation: ``r`` a target row, ``t`` a kernel tap, ``s(r, t)`` the source row that ``r`` reads at ``t`` (``places.py``)
-or none if that pixel is inactive or outside. Local names: ``p_`` pointer, ``o_`` offsets, ``m_`` mask, ``b_`` block.
+Notation: ``r`` a target row, ``t`` a kernel tap, ``s(r, t)`` the source row that ``r`` reads at ``t``, or none if that
+pixel is inactive or outside; a row table (``row_tables.py``) holds them. Local names: ``p_`` pointer, ``o_`` offsets,
+``m_`` mask, ``b_`` block.
+
+Channels and strides are compile-time constants: divisions, masks and multiplications vanish. Source rows are read two
+taps (two steps) before they are used. They travel through ``tl.where``, because Triton pipelines no loop that hands a
+value unchanged from one step to the next but one.
 """
 
 # The kernel language is not Python to a type checker: scalars are tensors, loops unroll, constants are wrapped.
+# ruff: noqa: RUF005 (it has no starred tuples)
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .places import count_taps, first_tap, is_reached, place_of, row_of, source_row
 
 __all__ = ["patch_conv2d_fwd_kernel", "patch_conv2d_wgrad_kernel", "sum_splits_kernel"]
 
@@ -32,132 +37,167 @@ def _multiply(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _taps_of_tile(o_m, m_m, kind, p_taps, V: tl.constexpr, H: tl.constexpr, KINDS_V: tl.constexpr,
-                  KINDS_H: tl.constexpr, ORDERED: tl.constexpr):  # fmt: skip
-    """Return the bit set (scalar int64) of taps that any row of the tile needs."""
-    TAPS: tl.constexpr = V[2] * H[2]
-    if ORDERED:
-        return tl.reduce(tl.load(p_taps + o_m, mask=m_m, other=0), 0, _either)
-    taps = kind.to(tl.int64) * 0
+def _count(taps, TAPS: tl.constexpr):
+    """Return the number of set bits of a scalar."""
+    count = 0
     for tap in tl.static_range(TAPS):
-        if KINDS_V * KINDS_H == 1:
-            taps += 1 << tap
-        else:
-            taps += is_reached(kind, tap, V, H, KINDS_V, KINDS_H) << tap
-    return taps
+        count += ((taps >> tap) & 1).to(tl.int32)
+    return count
+
+
+@triton.jit
+def _first(taps):
+    """Return the lowest set bit of a scalar, negative if there is none: the exponent of that power of two."""
+    lowest = (taps & -taps).to(tl.float32)
+    return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _sources_at(p_sources, tap, count, m_m):
+    """Return the source rows of a tile at a tap; anything if there is no such tap or no such row."""
+    return tl.load(p_sources + tap.to(tl.int64) * count, mask=m_m & (tap >= 0))
 
 
 @triton.jit
 def patch_conv2d_fwd_kernel(
-    p_x, p_w, p_bias, p_y, p_slot, p_coords, p_order, p_taps,
-    count, rows, columns, C_IN, C_OUT, groups, w_group, w_first, w_out, w_tap, w_in,
-    V: tl.constexpr, H: tl.constexpr, TRANSPOSED: tl.constexpr, KINDS_V: tl.constexpr, KINDS_H: tl.constexpr,
-    ORDERED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_w, p_bias, p_y, p_sources, p_order, p_taps, count,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, W: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute ``y[r, n] = bias[n] + sum over t, k of x[s(r, t), k] * w[t, k, n]`` for a tile of rows and channels.
 
-    One loop runs over the pairs (tap, block of k), so that loads of the next taps are in flight during the products;
-    taps that no row of the tile needs are not in the loop. With ``TRANSPOSED`` this is the input gradient: x is the
-    output gradient, k counts output channels, and pixels are taken by ``kind`` (position modulo the stride), whose
-    taps are the same. With ``ORDERED`` rows come in the order of ``p_order`` and ``p_taps`` holds their tap bits.
+    One loop runs over the pairs (tap, block of k), so that loads of the next taps are in flight during the products.
+    Rows come in the order of the table; with one, ``p_taps`` holds their tap bits, and taps that no row of the tile
+    needs are not in the loop. ``W`` are strides of w: of a group, of the first tap (an offset), of n, t and k.
+    In the input gradient x is the output gradient and k counts output channels.
     """
-    tiles_n = tl.cdiv(C_OUT, BLOCK_N)
-    group, kind = tl.program_id(1), tl.program_id(2)
-    o_m = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    TILES_N: tl.constexpr = (C_OUT + BLOCK_N - 1) // BLOCK_N
+    TILES_K: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
+    group = tl.program_id(1)
+    o_m = (tl.program_id(0) // TILES_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = (tl.program_id(0) % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < count, o_n < C_OUT
-    row = tl.load(p_order + o_m, mask=m_m, other=0) if ORDERED else row_of(o_m, V, H, kind, KINDS_V, KINDS_H)
-    v, h, image, grid_v, grid_h = place_of(row, m_m, p_coords, V, H)
-    taps = _taps_of_tile(o_m, m_m, kind, p_taps, V, H, KINDS_V, KINDS_H, ORDERED)
-    steps = count_taps(taps, V[2] * H[2]) * tl.cdiv(C_IN, BLOCK_K)
+    if p_order is None:
+        row, taps = o_m, group.to(tl.int64) * 0 + ((1 << TAPS) - 1)
+    else:
+        row = tl.load(p_order + o_m, mask=m_m, other=0)
+        taps = tl.reduce(tl.load(p_taps + o_m, mask=m_m, other=0), 0, _either)
+    if TAPS < 32:
+        taps = taps.to(tl.int32)
+    steps = _count(taps, TAPS) * TILES_K
     p_x += group * C_IN
-    p_w += group * w_group + w_first
+    p_w += group * W[0] + W[1] + o_k[:, None] * W[4] + o_n * W[2]
+    p_sources += o_m
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    tap, k = first_tap(taps), 0
-    # Each step ends with the lookup for the next: so it is not in the chain of loads that Triton pipelines.
-    source = source_row(tap, v, h, image, grid_v, grid_h, m_m, p_slot, rows, columns, V, H, TRANSPOSED)
+    tap, k = _first(taps), 0
+    source = tl.where(m_m, _sources_at(p_sources, tap, count, m_m), -1)
+    following = _sources_at(p_sources, _first(taps & (taps - 1)), count, m_m)
     for _ in range(steps):
-        m_k = k + o_k < C_IN
-        at = source.to(tl.int64) * (groups * C_IN)
-        b_x = tl.load(p_x + at[:, None] + (k + o_k), mask=(source >= 0)[:, None] & m_k, other=0.0)
-        at = tap.to(tl.int64) * w_tap + (k + o_k) * w_in
-        b_w = tl.load(p_w + at[:, None] + o_n * w_out, mask=m_k[:, None] & m_n, other=0.0)
+        o_s = source[:, None]
+        m_x, m_w = o_s >= 0, m_n[None, :]
+        if C_IN % BLOCK_K != 0:
+            m_k = k + o_k < C_IN
+            m_x, m_w = m_x & m_k, m_w & m_k[:, None]
+        b_x = tl.load(p_x + o_s.to(tl.int64) * (GROUPS * C_IN) + (k + o_k), mask=m_x, other=0.0)
+        b_w = tl.load(p_w + (tap.to(tl.int64) * W[3] + k * W[4]), mask=m_w, other=0.0)
         acc = _multiply(b_x, b_w, acc, PRECISION)
-        k += BLOCK_K
-        if k >= C_IN:
-            k = 0
+        if TILES_K == 1:
             taps &= taps - 1
-            tap = first_tap(taps)
-        source = source_row(tap, v, h, image, grid_v, grid_h, m_m, p_slot, rows, columns, V, H, TRANSPOSED)
+            source = tl.where(m_m, following, -1)
+        else:
+            last = k + BLOCK_K >= C_IN
+            k = tl.where(last, 0, k + BLOCK_K)
+            taps = tl.where(last, taps & (taps - 1), taps)
+            source = tl.where(m_m, tl.where(last, following, source), -1)
+        tap = _first(taps)
+        following = _sources_at(p_sources, _first(taps & (taps - 1)), count, m_m)
 
     if p_bias is not None:
         acc += tl.load(p_bias + group * C_OUT + o_n, mask=m_n, other=0.0).to(tl.float32)
-    at = row.to(tl.int64) * (groups * C_OUT) + group * C_OUT
+    at = row.to(tl.int64) * (GROUPS * C_OUT) + group * C_OUT
     tl.store(p_y + at[:, None] + o_n, acc.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n)
 
 
 @triton.jit
-def _pair(o_r, end, tap, p_inputs, p_outputs, p_slot, p_coords, count, rows, columns,
-          V: tl.constexpr, H: tl.constexpr, LISTED: tl.constexpr):  # fmt: skip
-    """Return (source row of x, row of the output gradient) for positions ``o_r``; a source < 0 adds nothing."""
+def _pairs_at(p_sources, p_targets, o_r, end, count, TOGETHER: tl.constexpr):
+    """Return the target rows at positions ``o_r`` and a tuple of their source rows at each tap; anything from end."""
     m_r = o_r < end
-    if LISTED:
-        at = tap.to(tl.int64) * count + o_r
-        source = tl.load(p_inputs + at, mask=m_r, other=-1)
-        target = tl.load(p_outputs + at, mask=m_r, other=0)
-    else:
-        v, h, image, grid_v, grid_h = place_of(o_r, m_r, p_coords, V, H)
-        source = source_row(tap, v, h, image, grid_v, grid_h, m_r, p_slot, rows, columns, V, H, False)
-        target = o_r
-    return source, target
+    target = o_r if p_targets is None else tl.load(p_targets + o_r, mask=m_r)
+    sources = ()
+    for t in tl.static_range(TOGETHER):
+        sources = sources + (tl.load(p_sources + t * count + o_r, mask=m_r),)
+    return target, sources
+
+
+@triton.jit
+def _none_from(end, o_r, target, sources, TOGETHER: tl.constexpr):
+    """Return the same pairs, but none, -1, at positions from ``end``."""
+    m_r = o_r < end
+    kept = ()
+    for t in tl.static_range(TOGETHER):
+        kept = kept + (tl.where(m_r, sources[t], -1),)
+    return tl.where(m_r, target, -1), kept
 
 
 @triton.jit
 def patch_conv2d_wgrad_kernel(
-    p_x, p_g, p_part, p_slot, p_coords, p_inputs, p_outputs, p_pairs,
-    count, rows, columns, C_IN, C_OUT, groups, splits,
-    V: tl.constexpr, H: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_g, p_part, p_sources, p_targets, p_counts, count, splits,
+    C_IN: tl.constexpr, C_OUT: tl.constexpr, GROUPS: tl.constexpr, TAPS: tl.constexpr, TOGETHER: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute ``part[split, m, t, n] = sum over the split's rows r of g[r, m] * x[s(r, t), n]``.
 
-    One program has one tap, one split of the rows, and a tile of output (m) and input (n) channels. Programs of one
-    split run side by side, so its rows are read from memory once and from the L2 cache by the other taps.
-    With ``LISTED`` the rows are the active pairs of the tap, ``p_pairs[t]`` in number, and nothing inactive is read.
+    One program has ``TOGETHER`` consecutive taps, for which g is read once, one split of the rows, and a tile of output
+    (m) and input (n) channels. Programs of one split run side by side, so its rows are read from memory once and from
+    the L2 cache by the others. With ``p_targets`` the rows are those listed for the group of taps, ``p_counts`` in
+    number, else all.
     """
-    TAPS: tl.constexpr = V[2] * H[2]
-    tiles_m, tiles_n = tl.cdiv(C_OUT, BLOCK_M), tl.cdiv(C_IN, BLOCK_N)
-    split = tl.program_id(0) // (TAPS * tiles_m * tiles_n)
-    tile = tl.program_id(0) % (TAPS * tiles_m * tiles_n)
-    tap, tile, group = tile % TAPS, tile // TAPS, tl.program_id(1)
-    o_m = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_n = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
+    FEWER: tl.constexpr = TAPS // TOGETHER
+    TILES_M: tl.constexpr = (C_OUT + BLOCK_M - 1) // BLOCK_M
+    TILES_N: tl.constexpr = (C_IN + BLOCK_N - 1) // BLOCK_N
+    split = tl.program_id(0) // (FEWER * TILES_M * TILES_N)
+    tile = tl.program_id(0) % (FEWER * TILES_M * TILES_N)
+    taps, tile, group = tile % FEWER, tile // FEWER, tl.program_id(1)
+    o_m = (tile // TILES_N) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < C_OUT, o_n < C_IN
-    total = tl.load(p_pairs + tap) if LISTED else count
+    total = count if p_targets is None else tl.load(p_counts + taps)
     share = tl.cdiv(tl.cdiv(total, splits), BLOCK_K) * BLOCK_K
     start, end = split * share, tl.minimum(total, (split + 1) * share)
     p_x += group * C_IN + o_n
     p_g += group * C_OUT + o_m
+    p_sources += (taps * TOGETHER).to(tl.int64) * count
+    if p_targets is not None:
+        p_targets += taps.to(tl.int64) * count
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    source, target = _pair(
-        start + o_k, end, tap, p_inputs, p_outputs, p_slot, p_coords, count, rows, columns, V, H, LISTED
-    )
-    for r in range(start, end, BLOCK_K):
-        m_k = (source >= 0)[:, None]
-        b_g = tl.load(p_g + target.to(tl.int64)[:, None] * (groups * C_OUT), mask=m_k & m_m, other=0.0)
-        b_x = tl.load(p_x + source.to(tl.int64)[:, None] * (groups * C_IN), mask=m_k & m_n, other=0.0)
-        acc = _multiply(tl.trans(b_g), b_x, acc, PRECISION)
-        source, target = _pair(
-            r + BLOCK_K + o_k, end, tap, p_inputs, p_outputs, p_slot, p_coords, count, rows, columns, V, H, LISTED
-        )
+    accs = ()
+    for _ in tl.static_range(TOGETHER):
+        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+    o_r += start
+    target, sources = _pairs_at(p_sources, p_targets, o_r, end, count, TOGETHER)
+    target, sources = _none_from(end, o_r, target, sources, TOGETHER)
+    o_r += BLOCK_K
+    following, ahead = _pairs_at(p_sources, p_targets, o_r, end, count, TOGETHER)
+    for _ in range(start, end, BLOCK_K):
+        o_t = target[:, None]
+        b_g = tl.load(p_g + o_t.to(tl.int64) * (GROUPS * C_OUT), mask=(o_t >= 0) & m_m, other=0.0)
+        sums = ()
+        for t in tl.static_range(TOGETHER):
+            o_s = sources[t][:, None]
+            b_x = tl.load(p_x + o_s.to(tl.int64) * (GROUPS * C_IN), mask=(o_s >= 0) & m_n, other=0.0)
+            sums = sums + (_multiply(tl.trans(b_g), b_x, accs[t], PRECISION),)
+        accs = sums
+        target, sources = _none_from(end, o_r, following, ahead, TOGETHER)
+        o_r += BLOCK_K
+        following, ahead = _pairs_at(p_sources, p_targets, o_r, end, count, TOGETHER)
 
-    at = (split.to(tl.int64) * groups * C_OUT + group * C_OUT + o_m) * TAPS + tap
-    tl.store(p_part + at[:, None] * C_IN + o_n, acc, mask=m_m[:, None] & m_n)
+    at = (split.to(tl.int64) * GROUPS * C_OUT + group * C_OUT + o_m) * TAPS + taps * TOGETHER
+    for t in tl.static_range(TOGETHER):
+        part = accs[t].to(p_part.dtype.element_ty)
+        tl.store(p_part + (at + t)[:, None] * C_IN + o_n, part, mask=m_m[:, None] & m_n)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from ...layout import packed_empty
 
-__all__ = ["Launch", "as_rows", "is_interpreted", "processors", "row_major", "rows_like", "takes_large_tiles"]
+__all__ = ["Launch", "as_rows", "is_interpreted", "processors", "row_major", "rows_like"]
 
 # Versions whose compiled kernels are known to take all arguments of their function in order, constants among them.
 _DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8)
@@ -93,12 +93,6 @@ class Launch:
 def is_interpreted(kernel: Any) -> bool:
     """Return whether ``TRITON_INTERPRET=1`` was set when the kernel was defined: it then runs on CPU tensors."""
     return not isinstance(kernel, JITFunction)
-
-
-@lru_cache
-def takes_large_tiles(device: torch.device) -> bool:
-    """Return whether four warps share one product, so that large tiles fit their registers: sm_90 and later."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def row_major(slot: Tensor, coords: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Where a row of a packed matrix lies, and which row a kernel tap reads: the address arithmetic of all kernels.
+"""Where a row of a packed matrix lies, and which row a kernel tap reads, by arithmetic on addresses.
 
 A packed tensor ``(N, C, ph, pw)`` in channels_last memory is a matrix of ``N * ph * pw`` rows of C values. Row ``r`` is
 pixel ``r % (ph * pw)`` of patch ``r // (ph * pw)``. A tap moves the pixel, perhaps out of its patch; the patch that it
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["count_taps", "first_tap", "is_reached", "place_of", "row_of", "source_row"]
+__all__ = ["place_of", "row_of", "source_row"]
 
 
 @triton.jit
@@ -66,27 +66,3 @@ def source_row(
     inside = m_row & (grid_v >= 0) & (grid_v < rows) & (grid_h >= 0) & (grid_h < columns) & hit_v & hit_h
     slot = tl.load(p_slot + (image * rows + grid_v) * columns + grid_h, mask=inside, other=-2)
     return tl.where(slot >= 0, slot * (V[0] * H[0]) + at_v * H[0] + at_h, slot)
-
-
-@triton.jit
-def is_reached(kind, tap, V: tl.constexpr, H: tl.constexpr, KINDS_V: tl.constexpr, KINDS_H: tl.constexpr):
-    """Return 1 if ``tap`` of a transposed convolution with stride (KINDS_V, KINDS_H) hits pixels of this ``kind``."""
-    v = kind // KINDS_H + V[4] + V[2] * V[5] * KINDS_V - (tap // H[2]) * V[5]
-    h = kind % KINDS_H + H[4] + H[2] * H[5] * KINDS_H - (tap % H[2]) * H[5]
-    return ((v % KINDS_V == 0) & (h % KINDS_H == 0)).to(tl.int64)
-
-
-@triton.jit
-def count_taps(taps, TAPS: tl.constexpr):
-    """Return the number of set bits of a scalar int64."""
-    count = 0
-    for tap in range(TAPS):
-        count += ((taps >> tap) & 1).to(tl.int32)
-    return count
-
-
-@triton.jit
-def first_tap(taps):
-    """Return the index of the lowest set bit of a scalar int64: the exponent of that power of two as a float32."""
-    lowest = (taps & -taps).to(tl.float32)
-    return (lowest.to(tl.int32, bitcast=True) >> 23) - 127
