@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -27,7 +28,7 @@ _DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8)
 MOST_STARTS = 4096
 # What was started before: the compiled kernel and the values of its constants. A memo: an entry follows from its key,
 # which holds all that Triton compiles for, and whole numbers themselves instead of what it asks of them.
-_compiled: dict[tuple[Any, ...], tuple[CompiledKernel, tuple[Any, ...]]] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 @dataclass(slots=True)
@@ -78,8 +79,12 @@ class Launch:
         found = _compiled.get(key)
         if found is not None:
             compiled, constants = found
-            start = compiled[(*self.grid, 1, 1)[:3]]  # also runs the hooks of profilers
-            start(*self.arguments, *constants, stream=active.get_current_stream(device))
+            grid, stream = (*self.grid, 1, 1)[:3], active.get_current_stream(device)
+            if _is_watched():
+                compiled[grid](*self.arguments, *constants, stream=stream)
+            else:
+                about = (compiled.function, compiled.packed_metadata, None, None, None)  # and no hooks
+                compiled.run(*grid, stream, *about, *self.arguments, *constants)
             return
         options = {"num_warps": self.warps, "num_stages": self.stages}
         compiled = self.kernel[self.grid](*self.arguments, **self.constants, **options)
@@ -88,6 +93,12 @@ class Launch:
             if len(_compiled) >= MOST_STARTS:
                 _compiled.clear()
             _compiled[key] = compiled, tuple(self.constants[name] for name in names)
+
+
+def _is_watched() -> bool:
+    """Return whether a profiler has hooks that Triton runs before or after each start."""
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", True) or getattr(after, "calls", True))
 
 
 def is_interpreted(kernel: Any) -> bool:
