@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from spatspark_fast.info.memory import StepMemory, estimate_memory
 
 from .measure.scales import MASKED
 from .measure.timing import Ratio, peak_bytes
 from .subjects.encoders import DENSE, DENSE_AND_MASK, encoders
 from .subjects.step_ways import DECODE_RATIO, OURS, RIVALS, case_of, check_equal, make_step
-from .subjects.steps import Step
+from .subjects.steps import peak
 
 MIB, GIB = 2**20, 2**30
 CARDS, SPARE = (16, 24, 80), 1.5  # GiB, and what is left of them for CUDA and the workspaces of cuDNN
@@ -28,14 +26,6 @@ def test_encoder_memory(benchmark, record, scale):
             ratio, values = Ratio.exact(peaks[rival] / peaks[engine]), (peaks[engine], peaks[rival])
             record("encoder_memory", ways.case, engine, rival, ratio, values, "MiB", masked=MASKED)
     benchmark.pedantic(ways.steps["auto"], rounds=1)
-
-
-def peak(step: Step, device: torch.device) -> float:
-    """Return the most MiB held at once during a step, above weights, moments and frames, which stay."""
-    step()
-    for parameter in step.model.parameters():
-        parameter.grad = None
-    return peak_bytes(step, device) / MIB
 
 
 def test_step_memory(benchmark, record, scale, step_encoder):

@@ -15,8 +15,9 @@ from .measure.rows import left_out
 from .measure.scales import MASKED
 from .measure.timing import Ratio, Timing, in_turn
 from .measure.work import counted
+from .subjects.captured_steps import GraphStep
 from .subjects.step_ways import OURS, RIVALS, WAYS, case_of, check_equal, make_step
-from .subjects.steps import PARTS, Step, split
+from .subjects.steps import PARTS, Step, peak, split
 
 
 def steps_of(record, ways: Iterable[str], encoder: str, scale) -> dict[str, Step]:
@@ -83,6 +84,35 @@ def test_compiled(benchmark, record, scale, step_encoder):
     steps = steps_of(record, [*OURS, *(f"{way} compiled" for way in scale.compiled)], step_encoder, scale)
     record_steps(record, case_of(step_encoder, scale), in_turn(steps, rounds=scale.step_rounds, warmup=1), {})
     benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_graphs(benchmark, record, scale, step_encoder):
+    """Captured steps, and what memory they keep, beside the published step."""
+    if not scale.cuda:
+        pytest.skip("CUDA graphs need a GPU")
+    scale = scale.for_encoder(step_encoder)
+    check_equal(step_encoder, scale)
+    captured = [f"{way} graph" for way in ("dense", *OURS)]
+    steps = steps_of(record, ("published", *captured), step_encoder, scale)
+    _record_captured(record, case_of(step_encoder, scale), steps, scale)
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def _record_captured(record, case: str, steps: dict[str, Step], scale) -> None:
+    """Record steps that were captured, and their memory; those that were not are left out with the reason."""
+    for way, step in list(steps.items()):
+        if isinstance(step, GraphStep) and step.why_not is not None:
+            record.row(left_out(case, way, step.why_not, MASKED))
+            del steps[way]
+    record_steps(record, case, in_turn(steps, rounds=scale.step_rounds, warmup=1), {})
+    if "published" not in steps:
+        return
+    theirs = peak(steps["published"], scale.device)
+    for way, step in steps.items():
+        if isinstance(step, GraphStep):
+            own = step.held / 2**20
+            ratio = Ratio.exact(theirs / max(own, 1e-9))
+            record("step_memory", case, way, "published", ratio, (own, theirs), "MiB", masked=MASKED)
 
 
 def test_images(benchmark, record, scale):

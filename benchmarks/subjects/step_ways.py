@@ -8,8 +8,9 @@
 ``light``              ours, light decoder
 =====================  =============================================================================================
 
-``WAY compiled`` is the same with its model compiled. Ours and ``dense`` run in bfloat16 on a GPU, in float32 on a CPU.
-Sparse decoding and the light decoder train other objectives, which docs/decoding.md compares by what they learn.
+``WAY compiled`` is the same with its model compiled, ``WAY graph`` with its whole step captured. Ours and ``dense`` run
+in bfloat16 on a GPU, in float32 on a CPU. Sparse decoding and the light decoder train other objectives, which
+docs/decoding.md compares by what they learn.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from spatspark_fast.training.lamb import clip_gradients
 
 from ..measure.scales import MASKED, Scale
 from ..measure.timing import GATE, exact_float32
+from .captured_steps import GraphStep
 from .rivals import DenseStep, Published, PublishedStep
 from .steps import OurStep, Step, build, compiled, no_mark, windows_on
 
@@ -52,7 +54,7 @@ def make_step(way: str, encoder: str, scale: Scale, precision: torch.dtype | Non
     """Build a step on windows in memory; equal weights and masks in all ways that share a decoder.
 
     Args:
-        way: its name; ``" compiled"`` behind it compiles the model.
+        way: its name; ``" compiled"`` behind it compiles the model, ``" graph"`` captures the step.
         encoder: timm's name.
         scale: sizes.
         precision: of ours and of ``dense``; that of the scale by default.
@@ -70,7 +72,7 @@ def make_step(way: str, encoder: str, scale: Scale, precision: torch.dtype | Non
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ratio = DECODE_RATIO if way == OURS[1] else 1.0
     step = kind(model, place, scale.batch, masks, ratio, scale.precision if precision is None else precision)
-    return compiled(step) if how == "compiled" else step
+    return {"": lambda step: step, "compiled": compiled, "graph": GraphStep}[how](step)
 
 
 def check_equal(encoder: str, scale: Scale) -> None:

@@ -26,8 +26,21 @@ from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import parameter_groups, set_rates
 
 from ..measure.device import wait
+from ..measure.timing import peak_bytes
 
-__all__ = ["PARTS", "Marks", "OurStep", "Step", "build", "compiled", "no_mark", "split", "windows", "windows_on"]
+__all__ = [
+    "PARTS",
+    "Marks",
+    "OurStep",
+    "Step",
+    "build",
+    "compiled",
+    "no_mark",
+    "peak",
+    "split",
+    "windows",
+    "windows_on",
+]
 
 RATES = (2e-4, 0.04)  # learning rate and weight decay
 BETAS, CLIP = (0.9, 0.95), 5.0
@@ -182,6 +195,14 @@ def compiled(step: OurStep) -> OurStep:
     for part in (step.model.encoder, step.model.densify, step.model.decoder):
         part.compile()
     return step
+
+
+def peak(step: Step, device: torch.device) -> float:
+    """Return the most MiB held at once during a step, above weights, moments and frames, which stay."""
+    step()
+    for parameter in step.model.parameters():
+        parameter.grad = None
+    return peak_bytes(step, device) / 2**20
 
 
 def split(step: Callable[[Marks], object]) -> dict[str, float]:
