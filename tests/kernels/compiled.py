@@ -21,6 +21,7 @@ from patchsparse.backends.triton import norm_unpack as image
 from patchsparse.backends.triton.launch import Launch, rows_like
 from patchsparse.geometry import Stencil
 
+from .compiled_row_tables import row_table_launches
 from .compiled_stem import stems
 from .machine_code import Loop, main_loop, resources
 
@@ -34,6 +35,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -225,6 +227,7 @@ def launches(architecture: int) -> Iterator[tuple[str, Launch]]:
     """Yield a name and a launch for every configuration of every kernel that is offered on an architecture."""
     yield from convolutions(architecture)
     yield from stems()
+    yield from row_table_launches()
     yield from memory_bound()
     yield from norms()
     yield from norms(c=3)  # no wide loads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
@@ -20,12 +19,13 @@ from .tuned import Kind, card_of
 __all__ = [
     "MOST_TAPS",
     "Weights",
-    "axes",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
     "forward_launch",
     "forward_weights",
+    "kind_of",
+    "precision_of",
     "sum_launch",
     "transposed_weights",
     "wgrad_launches",
@@ -33,13 +33,6 @@ __all__ = [
 
 Size = tuple[int, int]
 MOST_TAPS = 62  # the taps of a tile are bits of an int64
-
-
-@lru_cache(maxsize=4096)
-def axes(source: Size, target: Size, stencil: Stencil) -> dict[str, tuple[int, ...]]:
-    """Return the constants V and H of a kernel that reads patches of ``source`` and writes ``target`` pixels."""
-    parts = zip(source, target, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, strict=True)
-    return dict(zip("VH", parts, strict=True))
 
 
 def precision_of(x: Tensor) -> str:
@@ -57,7 +50,7 @@ def _density(slot: Tensor, coords: Tensor) -> float:
     return coords.shape[0] / max(1, slot.numel())
 
 
-def _key(name: str, x: Tensor, size: Size, stencil: Stencil, channels: Size, groups: int, density: float) -> Kind:
+def kind_of(name: str, x: Tensor, size: Size, stencil: Stencil, channels: Size, groups: int, density: float) -> Kind:
     """Return what tuned configurations are remembered by; density and rows in coarse steps."""
     rows = (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
     card, eighths = card_of(x.device), round(density * 8)
@@ -143,7 +136,7 @@ def _run_forward(
         return y
 
     source = (x.shape[2], x.shape[3])
-    return tuning.best(_key(name, x, source, stencil, weights.channels, weights.groups, density), tiles, run)
+    return tuning.best(kind_of(name, x, source, stencil, weights.channels, weights.groups, density), tiles, run)
 
 
 def forward_launch(
@@ -187,7 +180,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
             launch.run()
         return weight
 
-    return tuning.best(_key("conv2d_wgrad", x, size, stencil, channels, groups, density), tiles, run)
+    return tuning.best(kind_of("conv2d_wgrad", x, size, stencil, channels, groups, density), tiles, run)
 
 
 def _splits(x: Tensor, grad: Tensor, weight: Tensor, programs: int, tile: Tile) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["patch_conv2d_fwd_kernel", "patch_conv2d_wgrad_kernel", "sum_splits_kernel"]
+__all__ = ["multiply", "patch_conv2d_fwd_kernel", "patch_conv2d_wgrad_kernel", "sum_splits_kernel"]
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _either(a, b):
 
 
 @triton.jit
-def _multiply(a, b, acc, PRECISION: tl.constexpr):
+def multiply(a, b, acc, PRECISION: tl.constexpr):
     """Return ``acc + a @ b`` on tensor cores; ``"widened"`` is for Triton's interpreter, which misreads bfloat16."""
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -102,7 +102,7 @@ def patch_conv2d_fwd_kernel(
             m_x, m_w = m_x & m_k, m_w & m_k[:, None]
         b_x = tl.load(p_x + o_s.to(tl.int64) * (GROUPS * C_IN) + (k + o_k), mask=m_x, other=0.0)
         b_w = tl.load(p_w + (tap.to(tl.int64) * W[3] + k * W[4]), mask=m_w, other=0.0)
-        acc = _multiply(b_x, b_w, acc, PRECISION)
+        acc = multiply(b_x, b_w, acc, PRECISION)
         if TILES_K == 1:
             taps &= taps - 1
             source = tl.where(m_m, following, -1)
@@ -188,7 +188,7 @@ def patch_conv2d_wgrad_kernel(
         for t in tl.static_range(TOGETHER):
             o_s = sources[t][:, None]
             b_x = tl.load(p_x + o_s.to(tl.int64) * (GROUPS * C_IN), mask=(o_s >= 0) & m_n, other=0.0)
-            sums = sums + (_multiply(tl.trans(b_g), b_x, accs[t], PRECISION),)
+            sums = sums + (multiply(tl.trans(b_g), b_x, accs[t], PRECISION),)
         accs = sums
         target, sources = _none_from(end, o_r, following, ahead, TOGETHER)
         o_r += BLOCK_K

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...geometry import Stencil
 from .configs import Tile, stencil_tile
-from .conv import axes, sum_launch
+from .conv import sum_launch
 from .depthwise_pool_kernels import (
     patch_depthwise_fwd_kernel,
     patch_depthwise_wgrad_kernel,
@@ -17,6 +17,7 @@ from .depthwise_pool_kernels import (
     patch_max_pool2d_grad_kernel,
 )
 from .launch import Launch, as_rows, processors, row_major, rows_like
+from .places import axes
 
 __all__ = [
     "depthwise",

@@ -11,10 +11,23 @@ of ``source`` pixels are read, patches of ``target`` pixels are written, one axi
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
-__all__ = ["place_of", "row_of", "source_row"]
+from ...geometry import Stencil
+
+__all__ = ["axes", "place_of", "row_of", "source_row"]
+
+Size = tuple[int, int]
+
+
+@lru_cache(maxsize=4096)
+def axes(source: Size, target: Size, stencil: Stencil) -> dict[str, tuple[int, ...]]:
+    """Return the constants V and H of a kernel that reads patches of ``source`` and writes ``target`` pixels."""
+    parts = zip(source, target, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, strict=True)
+    return dict(zip("VH", parts, strict=True))
 
 
 @triton.jit

@@ -11,23 +11,37 @@ remembered for as long as the slot map lives. All are built on the device, witho
 - :func:`row_table` gives the sources of all target rows, in the order in which tiles of a kernel take them;
 - :func:`listed_rows` gives, for each group of taps, only the target rows that have an active source at one of them.
 
-The builders are plain PyTorch: they say what a table holds.
+A kernel of ``row_table_kernels.py`` builds a table, with a sort before it if rows are sorted, or a running sum if they
+are listed. ``tests/kernels/row_table_definition.py`` says the same in plain PyTorch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...geometry import Stencil
-from ..tables import remember, tap_rows
+from ..tables import remember
+from .launch import Launch, row_major
+from .places import axes
+from .row_table_kernels import (
+    listed_rows_kernel,
+    listed_taps_kernel,
+    needed_taps_kernel,
+    row_table_kernel,
+    sorted_row_table_kernel,
+    tap_ranks_kernel,
+)
 
 __all__ = ["Listed", "RowTable", "active_share", "listed_rows", "row_table", "turned"]
 
 GROUP = 128  # rows that stay together when tiles are put in order: a multiple of the height of every tile
+BLOCK = 256  # rows that one program looks up
 Size = tuple[int, int]
 
 
@@ -35,7 +49,7 @@ class RowTable(NamedTuple):
     """The source rows of all target rows; position i of each tensor belongs to the i-th row that a kernel takes.
 
     Attributes:
-        sources: ``(taps, M)`` int32, the source row at each tap, negative if there is none.
+        sources: ``(taps, M)`` int32, the source row at each tap, -1 if there is none.
         order: ``(M,)`` int32, the target row at each position; None if it is the position itself.
         taps: ``(M,)`` int64, bit t set if tap t has a source; None where ``order`` is.
     """
@@ -49,9 +63,9 @@ class Listed(NamedTuple):
     """For each group of consecutive taps the target rows that have a source at any tap of the group, ascending.
 
     Attributes:
-        sources: ``(taps, M)`` int32, the source row at a tap of the i-th listed row of its group; negative if there is
-            none, and beyond the last listed row.
-        targets: ``(groups, M)`` int32, the listed target rows of each group; beyond the last one any valid row.
+        sources: ``(taps, M)`` int32, the source row at a tap of the i-th listed row of its group; -1 if there is none,
+            and beyond the last listed row.
+        targets: ``(groups, M)`` int32, the listed target rows of each group, then the others, both ascending.
         counts: ``(groups,)`` int32, how many rows are listed; stays on the device.
     """
 
@@ -99,50 +113,13 @@ def row_table(
     """
 
     def build() -> RowTable:
-        sources = _sources(slot, coords, size, stencil, transposed)
-        if not transposed and not by_taps:
-            return RowTable(sources.int().contiguous(), None, None)
-        powers = torch.ones((), dtype=torch.int64, device=slot.device) << torch.arange(stencil.taps, device=slot.device)
-        taps = ((sources >= 0) * powers[:, None]).sum(0)
-        if by_taps:
-            order = _order_by_taps(taps, stencil.taps)
-        else:
-            order = _order_by_position(len(coords), size, stencil, slot.device)
-        return RowTable(sources[:, order].int().contiguous(), order.int(), taps[order])
+        maps = Maps.of(slot, coords, size, stencil, transposed)
+        table = empty_table(maps, ordered=transposed or by_taps)
+        for launch in sorted_launches(table, maps) if by_taps else (plain_launch(table, maps),):
+            launch.run()
+        return table
 
     return remember(slot, ("triton row table", size, stencil, transposed, by_taps), build)
-
-
-def _sources(slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, transposed: bool) -> Tensor:
-    """Return ``(taps, M)`` int64 source rows. At one tap an input pixel is read by at most one output pixel."""
-    forward = tap_rows(slot, coords, size, stencil).t()
-    if not transposed:
-        return forward
-    inputs = len(coords) * size[0] * size[1]
-    outputs = torch.arange(forward.shape[1], device=slot.device).expand_as(forward)
-    readers = outputs.new_full((stencil.taps, inputs + 1), -1)
-    return readers.scatter_(1, torch.where(forward >= 0, forward, inputs), outputs)[:, :inputs]
-
-
-def _order_by_position(count: int, size: Size, stencil: Stencil, device: torch.device) -> Tensor:
-    """Return the rows of ``count`` input patches by the position of their pixels modulo the stride."""
-    (height, width), (down, across) = size, stencil.stride
-    rows = torch.arange(count * height * width, device=device)
-    return rows.view(count, height // down, down, width // across, across).permute(2, 4, 0, 1, 3).flatten()
-
-
-def _order_by_taps(taps: Tensor, number: int) -> Tensor:
-    """Return the order of rows by their tap bits, groups of rows that need the most of ``number`` taps first."""
-    rank = taps
-    for shift in (1, 2, 4, 8, 16, 32):  # the place of a bit set in the Gray code: neighbours there differ in one bit
-        rank = rank ^ (rank >> shift)
-    order = torch.sort(rank, stable=True).indices
-    whole = order.numel() // GROUP * GROUP
-    groups = order[:whole].view(-1, GROUP)
-    bits = torch.arange(number, device=taps.device)
-    needed = (taps[groups][:, :, None] >> bits & 1).amax(1).sum(1)
-    groups = groups[torch.sort(needed, descending=True, stable=True).indices]
-    return torch.cat((groups.flatten(), order[whole:]))
 
 
 def listed_rows(slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, together: int = 1) -> Listed:
@@ -155,12 +132,94 @@ def listed_rows(slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, toge
         raise ValueError(f"together must divide the {stencil.taps} taps of the stencil, got {together}")
 
     def build() -> Listed:
-        sources = tap_rows(slot, coords, size, stencil).t()
-        active = (sources >= 0).unflatten(0, (-1, together)).any(1)
-        targets = torch.sort(~active, dim=1, stable=True).indices
-        listed = torch.where(active, 1, 0).gather(1, targets).bool()
-        sources = sources.gather(1, targets.repeat_interleave(together, 0))
-        sources = torch.where(listed.repeat_interleave(together, 0), sources, -1)
-        return Listed(sources.int().contiguous(), targets.int().contiguous(), active.sum(1, dtype=torch.int32))
+        maps = Maps.of(slot, coords, size, stencil, False)
+        listed = empty_lists(maps, together)
+        for launch in listed_launches(listed, maps, together):
+            launch.run()
+        return listed
 
     return remember(slot, ("triton listed rows", size, stencil, together), build)
+
+
+class Maps(NamedTuple):
+    """What all kernels that build tables are given.
+
+    Attributes:
+        total: number of target rows.
+        tensors: slot map and coordinates, row by row.
+        shape: rows and columns of patches.
+        constants: axes and direction.
+        kinds: positions of target rows that come one after the other.
+        taps: of the stencil.
+    """
+
+    total: int
+    tensors: tuple[Tensor, Tensor]
+    shape: Size
+    constants: dict[str, Any]
+    kinds: Size
+    taps: int
+
+    @classmethod
+    def of(cls, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil, transposed: bool) -> Maps:
+        output = stencil.output_size(size)
+        source, target = (output, size) if transposed else (size, output)
+        constants = axes(source, target, stencil) | {"TRANSPOSED": transposed}
+        kinds = stencil.stride if transposed else (1, 1)
+        shape = (slot.shape[1], slot.shape[2])
+        return cls(len(coords) * target[0] * target[1], row_major(slot, coords), shape, constants, kinds, stencil.taps)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The last arguments of a kernel."""
+        return *self.tensors, self.total, *self.shape
+
+
+def empty_table(maps: Maps, ordered: bool) -> RowTable:
+    """Return a table whose values are not there yet."""
+    slot, count = maps.tensors[0], maps.total
+    order = (slot.new_empty(count), slot.new_empty(count, dtype=torch.int64)) if ordered else (None, None)
+    return RowTable(slot.new_empty(maps.taps, count), *order)
+
+
+def empty_lists(maps: Maps, together: int) -> Listed:
+    """Return lists of no rows; where there are rows at all, their values are not there yet."""
+    slot, groups = maps.tensors[0], maps.taps // together
+    return Listed(slot.new_empty(maps.taps, maps.total), slot.new_empty(groups, maps.total), slot.new_zeros(groups))
+
+
+def plain_launch(table: RowTable, maps: Maps) -> Launch:
+    """Return the launch that fills a table in the order of rows, or of kinds of rows."""
+    constants = maps.constants | {"KINDS_V": maps.kinds[0], "KINDS_H": maps.kinds[1], "BLOCK": BLOCK}
+    return Launch(row_table_kernel, (ceil(maps.total / BLOCK), 1, 1), (*table, *maps.arguments), constants, 4, 1)
+
+
+def sorted_launches(table: RowTable, maps: Maps) -> Iterator[Launch]:
+    """Yield the launches that fill a table sorted by taps; each needs the results of those before it."""
+    groups = maps.total // GROUP
+    ranks = table.sources.new_empty(maps.total, dtype=_smallest(maps.taps))
+    arguments, blocks = (ranks, *maps.arguments), ceil(maps.total / BLOCK)
+    yield Launch(tap_ranks_kernel, (blocks, 1, 1), arguments, maps.constants | {"BLOCK": BLOCK}, 4, 1)
+    ranks, rows = torch.sort(ranks, stable=True)
+    needed = table.sources.new_empty(groups)
+    if groups:
+        constants = {"TAPS": maps.taps, "GROUP": GROUP}
+        yield Launch(needed_taps_kernel, (groups, 1, 1), (ranks, needed), constants, 4, 1)
+    arguments = (*table, rows, ranks, needed, *maps.arguments)
+    constants = maps.constants | {"GROUP": GROUP, "BLOCK": BLOCK}
+    yield Launch(sorted_row_table_kernel, (ceil(maps.total / GROUP), 1, 1), arguments, constants, 4, 1)
+
+
+def _smallest(bits: int) -> torch.dtype:
+    """Return the smallest type that holds sets of so many taps: what is sorted, and how often it is passed over."""
+    return torch.int16 if bits < 16 else torch.int32 if bits < 32 else torch.int64
+
+
+def listed_launches(listed: Listed, maps: Maps, together: int) -> Iterator[Launch]:
+    """Yield the launches that fill lists of rows; each needs the results of those before it."""
+    blocks = (ceil(maps.total / BLOCK), len(listed.targets), 1)
+    constants = {"V": maps.constants["V"], "H": maps.constants["H"], "TOGETHER": together, "BLOCK": BLOCK}
+    active = listed.targets.new_empty(listed.targets.shape, dtype=torch.int8)
+    yield Launch(listed_taps_kernel, blocks, (active, *maps.arguments), constants, 4, 1)
+    ends = active.cumsum(1, dtype=torch.int32)
+    yield Launch(listed_rows_kernel, blocks, (*listed, ends, *maps.arguments), constants, 4, 1)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .conv_kernels import _multiply
+from .conv_kernels import multiply
 
 __all__ = [
     "patch_cell_weight_kernel",
@@ -121,7 +121,7 @@ def patch_footprint_fwd_kernel(
         else:
             b_x = tl.load(p_x, mask=(k < TOTAL)[None, :], other=0.0)
             b_w = tl.load(p_column, mask=(k < TOTAL)[:, None], other=0.0)
-        acc = _multiply(b_x, b_w, acc, PRECISION)
+        acc = multiply(b_x, b_w, acc, PRECISION)
 
     if p_bias is not None:
         acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)
@@ -160,7 +160,7 @@ def patch_footprint_wgrad_kernel(
         first = _first_cell(row, V, H) if WHOLE else _first_cell(row + o_r, V, H)[:, None]
         b_g = tl.load(p_g + row.to(tl.int64) * C_OUT, mask=m_r & m_m, other=0.0)
         b_x = tl.load(p_cells + first * CELL, mask=m_r & m_n, other=0.0)
-        acc = _multiply(tl.trans(b_g), b_x, acc, PRECISION)
+        acc = multiply(tl.trans(b_g), b_x, acc, PRECISION)
         row += BLOCK_K
 
     at = (split.to(tl.int64) * C_OUT + o_m)[:, None] * TOTAL + o_n
