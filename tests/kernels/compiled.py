@@ -143,18 +143,25 @@ def weight_gradient(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: 
 
 
 def memory_bound(c: int = 128, p: int = 8) -> Iterator[tuple[str, Launch]]:
-    """Yield the launches of depthwise convolution, pooling and the sum over splits."""
-    x, w = _meta(4096, p, p, c), _meta(c, 1, 7, 7)
+    """Yield the launches of pooling."""
+    x = _meta(4096, p, p, c)
     y, half = rows_like(x, 4096, (p, p), c), rows_like(x, 4096, (p // 2, p // 2), c)
-    yield "depthwise", pool.depthwise_launch(x, w, _meta(c), y, *GRID, SAME7, False)
-    yield "depthwise dgrad", pool.depthwise_launch(x, w, None, y, *GRID, SAME7, True)
-    partial, total = pool.depthwise_wgrad_launches(x, x, w, *GRID, SAME7)
-    yield "depthwise wgrad", partial
-    yield "sum of splits", total
     tap = torch.empty_like(half, dtype=torch.uint8)
     yield "max-pool", pool.pool_launch(x, half, tap, *GRID, STRIDED)
     rows, taps = half.permute(0, 2, 3, 1), tap.permute(0, 2, 3, 1)
     yield "max-pool grad", pool.pool_grad_launch(rows, taps, y, *GRID, STRIDED)
+
+
+def depthwise(p: int, c: int, k: int = 7, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Launch]]:
+    """Yield the launches of depthwise convolution, of its gradients and of the sum over parts."""
+    x, w = _meta(4096, p, p, c, dtype=dtype), _meta(c, 1, k, k, dtype=dtype)
+    y, stencil = rows_like(x, 4096, (p, p), c), Stencil((k, k), (1, 1), (k // 2, k // 2), (1, 1))
+    name, values = "depthwise" if k < 9 else "depthwise large", f"{str(dtype).removeprefix('torch.')} C{c}"
+    yield f"{name} {values}", pool.depthwise_launch(x, w, _meta(c, dtype=dtype), y, *GRID, stencil, False)
+    yield f"{name} dgrad {values}", pool.depthwise_launch(x, w, None, y, *GRID, stencil, True)
+    partial, total = pool.depthwise_wgrad_launches(x, x, w, *GRID, stencil)
+    yield f"{name} wgrad {values}", partial
+    yield f"sum of parts {values}", total
 
 
 def norms(c: int = 256, p: int = 4) -> Iterator[tuple[str, Launch]]:
@@ -229,6 +236,10 @@ def launches(architecture: int) -> Iterator[tuple[str, Launch]]:
     yield from stems()
     yield from row_table_launches()
     yield from memory_bound()
+    for p, c in ((1, 768), (2, 384), (4, 192), (8, 96)):
+        yield from depthwise(p, c)
+    yield from depthwise(4, 70, dtype=torch.float32)
+    yield from depthwise(4, 192, k=9)
     yield from norms()
     yield from norms(c=3)  # no wide loads
     yield from unpacks()

@@ -92,33 +92,10 @@ def test_large_kernels(p, k, stride):
     check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, grid, stride, k // 2, backend=b), 1)
 
 
-@pytest.mark.rest
-@given(
-    case=cases(kernels=(2, 3, 5), channels=(1, 3), patches=(1, 2, 3, 4), dtype=torch.float32),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-)
-@settings(FEW, max_examples=5)
-def test_depthwise_and_grouped_convolution(case, dtype):
-    stencil = Stencil(case.kernel, **case.stencil)
-    if stencil.local:
-        return
-    channels = case.image.shape[1]
-    for out in (channels, 2 * channels):  # one output channel per group, and two
-        inputs = operands(case, out, channels, dtype)
-        options = {"groups": channels, **case.stencil}
-        check(inputs, lambda b, x, w, c, o=options: patch_conv2d(x, w, c, case.grid, backend=b, **o), case.seed)
-
-
 def test_two_output_channels_a_group():
     grid = PatchGrid.random(2, (2, 3), 0.5, torch.Generator().manual_seed(0))
     inputs = normal(0, (grid.num_active, 3, 2, 2), (6, 1, 3, 3), (6,))
     check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, grid, 1, 1, groups=3, backend=b), 8)
-
-
-def test_depthwise_7x7_in_bfloat16():
-    grid = PatchGrid.random(1, (3, 3), 0.4, torch.Generator().manual_seed(0))
-    inputs = tuple(t.bfloat16() for t in normal(0, (grid.num_active, 20, 2, 2), (20, 1, 7, 7), (20,)))
-    check(inputs, lambda b, x, w, c: patch_conv2d(x, w, c, grid, 1, 3, groups=20, backend=b), 3)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The memory-bound kernels: depthwise convolution and max-pooling over packed rows; launches in ``depthwise_pool.py``.
+"""Max-pooling, and depthwise convolution with any kernel, over packed rows; launches in ``depthwise_pool.py``.
 
 Notation as in ``conv_kernels.py``. Each program owns a tile of target rows and channels and visits the taps in a loop;
-sums are kept in float32.
+sums are kept in float32. Depthwise kernels of usual sizes run in ``depthwise_kernels.py``.
 """
 
 # The kernel language is not Python to a type checker: scalars are tensors, loops unroll, constants are wrapped.
@@ -25,10 +25,13 @@ __all__ = [
 @triton.jit
 def patch_depthwise_fwd_kernel(
     p_x, p_w, p_bias, p_y, p_slot, p_coords,
-    count, rows, columns, channels, w_tap, w_channel,
+    count, rows, columns, channels,
     V: tl.constexpr, H: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``y[r, c] = bias[c] + sum over t of x[s(r, t), c] * w[t, c]``; with ``TRANSPOSED`` the input gradient."""
+    """Compute ``y[r, c] = bias[c] + sum over t of x[s(r, t), c] * w[t, c]``; with ``TRANSPOSED`` the input gradient.
+
+    w is float32, ``(taps, C)``.
+    """
     TAPS_H: tl.constexpr = H[2]
     tiles_c = tl.cdiv(channels, BLOCK_C)
     row = (tl.program_id(0) // tiles_c) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -44,8 +47,8 @@ def patch_depthwise_fwd_kernel(
             source = source_row(tap, v, h, image, grid_v, grid_h, m_m, p_slot, rows, columns, V, H, TRANSPOSED)
             at = source.to(tl.int64) * channels
             b_x = tl.load(p_x + at[:, None] + o_c, mask=(source >= 0)[:, None] & m_c, other=0.0)
-            b_w = tl.load(p_w + tap * w_tap + o_c * w_channel, mask=m_c, other=0.0)
-            acc += b_x.to(tl.float32) * b_w.to(tl.float32)
+            b_w = tl.load(p_w + tap * channels + o_c, mask=m_c, other=0.0)
+            acc += b_x.to(tl.float32) * b_w
     tl.store(p_y + row.to(tl.int64)[:, None] * channels + o_c, acc.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c)
 
 
@@ -55,7 +58,7 @@ def patch_depthwise_wgrad_kernel(
     count, rows, columns, channels, splits,
     V: tl.constexpr, H: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Compute ``part[split, c, t] = sum over the split's rows r of g[r, c] * x[s(r, t), c]``.
+    """Compute ``part[split, t, c] = sum over the split's rows r of g[r, c] * x[s(r, t), c]``.
 
     One program has one row of the kernel: its taps (``BLOCK_J``, a power of two) share each load of g.
     """
@@ -81,8 +84,8 @@ def patch_depthwise_wgrad_kernel(
         b_x = tl.load(p_x + at[:, :, None] + o_c, mask=(source >= 0)[:, :, None] & m_c, other=0.0)
         b_g = tl.load(p_g + row.to(tl.int64)[:, None] * channels + o_c, mask=m_m[:, None] & m_c, other=0.0)
         acc += b_x.to(tl.float32) * b_g.to(tl.float32)[None, :, :]
-    at = (split.to(tl.int64) * channels + o_c) * (V[2] * H[2])
-    tl.store(p_part + at[None, :] + tap[:, None], tl.sum(acc, 1), mask=m_j[:, None] & m_c)
+    at = (split.to(tl.int64) * (V[2] * H[2]) + tap) * channels
+    tl.store(p_part + at[:, None] + o_c, tl.sum(acc, 1), mask=m_j[:, None] & m_c)
 
 
 @triton.jit
