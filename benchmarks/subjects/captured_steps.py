@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from spatspark_fast.models.masks import draw_masks, grids_of
 from spatspark_fast.training.captured import CapturedStep, Graphs, Inputs
 from spatspark_fast.training.cuda_graphs import CudaGraphs
+from spatspark_fast.training.lamb import Lamb
 
 from .steps import CLIP, Marks, OurStep, Step, no_mark
 
@@ -30,11 +32,10 @@ class GraphStep(Step):
         self.step = step
         self.model, self.optimizer, self.masks, self.frames = step.model, step.optimizer, step.masks, step.frames
         self.said: list[str] = []
+        optimizer = cast(Lamb, step.optimizer)
         device = next(self.model.parameters()).device
         self.graphs = CudaGraphs(device) if graphs is None else graphs
-        self.captured = CapturedStep(
-            self.model, self._loss, step.optimizer, self.graphs, clip=CLIP, say=self.said.append
-        )
+        self.captured = CapturedStep(self.model, self._loss, optimizer, self.graphs, clip=CLIP, say=self.said.append)
         for _ in range(WARM):
             self()
 
