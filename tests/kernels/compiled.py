@@ -187,7 +187,7 @@ def unpacks(dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4) -> It
     statistics = (mean, rstd, weight, bias)
     token, *sums = (_meta(c, dtype=single) for _ in range(4))
     forward = image.unpack_norm_launch(x, token, images.permute(0, 3, 1, 2), GRID, statistics, 1e-5)
-    gx, sums = rows_like(x, 4096, (p, p), c), tuple(sums)
+    gx, sums = rows_like(x, 4096, (p, p), c), (sums[0], sums[1], sums[2])
     grads = image.unpack_norm_sums_launches(images, x, sums, GRID, statistics, 1e-5)
     apply = image.unpack_norm_grad_launch(images, x, sums[:2], gx, GRID, statistics, 1e-5, True)
     for launch in (forward, *grads, apply):

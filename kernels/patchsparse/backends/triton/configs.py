@@ -40,7 +40,7 @@ class Tile:
         n: columns of the result (channels).
         k: length of one step of the sum.
         warps: per program.
-        stages: of the software pipeline.
+        stages: of the software pipeline; with one, values come through the L1 cache, which asynchronous copies pass by.
         sorted: take rows in the order of their active taps; for the weight gradient, take listed active pairs.
         taps: of the weight gradient, for which a program reads the output gradient once.
     """
@@ -63,6 +63,7 @@ CONV = (
     Tile(128, 32, 64, 4, 4),
     Tile(128, 16, 64, 4, 4),
     Tile(256, 64, 64, 4, 2),
+    Tile(128, 64, 64, 4, 1),
     Tile(64, 256, 64, 4, 2),
     Tile(128, 256, 64, 8, 3),
     Tile(256, 128, 64, 8, 3),
@@ -70,6 +71,7 @@ CONV = (
 WGRAD = (
     Tile(128, 128, 64, 4, 3),
     Tile(64, 64, 64, 4, 3, taps=3),
+    Tile(64, 64, 64, 4, 1, taps=3),
     Tile(64, 64, 64, 4, 2, taps=4),
     Tile(64, 128, 64, 4, 3),
     Tile(64, 64, 64, 4, 4),

@@ -227,6 +227,8 @@ def wgrad_launches(
 
 def sum_launch(parts: Tensor, weight: Tensor) -> Launch:
     """Return the launch that sums ``parts`` ``(splits, weight.numel())`` into ``weight``."""
-    block = 512
+    at_once = min(32, 1 << (parts.shape[0] - 1).bit_length())
+    block = 4096 // at_once
     arguments = (parts, weight, weight.numel(), parts.shape[0])
-    return Launch(sum_splits_kernel, (ceil(weight.numel() / block),), arguments, {"BLOCK": block}, 4, 1)
+    constants = {"BLOCK": block, "AT_ONCE": at_once}
+    return Launch(sum_splits_kernel, (ceil(weight.numel() / block),), arguments, constants, 8, 1)

@@ -201,12 +201,16 @@ def patch_conv2d_wgrad_kernel(
 
 
 @triton.jit
-def sum_splits_kernel(p_part, p_w, count, splits, BLOCK: tl.constexpr):
-    """Compute ``w[i] = sum over splits of part[split, i]`` in the order of the splits, always the same."""
+def sum_splits_kernel(p_part, p_w, count, splits, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Compute ``w[i] = sum over splits of part[split, i]`` in an order that never changes.
+
+    ``AT_ONCE`` sums are kept, each of every ``AT_ONCE``-th part, so that many parts are on their way from memory.
+    """
     o_i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    o_s = tl.arange(0, AT_ONCE)
     m_i = o_i < count
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        acc += tl.load(p_part + o_i, mask=m_i, other=0.0)
-        p_part += count
-    tl.store(p_w + o_i, acc.to(p_w.dtype.element_ty), mask=m_i)
+    acc = tl.zeros((AT_ONCE, BLOCK), tl.float32)
+    for split in range(0, splits, AT_ONCE):
+        at = (split + o_s)[:, None].to(tl.int64) * count + o_i
+        acc += tl.load(p_part + at, mask=(split + o_s < splits)[:, None] & m_i, other=0.0)
+    tl.store(p_w + o_i, tl.sum(acc, 0).to(p_w.dtype.element_ty), mask=m_i)
