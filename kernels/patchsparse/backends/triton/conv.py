@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
@@ -183,11 +184,16 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     return tuning.best(kind_of("conv2d_wgrad", x, size, stencil, channels, groups, density), tiles, run)
 
 
-def _splits(x: Tensor, grad: Tensor, weight: Tensor, programs: int, tile: Tile) -> int:
-    """Return into how many parts rows are split: no part is under four steps, all together no more than operands."""
-    rows, parts = grad[..., 0].numel(), 4 * weight.numel()
-    slots = processors(x.device) * programs_of(tile, x.element_size(), shared_memory(x.device))
-    return splits_of(programs, slots, max(1, min(rows // (4 * tile.k), (x.nbytes + grad.nbytes) // max(1, parts))))
+@lru_cache(maxsize=4096)
+def _splits(
+    device: torch.device, itemsize: int, rows: int, programs: int, values: int, weights: int, tile: Tile
+) -> int:
+    """Return into how many parts rows are split: no part is under four steps, all together no more than operands.
+
+    These have ``values`` of ``itemsize`` bytes; a part has ``weights`` of four bytes.
+    """
+    slots = processors(device) * programs_of(tile, itemsize, shared_memory(device))
+    return splits_of(programs, slots, max(1, min(rows // (4 * tile.k), values * itemsize // max(1, 4 * weights))))
 
 
 def wgrad_launches(
@@ -205,9 +211,17 @@ def wgrad_launches(
 
     One part is written into ``weight`` itself. ``splits`` is how many there are; by default what fills the device.
     """
-    size, c_in, c_out = (x.shape[1], x.shape[2]), x.shape[3] // groups, grad.shape[3] // groups
+    patches, height, width, channels = grad.shape
+    size, c_in, c_out, count = (
+        (x.shape[1], x.shape[2]),
+        x.shape[3] // groups,
+        channels // groups,
+        patches * height * width,
+    )
     programs = stencil.taps // tile.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
-    splits = splits or _splits(x, grad, weight, programs * groups, tile)
+    if splits is None:
+        values = x.numel() + grad.numel()
+        splits = _splits(x.device, x.element_size(), count, programs * groups, values, weight.numel(), tile)
     parts = weight if splits == 1 else x.new_empty(splits, weight.numel(), dtype=torch.float32)
     if tile.sorted:
         rows = listed_rows(slot, coords, size, stencil, tile.taps)
@@ -216,7 +230,7 @@ def wgrad_launches(
     partial = Launch(
         patch_conv2d_wgrad_kernel,
         (programs * splits, groups),
-        (x, grad, parts, *rows, grad[..., 0].numel(), splits),
+        (x, grad, parts, *rows, count, splits),
         {"C_IN": c_in, "C_OUT": c_out, "GROUPS": groups, "TAPS": stencil.taps, "TOGETHER": tile.taps}
         | {"PRECISION": precision_of(x), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
         tile.warps,
