@@ -1,14 +1,20 @@
 """Fused batch normalisation in Triton's interpreter, against ``gather`` in float64; see ``test_triton.py``."""
 
+import copy
+
 import pytest
 import torch
-from torch import Tensor
+from timm.layers.norm_act import BatchNormAct2d
+from timm.models.resnet import BasicBlock, Bottleneck, downsample_conv
+from torch import Tensor, nn
 
-from patchsparse import patch_batch_norm_act
+from patchsparse import PatchGrid, bind, pack, patch_batch_norm_act, sparsify
 
 from ..matrix import one_of_each
 from .interpreted_triton import _poison, check, normal, results  # noqa: F401
 from .ranks import Ranks, replay
+from .sparsify_cases import UNEQUAL, images
+from .test_fused import moved, operations
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -66,3 +72,29 @@ def test_statistics_of_two_ranks():
         got = results("", inputs(rank), call("triton", replay(ranks.exchanged, rank, 1e-4)), rank)
         for ours, theirs in zip(got, expected[rank], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_runs_in_one_where_this_engine_takes_it(training: bool):
+    """Unasked: its norms are faster that way. Twice PyTorch's own error in float32, against float64 one by one."""
+    down = downsample_conv(8, 16, 1, stride=2)
+    stem = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), BatchNormAct2d(8, act_layer="silu")]
+    source = moved(nn.Sequential(*stem, BasicBlock(8, 16, stride=2, downsample=down), Bottleneck(16, 4)))
+    x = images(UNEQUAL, 4)
+    source(x)  # fills the running statistics
+    source.train(training)
+    grid, found = PatchGrid.from_active(UNEQUAL), []
+    for backend, dtype in (("gather", torch.float64), ("gather", torch.float32), ("triton", torch.float32)):
+        model = sparsify(copy.deepcopy(source).to(dtype), backend=backend)
+        leaf = pack(x, grid).to(dtype).requires_grad_()
+        with bind(model, grid):
+            y = model(leaf)
+        direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        gradients = torch.autograd.grad(y, [leaf, *model.parameters()], direction.to(dtype))
+        found.append([y, *gradients, *(b for b in model.buffers() if b.is_floating_point())])
+    names = [*operations(copy.deepcopy(model), grid, leaf.detach())]
+    assert set(names) == {"batch_norm_act", "native_batch_norm"}  # the shortcut's norm has nothing after it
+    largest = max(float(e.abs().max()) for e in found[0][1:])
+    for exact, plain, ours in zip(*found, strict=True):
+        allowed = 2 * (plain - exact).abs().max() + 4 * torch.finfo(torch.float32).eps * (exact.abs().max() + largest)
+        assert (ours - exact).abs().max() <= allowed

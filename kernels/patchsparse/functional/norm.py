@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..grid import PatchGrid
@@ -170,7 +171,7 @@ def _update_running(
     mean: Tensor,
     var: Tensor,
     count: int | Tensor,
-    momentum: float | Tensor,
+    momentum: float,
 ) -> None:
     """Move the running statistics towards the batch's ``mean`` and biased ``var``, in place; no rows leave them.
 
@@ -178,9 +179,12 @@ def _update_running(
     """
     if running_mean is None or running_var is None:
         return
+    running = [running_mean, running_var]
     if isinstance(count, Tensor):  # of all processes, on the device
-        momentum = momentum * (count > 1).to(running_mean.dtype)
+        weight = momentum * (count > 1).to(running_mean.dtype)
         count = count.clamp(min=2)
-    if isinstance(count, Tensor) or count > 1:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+        for old, new in zip(running, (mean, var * (count / (count - 1))), strict=True):
+            old.lerp_(new.to(old.dtype), weight)
+    elif count > 1:
+        new = mean.to(running_mean.dtype), (var * (count / (count - 1))).to(running_var.dtype)
+        torch._foreach_lerp_(running, new, momentum)  # pyright: ignore[reportPrivateImportUsage]
