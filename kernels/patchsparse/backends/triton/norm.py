@@ -204,7 +204,7 @@ def grad_apply_launch(
     return Launch(
         norm_grad_apply_kernel,
         (ceil(count / m), ceil(channels / c)),
-        (g, x, gr, gx, *sums, *statistics, count, channels, eps, slope),
+        (x, g if gr is None else None, gr, gx, *sums, *statistics, count, channels, eps, slope),
         {"ACT": activation, "BATCH": batch, "BLOCK_M": m, "BLOCK_C": c},
         4,
         1,

@@ -195,7 +195,7 @@ def norm_total_kernel(
 
 @triton.jit
 def norm_grad_apply_kernel(
-    p_g, p_x, p_gr, p_gx, p_sum_d, p_sum_du, p_mean, p_var, p_weight, p_bias, count, channels, eps, slope,
+    p_x, p_g, p_gr, p_gx, p_sum_d, p_sum_du, p_mean, p_var, p_weight, p_bias, count, channels, eps, slope,
     ACT: tl.constexpr, BATCH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Compute ``gx = rstd * weight * (d - (sum d + u * sum d u) / M)``, no sums if not ``BATCH``; ``d = gr`` if any."""
