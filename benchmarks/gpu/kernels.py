@@ -1,10 +1,10 @@
 """Check and time every Triton kernel on a GPU: ``python -m benchmarks.gpu.kernels [--only 3x3] [--masked 0.6 0.3]``.
 
-First every kernel is compared with float64, then steps are captured in CUDA graphs and replayed on other data; what
+First every kernel is compared with float64, and steps are captured in CUDA graphs and replayed on other data; what
 misses has no figures. Then convolutions are timed against dense cuDNN on whole images and against ``gather`` as
 replayed graphs (no time of the host in it), as they ship and tuned, and two of them against the peers that are
 installed (``benchmarks/peers``). Each row is written when it is known and replaces that of the same case, so that
-several calls fill one table.
+several calls fill one table. What tuning found lies in ``tuned.json``, as in the package.
 """
 
 from __future__ import annotations
@@ -94,6 +94,10 @@ def measure(arguments: argparse.Namespace, folder: Path, began: float) -> None:
         try:
             for row in rows_of(asked, arguments, told):
                 merge([row], folder)
+            if not arguments.no_tune:
+                from .tune import keep_all
+
+                keep_all(folder)
         except Exception as error:  # one case must not cost the others
             merge([say(left_out(asked.name, "triton", f"{type(error).__name__}: {error}", asked.masked))], folder)
 
@@ -134,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True  # the rivals take the fastest of cuDNN's kernels
     with aside():
         if not arguments.no_check:
-            right = keep(chain(check("cuda", arguments.modes), check_graphs("cuda")), folder)
+            right = keep(chain(check_graphs("cuda"), check("cuda", arguments.modes)), folder)
         if not arguments.check_only:
             measure(arguments, folder, began)
     return 0 if right else 1

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from ..measure.device import aside, device, has_gpu
 from ..measure.machine import RESULTS, folder_name, provenance
 from ..subjects.convolutions import GROUPS, Shape, operators, problem
 
-__all__ = ["BATCHES", "MASKED", "entries", "main", "shapes"]
+__all__ = ["BATCHES", "MASKED", "entry_of", "keep", "keep_all", "main", "shapes"]
 
 MASKED = (0.6, 0.75, 0.3)
 BATCHES = (128, 32)
@@ -39,7 +40,7 @@ def shapes() -> Iterator[tuple[Shape, float, int]]:
             yield from ((shape, masked, batch) for name in LAYERS for shape in GROUPS[name])
 
 
-def entries(measured: Sequence[tuning.Measured]) -> tuned.Entry | None:
+def entry_of(measured: Sequence[tuning.Measured]) -> tuned.Entry | None:
     """Return what the table says of a kind of call, its default measured first; None if the default is as good."""
     default, fastest = measured[0], min(measured, key=lambda m: m.seconds)
     if not fastest.seconds < default.seconds * (1 - WORTH):
@@ -63,6 +64,36 @@ def measure(seconds: float, where: str) -> Iterator[tuple[tuned.Kind, Sequence[t
                     yield kind, tuner.found[kind]
 
 
+def said(kind: tuned.Kind, measured: Sequence[tuning.Measured]) -> str:
+    """Return in a line what tuning gives a kind of call."""
+    entry = entry_of(measured)
+    gain = "the default is as good" if entry is None else f"{entry.default_ms / entry.ms:.2f}x, {entry.tile}"
+    return f"{kind}: {gain}"
+
+
+def keep(found: Mapping[Any, Sequence[tuning.Measured]], *paths: Path) -> None:
+    """Write the package's table with what this process found to files; what is as good as the default is taken out."""
+    known, table = provenance(), tuned.Table.read(tuned.TABLE)
+    origin = "; ".join(known[name] for name in ("versions", "commit", "command", "date"))
+    run = {"card": known["device"], "from": origin}
+    for kind, measured in found.items():
+        if not isinstance(kind, tuned.Kind):
+            continue
+        if (entry := entry_of(measured)) is None:
+            table.remove(kind)
+        else:
+            table.add(run, kind, entry)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.write(path)
+
+
+def keep_all(folder: Path) -> None:
+    """Write what this process has found so far to ``folder/tuned.json``."""
+    with tuning.tune() as tuner:
+        keep(tuner.found, folder / NAME)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
@@ -72,21 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not has_gpu():
         sys.stderr.write("python -m benchmarks.gpu.tune needs a CUDA device: a table of guesses helps nobody\n")
         return 2
-    known, folder = provenance(), options.out or RESULTS / folder_name()
-    origin = "; ".join(known[name] for name in ("versions", "commit", "command", "date"))
-    run, table = {"card": known["device"], "from": origin}, tuned.Table.read(tuned.TABLE)
-    folder.mkdir(parents=True, exist_ok=True)
+    copy = (options.out or RESULTS / folder_name()) / NAME
     with aside():
         for kind, measured in measure(60 * options.minutes, device().type):
-            entry = entries(measured)
-            gain = "the default is as good" if entry is None else f"{entry.default_ms / entry.ms:.2f}x, {entry.tile}"
-            sys.stdout.write(f"{kind}: {gain}\n")
-            if entry is None:
-                table.remove(kind)
-            else:
-                table.add(run, kind, entry)
-            for path in (tuned.TABLE, folder / NAME):
-                table.write(path)
+            sys.stdout.write(said(kind, measured) + "\n")
+            keep({kind: measured}, tuned.TABLE, copy)
     return 0
 
 

@@ -286,7 +286,7 @@ def test_a_wrong_kernel_has_no_figures_and_all_others_have(
     reasons = checks.missed(tmp_path)
     assert list(reasons) == ["conv 3x3 s1 p1 C512-512 g1"]
     assert "in float32, at most" in reasons["conv 3x3 s1 p1 C512-512 g1"]
-    arguments = argparse.Namespace(only=["3x3"], masked=[0.6], minutes=5.0)
+    arguments = argparse.Namespace(only=["3x3"], masked=[0.6], minutes=5.0, no_tune=True)
     timed: list[str] = []
 
     def rows_of(asked, arguments, told):

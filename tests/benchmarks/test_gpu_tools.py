@@ -75,7 +75,7 @@ def test_losses_are_read_while_they_are_written(tmp_path: Path) -> None:
 def test_tuning_enters_what_is_faster_and_only_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from benchmarks.gpu import tune
-    from patchsparse.backends.triton import tuned
+    from patchsparse.backends.triton import tuned, tuning
     from patchsparse.backends.triton.configs import Tile
     from patchsparse.backends.triton.tuning import Measured
     from patchsparse.geometry import Stencil
@@ -85,8 +85,8 @@ def test_tuning_enters_what_is_faster_and_only_that(tmp_path: Path, monkeypatch:
     def measured(*seconds: float) -> list[Measured]:
         return [Measured(tile, value, 0.0) for tile, value in zip(tiles, seconds, strict=True)]
 
-    assert tune.entries(measured(1e-3, 0.99e-3, float("inf"))) is None
-    entry = tune.entries(measured(1e-3, 2e-3, 0.5e-3))
+    assert tune.entry_of(measured(1e-3, 0.99e-3, float("inf"))) is None
+    entry = tune.entry_of(measured(1e-3, 2e-3, 0.5e-3))
     assert entry is not None
     assert (entry.tile["n"], entry.ms, entry.default_ms) == (128, 0.5, 1.0)
     kind = tuned.Kind(
@@ -107,6 +107,12 @@ def test_tuning_enters_what_is_faster_and_only_that(tmp_path: Path, monkeypatch:
     assert "torch " in written.runs[0]["from"]
     found[:] = [(kind, measured(1e-3, 2e-3, 1e-3))]  # now the default is as good
     assert tune.main(["--out", str(tmp_path / "rows")]) == 0
+    assert set(tuned.Table.read(table).entries["sm_90"]) == {str(other)}
+    monkeypatch.setattr(tuning, "_tuner", tuning.Tuner(found={kind: measured(1e-3, 2e-3, 0.4e-3), "no kind": []}))
+    tune.keep_all(tmp_path / "layers")  # beside the rows of layers, the package's own stays
+    kept = tuned.Table.read(tmp_path / "layers" / "tuned.json")
+    assert kept.entries["sm_90"][str(kind)].ms == 0.4
+    assert set(kept.entries["sm_90"]) == {str(kind), str(other)}
     assert set(tuned.Table.read(table).entries["sm_90"]) == {str(other)}
     assert {(s.k, s.stride) for s, _, _ in tune.shapes()} == {(3, 1), (3, 2), (7, 2)}
 
