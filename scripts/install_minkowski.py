@@ -1,12 +1,14 @@
 """Build MinkowskiEngine 0.5.4 from its source distribution and install it into the active environment.
 
 ``python scripts/install_minkowski.py`` gives the ``minkowski`` engine of patchsparse, for CUDA where torch sees a GPU
-and for the CPU elsewhere. The source is taken unmodified by pip, pinned by its sha256; a few headers in
-``scripts/minkowski`` let today's compilers take it, and lend it the BLAS inside torch. Nothing in the environment
-changes until the wheel is there. The wheel is kept in ``${XDG_CACHE_HOME:-~/.cache}/spatspark-fast``, by versions of
-torch and Python and by device, so that a second installation takes seconds.
+and for the CPU elsewhere. ``--device cuda`` also builds without a GPU, for compute capabilities 8.0 and 9.0; it needs a
+torch for CUDA and nvcc of the same major version. The source is taken unmodified by pip, pinned by its sha256; a few
+headers in ``scripts/minkowski`` let today's compilers take it, and lend it the BLAS inside torch. Nothing in the
+environment changes until the wheel is there. The wheel is kept in ``${XDG_CACHE_HOME:-~/.cache}/spatspark-fast``, by
+versions of torch and Python and by device, so that a second installation takes seconds.
 
-Exit codes: 0 installed; 1 the build or the check failed; 2 it cannot be built here (no compiler, BLAS or network).
+Exit codes: 0 installed; 1 the build or the check failed; 2 it cannot be built here (no compiler, nvcc, BLAS or
+network; the sentence says which).
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ import torch
 VERSION = "0.5.4"
 SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"
 TOOLS = ("pip>=24.1", "setuptools>=77,<82", "wheel", "ninja")
+CAPABILITIES = "8.0;9.0"  # of A100 and H100, H200: what is built for where torch sees no GPU
+USUAL_TOOLKIT = "/usr/local/cuda"
 HEADERS = Path(__file__).resolve().parent / "minkowski"
 COMPILES = "building 'MinkowskiEngineBackend._C' extension"  # what setuptools says when all is fetched
 CHECK = """
@@ -59,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
         folder = options.cache / "minkowski" / key(cuda, options)
         wheel = next(folder.glob("*.whl"), None)
+        if cuda and wheel is None:
+            toolkit()  # says what is missing before anything is fetched
         if wheel is None:
             wheel = build(cuda, folder, options)
         if not options.wheel_only:
@@ -78,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if torch sees a GPU"
     )
-    made.add_argument("--arch", help="compute capability such as 9.0, for CUDA; default: that of the first GPU")
+    capabilities = f"compute capabilities for CUDA, such as 9.0; default: that of the first GPU, else {CAPABILITIES}"
+    made.add_argument("--arch", type=capabilities_of, metavar="LIST", help=capabilities)
     made.add_argument("--jobs", type=int, help="compilers at once; default: by cores and free memory")
     made.add_argument("--optimise", default="3", choices=("0", "1", "2", "3"), help="for CI: 0 compiles fastest")
     made.add_argument("--cache", type=Path, default=cache, help=f"folder that keeps wheels; default {cache}")
@@ -96,19 +103,25 @@ def key(cuda: bool, options: argparse.Namespace) -> str:
     """Return the name of the folder of a wheel: everything that its binary depends on."""
     headers = sorted(path for path in HEADERS.rglob("*") if path.is_file())
     content = hashlib.sha256(b"".join(path.read_bytes() for path in headers)).hexdigest()[:8]
-    device = f"cuda{torch.version.cuda}-sm{architecture(options)}" if cuda else "cpu"
+    device = f"cuda{torch.version.cuda}-sm{architectures(options).replace(';', '+')}" if cuda else "cpu"
     python = f"cp{sys.version_info.major}{sys.version_info.minor}"
     parts = (f"torch{torch.__version__}", python, platform.machine(), device, f"O{options.optimise}", content)
     return "-".join(parts)
 
 
-def architecture(options: argparse.Namespace) -> str:
-    """Return the compute capability to compile for; raise MissingError if it is neither given nor found."""
+def capabilities_of(text: str) -> str:
+    """Return compute capabilities as torch's builds take them, ``"8.0;9.0"``; raise ArgumentTypeError if it is none."""
+    found = re.split(r"[;, ]+", text.strip())
+    if not all(re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", one) for one in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of compute capabilities; write it like 8.0;9.0")
+    return ";".join(found)
+
+
+def architectures(options: argparse.Namespace) -> str:
+    """Return the compute capabilities to compile for: those given, that of the GPU, or those of usual GPUs."""
     if options.arch:
         return options.arch
-    if torch.cuda.is_available():
-        return "{}.{}".format(*torch.cuda.get_device_capability())
-    raise MissingError("torch sees no GPU; name the compute capability to build for, such as --arch 9.0")
+    return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else CAPABILITIES
 
 
 def build(cuda: bool, folder: Path, options: argparse.Namespace) -> Path:
@@ -203,7 +216,7 @@ def cuda_flags(work: Path, include: Path, libraries: Path, common: str, options:
     searched = os.pathsep.join((*paths, *filter(None, (os.environ.get("CPATH"),))))
     return {
         "CUDA_HOME": str(home),
-        "TORCH_CUDA_ARCH_LIST": architecture(options),
+        "TORCH_CUDA_ARCH_LIST": architectures(options),
         "CFLAGS": common + cccl,
         "CXXFLAGS": common + cccl,
         "NVCC_PREPEND_FLAGS": f"-w -I{include} -include me_compat.cuh",
@@ -212,13 +225,31 @@ def cuda_flags(work: Path, include: Path, libraries: Path, common: str, options:
 
 
 def toolkit() -> Path:
-    """Return the root of the CUDA toolkit; the nvcc on the PATH may be a link or a script elsewhere."""
+    """Return the root of a CUDA toolkit that fits torch; the nvcc on the PATH may be a link or a script elsewhere."""
+    if torch.version.cuda is None:
+        raise MissingError(
+            f"torch {torch.__version__} is built without CUDA; install a torch for CUDA, or --device cpu"
+        )
+    major = torch.version.cuda.partition(".")[0]
     nvcc = shutil.which("nvcc")
     given = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1])
-    for home in (*filter(None, given), "/usr/local/cuda"):
-        if (Path(home) / "bin" / "nvcc").exists() and (Path(home) / "include" / "cuda_runtime_api.h").exists():
-            return Path(home)
-    raise MissingError("there is no CUDA toolkit; install one with nvcc, or set CUDA_HOME")
+    for home in map(Path, (*filter(None, given), USUAL_TOOLKIT)):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
+            found = nvcc_version(home)
+            if found.partition(".")[0] != major:
+                remedy = f"install toolkit {major}.x and name its folder in CUDA_HOME"
+                raise MissingError(f"nvcc {found} in {home} does not fit torch's CUDA {torch.version.cuda}; {remedy}")
+            return home
+    raise MissingError(f"there is no CUDA toolkit with nvcc; install {major}.x, or name its folder in CUDA_HOME")
+
+
+def nvcc_version(home: Path) -> str:
+    """Return the release of a toolkit's nvcc, such as ``"13.0"``; raise MissingError if it does not run."""
+    try:
+        told = subprocess.run((str(home / "bin" / "nvcc"), "--version"), capture_output=True, text=True, check=True)
+        return re.findall(r"release (\d+\.\d+)", told.stdout)[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise MissingError(f"{home / 'bin' / 'nvcc'} does not run ({error})") from error
 
 
 def torch_has_blas() -> bool:

@@ -24,7 +24,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def test_interpreted_kernels_equal_the_other_engines(part):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=--strict-markers", "-m", part]
-    command += [f"tests/kernels/interpreted_{name}.py" for name in ("triton", "conv", "norms", "stem", "row_tables")]
+    command += [
+        f"tests/kernels/interpreted_{name}.py"
+        for name in ("triton", "conv", "norms", "stem", "row_tables", "depthwise")
+    ]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
