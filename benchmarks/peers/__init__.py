@@ -11,7 +11,7 @@ from .dense import Dense, DenseAndMask
 from .minkowski import Minkowski
 from .ocnn import Ocnn
 from .packed import Packed
-from .spconv import Spconv
+from .spconv import Spconv, SpconvTriton
 from .warpconvnet import WarpConvNet
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Packed",
     "Peer",
     "Spconv",
+    "SpconvTriton",
     "WarpConvNet",
     "check",
     "passes",
@@ -32,4 +33,4 @@ __all__ = [
 
 def peers() -> tuple[Peer, ...]:
     """Return all peers, installed or not."""
-    return Dense(), DenseAndMask(), Ocnn(), Spconv(), WarpConvNet(), Minkowski()
+    return Dense(), DenseAndMask(), Ocnn(), Spconv(), SpconvTriton(), WarpConvNet(), Minkowski()

@@ -49,7 +49,7 @@ class Ocnn(Peer):
     """The function behind ``ocnn.nn.OctreeConvTriton``, with a table of our own instead of an octree's."""
 
     name = "ocnn"
-    note = "no tuned list for H200: it measures its general CUDA list; its table of neighbours is built by this script"
+    note = "no tuned list for H100 and H200: it measures its general CUDA list; this script builds its neighbours"
     dtypes = (torch.bfloat16, torch.float16)
     graphs = True
 

@@ -1,4 +1,7 @@
-"""spconv 2.3.8: implicit GEMM in CUDA over pairs found with a hash table."""
+"""spconv 2.3.8, implicit GEMM in CUDA over pairs found with a hash table, and spconv-triton 1.0.0, the same in Triton.
+
+The second has the interface of the first, also in two dimensions, so that one adapter serves both.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,7 @@ from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer, missing, to_packed, to_rows
 from .sites import rows_at, sites
 
-__all__ = ["Spconv", "spconv_weight"]
-
-_MODULE = "spconv.pytorch"
+__all__ = ["Spconv", "SpconvTriton", "spconv_weight"]
 
 
 def spconv_weight(weight: Tensor) -> Tensor:
@@ -90,13 +91,30 @@ class Spconv(Peer):
     )
     dtypes = (torch.float16, torch.float32)
     parts = False
+    module = "spconv.pytorch"
+    remedy = "pip install spconv-cu126==2.3.8 'cumm-cu126<0.8'"
 
     def why_not(self, shape: Shape | None = None) -> str | None:
         """Return why it cannot run at all, or not this shape; None if it can."""
         if shape is not None and shape.groups != 1:
-            return "spconv has no grouped or depthwise convolution"
-        return missing(_MODULE, "pip install spconv-cu126==2.3.8 'cumm-cu126<0.8'")
+            return f"{self.name} has no grouped or depthwise convolution"
+        reason = missing(self.module, self.remedy)
+        if reason is None and not torch.cuda.is_available():
+            return f"{self.name} needs a CUDA device"
+        return reason
 
     def build(self, p: Problem) -> Layer:
         """Return the convolution of a problem."""
-        return _SpconvLayer(p, import_module(_MODULE))
+        return _SpconvLayer(p, import_module(self.module))
+
+
+class SpconvTriton(Spconv):
+    """The same modules of spconv-triton, which follows spconv's interface, weights and types."""
+
+    name = "spconv-triton"
+    note = (
+        "float16, as spconv, whose types it documents; sums in float32; it measures its tiles at the first call; both "
+        "gradients at once; with a stride it always builds its map and also writes sites outside of active patches"
+    )
+    module = "spconv_triton.pytorch"
+    remedy = "pip install spconv-triton==1.0.0"

@@ -1,14 +1,16 @@
 """Stand-ins for libraries that need a GPU: their interfaces and conventions in plain PyTorch, by look-up.
 
-They follow the libraries' own words: spconv's weight is ``(C_out, k, k, C_in)``, a stride writes every site that an
-input reaches, in any order; ocnn multiplies ``weight[:, v]`` with the row in column v of the table; WarpConvNet's
-``weight[v]`` belongs to the v-th offset with the last coordinate fastest, centred, and its map is kept with the voxels.
+They follow the libraries' own words: the weight of spconv and spconv-triton is ``(C_out, k, k, C_in)``, a stride
+writes every site that an input reaches, in any order; ocnn multiplies ``weight[:, v]`` with the row in column v of the
+table; WarpConvNet's ``weight[v]`` belongs to the v-th offset with the last coordinate fastest, centred, and its map is
+kept with the voxels.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.machinery import ModuleSpec
 from itertools import product
 from types import ModuleType, SimpleNamespace
@@ -51,8 +53,8 @@ def _ocnn(_: Maps) -> dict[str, ModuleType]:
     return {"ocnn.nn.octree_conv_t": module}
 
 
-def _spconv(maps: Maps) -> dict[str, ModuleType]:
-    module = ModuleType("spconv.pytorch")
+def _spconv(maps: Maps, path: str = "spconv.pytorch") -> dict[str, ModuleType]:
+    module = ModuleType(path)
 
     def sparse_tensor(features, indices, spatial_shape, batch_size, indice_dict):
         assert indices.dtype == torch.int32
@@ -92,7 +94,7 @@ def _spconv(maps: Maps) -> dict[str, ModuleType]:
         "SparseConv2d": Convolution,
     }.items():
         module.__dict__[name] = value
-    return {"spconv.pytorch": module}
+    return {path: module}
 
 
 class Voxels:
@@ -144,6 +146,7 @@ def _warpconvnet(maps: Maps) -> dict[str, ModuleType]:
 BUILDERS: dict[str, Callable[[Maps], dict[str, ModuleType]]] = {
     "ocnn": _ocnn,
     "spconv": _spconv,
+    "spconv-triton": partial(_spconv, path="spconv_triton.pytorch"),
     "warpconvnet": _warpconvnet,
 }
 

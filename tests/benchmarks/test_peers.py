@@ -16,6 +16,7 @@ from benchmarks.peers import (
     Packed,
     Peer,
     Spconv,
+    SpconvTriton,
     WarpConvNet,
     base,
     check,
@@ -61,8 +62,9 @@ def test_whole_images_and_our_engine_agree_with_dense_and_mask(peer: Peer, shape
 @pytest.mark.parametrize(
     ("peer", "shape"),
     [
-        *((peer, shape) for peer in (Ocnn(), Spconv(), WarpConvNet()) for shape in PLAIN),
+        *((peer, shape) for peer in (Ocnn(), Spconv(), SpconvTriton(), WarpConvNet()) for shape in PLAIN),
         (Spconv(), STRIDED),
+        (SpconvTriton(), STRIDED),
         (WarpConvNet(), STRIDED),
         (WarpConvNet(), DEPTHWISE),
     ],
@@ -97,10 +99,10 @@ def test_missing_libraries_give_a_sentence(monkeypatch: pytest.MonkeyPatch) -> N
     assert str(reasons.pop("minkowski")).startswith("MinkowskiEngine is not installed; `python scripts/install_mink")
     assert reasons.pop("dense") is None
     assert reasons.pop("dense-and-mask") is None
-    assert set(reasons) == {"ocnn", "spconv", "warpconvnet"}
+    assert set(reasons) == {"ocnn", "spconv", "spconv-triton", "warpconvnet"}
     for name, reason in reasons.items():
         assert reason is not None
-        assert reason.startswith(f"{name} is not installed; pip install")
+        assert reason.startswith(f"{name.replace('-', '_')} is not installed; pip install")
         assert "\n" not in reason
 
 
@@ -121,6 +123,7 @@ def test_a_library_that_breaks_on_import_gives_a_sentence(monkeypatch: pytest.Mo
         (Ocnn(), STRIDED, "stride 1 only"),
         (Ocnn(), DEPTHWISE, "no Triton kernel for grouped"),
         (Spconv(), DEPTHWISE, "no grouped or depthwise"),
+        (SpconvTriton(), DEPTHWISE, "spconv-triton has no grouped or depthwise"),
         (WarpConvNet(), Shape(2, 8, 8, groups=2), "plain and depthwise convolution only"),
     ],
 )
@@ -131,9 +134,10 @@ def test_what_a_library_cannot_do_is_said(peer: Peer, shape: Shape, reason: str)
 def test_labels_name_the_type() -> None:
     assert Spconv().dtypes[0] == torch.float16
     assert Spconv().label(torch.float16) == "spconv fp16"
+    assert SpconvTriton().label(torch.float16) == "spconv-triton fp16"
     assert WarpConvNet().label(torch.bfloat16) == "warpconvnet bf16"
     assert "float16" in Spconv().note
-    assert "no tuned list for H200" in Ocnn().note
+    assert "no tuned list for H100 and H200" in Ocnn().note
 
 
 @pytest.mark.parametrize("p", [1, 3])
@@ -161,7 +165,7 @@ def test_coordinates_are_those_of_the_packed_rows() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the libraries compute on a GPU only")
-@pytest.mark.parametrize("peer", [Ocnn(), Spconv(), WarpConvNet()], ids=lambda p: p.name)
+@pytest.mark.parametrize("peer", [Ocnn(), Spconv(), SpconvTriton(), WarpConvNet()], ids=lambda p: p.name)
 def test_installed_libraries_agree_with_dense_and_mask(peer: Peer) -> None:
     if reason := peer.why_not():
         pytest.skip(reason)
