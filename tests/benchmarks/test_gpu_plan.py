@@ -45,6 +45,7 @@ def options(*arguments: str) -> argparse.Namespace:
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Return what makes a runner of tiny lines."""
     monkeypatch.setattr(runner, "GRACE", 1.0)
+    monkeypatch.setattr(runner, "LEAST", 1.0)
     (tmp_path / "out" / "rows").mkdir(parents=True)
 
     def make() -> runner.Runner:
@@ -74,14 +75,14 @@ def test_lines_run_and_leave_logs_and_an_archive(make, capsys: pytest.CaptureFix
     assert (absent.how, absent.well) == ("left out, no-such-program is not there", True)
     broken = run.run(Line("broken", ("/no/such/program",), 5, "?"), 5)
     assert broken.how.startswith("could not be started")
-    assert run.run(line("late", PRINT), 1.0).how == "not begun, no time was left"
+    assert run.run(line("late", PRINT), 0.9).how == "not begun, no time was left"
     assert [ended.line.name for ended in run.ended] == ["good", "bad", "absent", "broken", "late"]
 
 
 def test_a_line_out_of_time_is_interrupted_and_keeps_what_it_has(make, tmp_path: Path) -> None:
-    ended = make().run(line("slow", PATIENT.format("sys.exit(1)")), 4)
-    assert ended.how == "stopped after 4 s; its rows are kept"
-    assert 3.5 < ended.seconds < 30
+    ended = make().run(line("slow", PATIENT.format("sys.exit(1)")), 2)
+    assert ended.how == "stopped after 2 s; its rows are kept"
+    assert 1.5 < ended.seconds < 30
     assert packed(tmp_path / "out.tar.gz") == {"out/logs/slow.log", "out/rows/kept.csv"}
 
 
@@ -93,9 +94,9 @@ def test_a_line_that_ignores_the_interrupt_is_killed_with_all_that_it_started(ma
     )
     started = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); "
     began = time.monotonic()
-    ended = make().run(line("deaf", started + PATIENT.format("pass")), 4)
+    ended = make().run(line("deaf", started + PATIENT.format("pass")), 2)
     assert time.monotonic() - began < 30
-    assert ended.how.startswith("stopped after 4 s")
+    assert ended.how.startswith("stopped after 2 s")
     assert (tmp_path / "out/rows/kept.csv").exists()
     last = beat.read_text()
     time.sleep(0.3)
@@ -185,6 +186,7 @@ def test_without_a_gpu_and_with_a_wrong_name_it_says_so(capsys: pytest.CaptureFi
     assert "no line is called stepp" in capsys.readouterr().err
 
 
+@pytest.mark.rest
 def test_a_bare_checkout_without_history_runs(tmp_path: Path) -> None:
     """Nothing is installed but other people's packages, and the commit comes from the environment."""
     copy = tmp_path / "copy"

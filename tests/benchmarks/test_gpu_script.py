@@ -203,6 +203,7 @@ def test_all_ways_take_their_operands_from_several_sets_in_turn(monkeypatch: pyt
 
     monkeypatch.setattr(graphs, "operators", noted)
     monkeypatch.setattr(graphs, "capture", lambda run: (run, run()))
+    monkeypatch.setattr(graphs, "calls_of", lambda ways, most: most)  # however slow this machine is
     case = small_case(calls=8)
     list(graphs.graph_rows(case))
     for way in ("dense", "triton", "gather"):
