@@ -13,10 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["forget", "is_ordinary", "is_traced", "is_transformed", "once"]
+__all__ = ["PLAIN", "forget", "is_traced", "is_transformed", "once"]
 
 T = TypeVar("T")
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)  # types of tensors that are no subclasses
 _memos: list[Callable[[], None]] = []  # what empties the memo of each function of `once`
 
 
@@ -34,11 +34,6 @@ def is_transformed() -> bool:
     """Return whether a transform of `torch.func` is at work, and nothing records."""
     transforms = torch._C._are_functorch_transforms_active()
     return transforms and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-
-
-def is_ordinary(x: Tensor) -> bool:
-    """Return whether ``x`` has values and is of no subclass."""
-    return type(x) in _PLAIN and not x.is_meta
 
 
 def once(function: Callable[..., T]) -> Callable[..., T]:

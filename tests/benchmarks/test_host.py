@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 import patchsparse
 from benchmarks.gpu import host
@@ -22,11 +23,14 @@ def test_three_passes_of_a_convolution_call_few_functions(monkeypatch, tmp_path_
     launch._compiled.clear()
     with fake_gpu("h100") as seen:
         run = host.calls(patchsparse)["3x3 convolution, three passes"]
+        run()  # builds the row tables of the grid
+        seen.launches.clear()
+        assert host.python_calls(run) <= 260
+        convolutions = {"patch_conv2d_fwd_kernel": 2, "patch_conv2d_wgrad_kernel": 1}
+        assert set(seen.launches) <= {*convolutions, "sum_splits_kernel"}
+        assert {name: count // 4 for name, count in seen.launches.items() if name in convolutions} == convolutions
+        monkeypatch.setattr(JITFunction, "run", None)  # all starts are remembered
         run()
-        kinds, before = len(launch._compiled), sum(seen.launches.values())
-        assert host.python_calls(run) <= 300
-        assert sum(seen.launches.values()) == 5 * before, "a call of four launched what the first did"
-        assert len(launch._compiled) == kinds, "all starts were remembered"
 
 
 def test_the_package_of_another_checkout_has_operators_of_its_own():

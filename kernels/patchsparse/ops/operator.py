@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, infer_schema
 
-from ..eager import is_ordinary, is_traced, is_transformed
+from ..eager import PLAIN, is_traced, is_transformed
 
 __all__ = ["Operator", "operator"]
 
@@ -40,7 +40,7 @@ class Operator:
         plain, differentiable = not is_traced(), False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                plain = plain and is_ordinary(argument)
+                plain = plain and type(argument) in PLAIN and not argument.is_meta
                 differentiable = differentiable or argument.requires_grad
         if not plain:
             return self._transformable.apply(*arguments) if is_transformed() else self.registered(*arguments)
