@@ -17,7 +17,7 @@ from torch import Tensor
 from ...eager import once
 from ...geometry import Stencil
 from . import conv, tuning
-from .configs import Tile
+from .configs import Tile, programs_of, shared_memory, splits_of
 from .conv import kind_of, precision_of
 from .launch import Launch, as_rows, processors, row_major, rows_like
 from .stem_configs import stem_tiles, stem_wgrad_tiles
@@ -50,14 +50,18 @@ Size = tuple[int, int]
 def pays(channels: int, size: Size, stencil: Stencil, groups: int) -> bool:
     """Return whether a convolution of patches of ``size`` pixels with ``channels`` input channels is computed here.
 
-    It is with fewer than 32 channels: counted for 24, cells take half of the instructions of plain rows forward and a
-    tenth in the weight gradient; rows of 32 are copied in whole and fill a step. Not if the kernel is dilated, which
-    would multiply mostly zeros, nor with groups. Cells with their halo may take four times the memory of the patch.
+    Counted in instructions of a warp, forward and weight gradient together, for an output: by plain rows about 16 for
+    each tap; here one for each 8 values that the output reads, and the time of three for each value of a cell, which is
+    written and read in both passes. So 12 channels pay with a 7x7 kernel at stride 2 and with 3x3 at stride 1; with 3x3
+    at stride 2, only 8 do. Rows of 32 fill a step as they are. A dilated kernel would mostly multiply zeros.
     """
     if channels >= 32 or groups != 1 or stencil.dilation != (1, 1):
         return False
-    (v, _, reach_v, *_), (h, _, reach_h, *_) = _axes(size, stencil)
-    return reach_v * reach_h <= conv.MOST_TAPS and (v + reach_v - 1) * (h + reach_h - 1) <= 4 * v * h
+    layout = cells_of(size, stencil, channels, 2)
+    if layout.stencil.taps > conv.MOST_TAPS:
+        return False
+    cells = layout.halo[0] * layout.halo[1]
+    return 16 * stencil.taps * layout.rows > layout.total // 8 * layout.rows + 3 * layout.cell * cells
 
 
 def _axes(size: Size, stencil: Stencil) -> list[tuple[int, ...]]:
@@ -229,7 +233,8 @@ def wgrad_launches(cells: Tensor, grad: Tensor, weight: Tensor, layout: Cells, t
     """Return the launches that fill ``weight`` ``(C_out, C_in, kh, kw)`` from cells and ``grad`` ``(N, *, C_out)``."""
     count, c_out = cells.shape[0] * layout.rows, grad.shape[3]
     tiles = ceil(c_out / tile.m) * ceil(layout.total / tile.n)
-    splits = max(1, min(2 * processors(cells.device) // tiles, ceil(count / (4 * tile.k))))
+    slots = processors(cells.device) * programs_of(tile, cells.element_size(), shared_memory(cells.device))
+    splits = splits_of(tiles, slots, max(1, count // (4 * tile.k)))
     parts = cells.new_empty(splits, c_out, layout.total, dtype=torch.float32)
     partial = Launch(
         patch_footprint_wgrad_kernel,
