@@ -102,13 +102,13 @@ def test_every_shape_finds_a_shipped_configuration():
             assert {shape(t) for t in tiles} <= (conv if tensor_cores else full)
             assert all(16 <= t.k <= 64 for t in tiles)
             assert tiles[0].sorted == (share < 0.75)
-            assert all(configs.memory_of(t, itemsize) <= shared for t in tiles)
-            assert not tensor_cores or configs.programs_of(tiles[0], itemsize, shared) == 8 // tiles[0].warps
+            assert all(configs.memory_of(t, itemsize, shared) <= shared for t in tiles)
+            assert all(configs.programs_of(t, itemsize, shared) == 8 // t.warps for t in tiles)
             for taps in (9, 16, 49):
                 tiles = configs.wgrad_tiles(c_in, c_out, taps, itemsize, tensor_cores, share, shared)
                 assert {shape(t) for t in tiles} <= (wgrad if tensor_cores else full)
                 assert all(taps % t.taps == 0 for t in tiles)
-                assert all(configs.memory_of(t, itemsize) <= shared for t in tiles)
+                assert all(configs.memory_of(t, itemsize, shared) <= shared for t in tiles)
 
 
 @pytest.mark.parametrize(

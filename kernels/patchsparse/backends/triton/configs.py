@@ -82,21 +82,20 @@ WGRAD = (
 )
 # For devices with less shared memory, where each warp multiplies alone and keeps its operands in registers.
 CONV_SMALL = (
-    Tile(128, 128, 32, 8, 3),
-    Tile(128, 64, 64, 4, 3),
-    Tile(128, 64, 32, 4, 3),
-    Tile(64, 128, 32, 4, 3),
-    Tile(64, 64, 64, 4, 3),
+    Tile(128, 128, 32, 8, 4),
+    Tile(128, 64, 32, 4, 4),
+    Tile(64, 128, 32, 4, 4),
+    Tile(64, 64, 64, 4, 4),
     Tile(128, 32, 32, 4, 4),
     Tile(128, 16, 32, 4, 4),
 )
 WGRAD_SMALL = (
-    Tile(128, 128, 32, 8, 3),
-    Tile(64, 64, 32, 4, 3, taps=3),
-    Tile(64, 128, 32, 4, 3),
-    Tile(64, 64, 64, 4, 3),
-    Tile(64, 32, 64, 4, 3),
-    Tile(64, 16, 64, 4, 3),
+    Tile(128, 128, 32, 8, 4),
+    Tile(64, 64, 32, 4, 4, taps=3),
+    Tile(64, 128, 32, 4, 4),
+    Tile(64, 64, 64, 4, 4),
+    Tile(64, 32, 64, 4, 4),
+    Tile(64, 16, 64, 4, 4),
 )
 # Full float32 has no tensor cores: small tiles of plain multiply-adds, kept in registers.
 FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 3), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
@@ -108,14 +107,18 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else LARGE
 
 
-def memory_of(tile: Tile, itemsize: int) -> int:
-    """Return the bytes of shared memory of a tile's operands; steps are those of ``itemsize`` bytes per value."""
-    return tile.stages * (tile.m + tile.taps * tile.n) * tile.k * itemsize
+def memory_of(tile: Tile, itemsize: int, shared: int) -> int:
+    """Return the bytes of shared memory of a tile's operands; steps are those of ``itemsize`` bytes per value.
+
+    Where warps multiply from shared memory a stage is kept until its products are done, elsewhere it is in registers.
+    """
+    stages = tile.stages if shared >= LARGE else max(1, tile.stages - 1)
+    return stages * (tile.m + tile.taps * tile.n) * tile.k * itemsize
 
 
 def programs_of(tile: Tile, itemsize: int, shared: int) -> int:
     """Return how many programs share a multiprocessor: 1 KB each is reserved, 8 warps have 255 registers a thread."""
-    return max(1, min(8 // tile.warps, (shared + 1024) // (memory_of(tile, itemsize) + 1024)))
+    return max(1, min(8 // tile.warps, (shared + 1024) // (memory_of(tile, itemsize, shared) + 1024)))
 
 
 def _power(value: int, least: int = 16) -> int:
@@ -123,14 +126,13 @@ def _power(value: int, least: int = 16) -> int:
 
 
 def _fitting(tiles: tuple[Tile, ...], n: int, k: int, itemsize: int, tensor_cores: bool, shared: int) -> list[Tile]:
-    """Return the tiles no wider than ``n`` channels need, with steps no longer than ``k``, that fit into the memory.
+    """Return the tiles no wider than ``n`` channels need, with steps no longer than ``k``.
 
-    Those come first of which as many programs as registers allow share a multiprocessor.
+    As many programs as registers allow must share the memory of a multiprocessor.
     """
     longest = [t.k * 2 // itemsize if tensor_cores else t.k for t in tiles]
     kept = [replace(t, k=min(step, _power(k))) for t, step in zip(tiles, longest, strict=True) if t.n <= _power(n)]
-    fitting = dict.fromkeys(t for t in kept if memory_of(t, itemsize) <= shared)
-    return sorted(fitting, key=lambda t: programs_of(t, itemsize, shared) < 8 // t.warps)
+    return list(dict.fromkeys(t for t in kept if programs_of(t, itemsize, shared) == 8 // t.warps))
 
 
 def _in_order(tiles: list[Tile], first: tuple[int, int], share: float, most: int) -> tuple[Tile, ...]:
@@ -162,7 +164,7 @@ def conv_tiles(
         return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2)
     tiles = _fitting(CONV if shared >= LARGE else CONV_SMALL, c_out, c_in, itemsize, True, shared)
     if itemsize > 2:  # TF32 needs more registers a product
-        tiles = [t for t in tiles if t.m * t.n <= 128 * 128 and t.n <= 128]
+        tiles = [t for t in tiles if t.m * t.n <= 128 * (128 if shared >= LARGE else 64) and t.n <= 128]
     wide = [t for t in tiles if t.n == min(_power(c_out), 128)]
     filling = [t for t in wide if rows * c_out >= 128 * t.m * t.n]  # one tile or more for each of 128 multiprocessors
     first = (filling or wide[-1:])[0]
@@ -180,7 +182,7 @@ def wgrad_tiles(
     tiles = _fitting(WGRAD if shared >= LARGE else WGRAD_SMALL, c_in, 1 << 30, itemsize, True, shared)
     tiles = [t for t in tiles if taps % t.taps == 0 and t.m <= max(64, _power(c_out))]
     if itemsize > 2:
-        tiles = [t for t in tiles if t.m * t.n * t.taps <= 128 * 128]
+        tiles = [t for t in tiles if t.m * t.n * t.taps <= 128 * (128 if shared >= LARGE else 64)]
     wide = (128 if _power(c_out) >= 128 else 64, min(_power(c_in), 128))
     return _in_order(tiles, wide, share, 2)
 
