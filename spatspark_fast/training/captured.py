@@ -211,15 +211,12 @@ class CapturedStep:
         with self.graphs.same_dice():
             replay()
         after = _copies(state)
-        numbers = [float(number) for number in captured if number is not None]
+        results = _numbers(captured)
         for tensors, values in zip(state.values(), before.values(), strict=True):
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
         taken = self._run(kind, places)
-        differ = _difference(state, before, after)
-        for number, own in zip(numbers, (value for value in taken if value is not None), strict=True):
-            if not abs(number - float(own)) <= FAR * abs(float(own)):
-                differ.append(f"{number:.6g} instead of {float(own):.6g}")
+        differ = differences(results, _numbers(taken)) + ways_apart(state, before, after)
         if differ:
             self._give_up(f"the first replay differs from the step kernel by kernel ({', '.join(differ)})")
         else:
@@ -316,7 +313,21 @@ def _copies(state: Mapping[str, Iterable[Tensor]]) -> dict[str, list[Tensor]]:
     return {name: [tensor.to("cpu", copy=True) for tensor in tensors] for name, tensors in state.items()}
 
 
-def _difference(
+def _numbers(taken: Taken) -> dict[str, float]:
+    """Read what came of a step."""
+    return {name: float(value) for name, value in taken._asdict().items() if value is not None}
+
+
+def differences(replayed: Mapping[str, float], own: Mapping[str, float]) -> list[str]:
+    """Say which results of a replay are not those of the step kernel by kernel, by more than `FAR` of them."""
+    return [
+        f"{name} {replayed[name]:.6g} instead of {value:.6g}"
+        for name, value in own.items()
+        if not abs(replayed[name] - value) <= FAR * abs(value)
+    ]
+
+
+def ways_apart(
     state: Mapping[str, Iterable[Tensor]], before: Mapping[str, list[Tensor]], replayed: Mapping[str, list[Tensor]]
 ) -> list[str]:
     """Say what a replay moved otherwise than the step kernel by kernel did, by more than `FAR` of its way."""
