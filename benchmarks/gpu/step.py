@@ -39,7 +39,7 @@ CHUNK, BLOCKS = 1 << 16, 320  # elements of a block, and blocks of a launch
 WARM, TIMED = 4, 30
 DECODERS = {"light": 512, "unet": 768}
 NARROW = {"light": 16, "unet": 32}
-CHANNELS = (16, 16, 32, 32)
+CHANNELS = (32, 32, 64, 64)
 
 
 def list_launches(sizes: Sequence[int], lists: int) -> int:
