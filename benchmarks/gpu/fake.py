@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 from triton import compiler, knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -70,7 +71,7 @@ class Seen:
         card: which one it is.
         launches: how often each Triton kernel was started.
         compiled: every kernel that was loaded, in order.
-        operators: how often each operator of PyTorch that starts work was met on the card; only of hollow tensors.
+        operators: kernels that each operator of PyTorch would start (`starts.py`); only of hollow tensors.
         sources: kernels whose launchers Triton would build, as its compiler knows them, with their metadata.
     """
 
@@ -152,20 +153,17 @@ class _Driver:
         return self.card.capability
 
 
-class _Uncompiled:
-    """A kernel that is only counted."""
+class _Uncompiled(compiler.CompiledKernel):
+    """A kernel that is only counted, ready to be started."""
 
-    function, packed_metadata = 1, ()
+    def __init__(self, src: Any, launches: Counter[str]):
+        name = src.fn.__name__
 
-    def __init__(self, name: str, launches: Counter[str]):
-        self.name, self.launches = name, launches
+        def launch(*arguments: Any) -> None:
+            launches[name] += 1
 
-    def launch_metadata(self, *arguments: Any) -> None:
-        """Return nothing."""
-
-    def run(self, *arguments: Any) -> None:
-        """Count."""
-        self.launches[self.name] += 1
+        self.src, self.name, self.module, self.function, self.packed_metadata = src, name, 1, 1, ()
+        self._run = launch
 
 
 def _listener(seen: Seen):
@@ -173,6 +171,17 @@ def _listener(seen: Seen):
         seen.compiled.append(Compiled(metadata["name"], times.total / 1e6, cache_hit, metadata["hash"]))
 
     return heard
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread: what it computes is small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -201,8 +210,9 @@ def fake_gpu(card: str = "h100", *, hollow: bool = False, compiles: bool = True)
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(CARDS[card], seen)))
         stack.enter_context(mock.patch.object(knobs.compilation, "listener", _listener(seen)))
         stack.enter_context(pretend(CARDS[card], hollow))
+        stack.enter_context(_one_thread())
         if not compiles:
-            count = lambda src, *args, **kwargs: _Uncompiled(src.fn.__name__, seen.launches)  # noqa: E731
+            count = lambda src, *args, **kwargs: _Uncompiled(src, seen.launches)  # noqa: E731
             stack.enter_context(mock.patch.object(compiler, "compile", count))
         if hollow:
             stack.enter_context(Hollow(seen.operators))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from .fake_cards import Card
 from .fake_cuda import fake_cuda
 
-__all__ = ["is_on_card", "pretend", "put_on_card"]
+__all__ = ["is_on_card", "making", "pretend", "put_on_card"]
 
 HOST, DEVICE = torch.device("cpu"), torch.device("cuda", 0)
 MAKERS = (
@@ -30,6 +31,9 @@ MAKERS = (
 )
 NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "new_empty_strided")
 AUTOCAST = ("is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype", "set_autocast_dtype")
+
+
+making = SimpleNamespace(on_card=False)  # whether a tensor is being made on the card
 
 
 def is_on_card(x: Tensor) -> bool:
@@ -62,8 +66,13 @@ def _maker(make: Callable[..., Tensor], hollow: bool) -> Callable[..., Tensor]:
             return put_on_card(result, False) if hollow and result.device.type == "cuda" else result
         if hollow and args and make.__name__ in ("as_tensor", "asarray"):
             return _moved(make(*args, **kwargs), True)
-        result = make(*args, device=HOST, **kwargs)
-        return put_on_card(result) if hollow else result
+        if not hollow:
+            return make(*args, device=HOST, **kwargs)
+        making.on_card = True
+        try:
+            return put_on_card(make(*args, device=HOST, **kwargs))
+        finally:
+            making.on_card = False
 
     return made
 
@@ -160,6 +169,11 @@ def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
     return asked
 
 
+def _uncompiled(model: Any = None, **options: Any) -> Any:
+    """Return what ``torch.compile`` was given: compiled programs run as they are written."""
+    return (lambda function: function) if model is None else model
+
+
 @contextmanager
 def pretend(card: Card, hollow: bool) -> Iterator[None]:
     """Replace the names of torch inside the ``with`` block.
@@ -174,7 +188,8 @@ def pretend(card: Card, hollow: bool) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, names in (
             (torch.cuda, fake_cuda(card)),
-            (torch, makers | autocast | {"Generator": Generator}),
+            (torch, makers | autocast | {"Generator": Generator, "compile": _uncompiled}),
+            (torch.nn.Module, {"compile": lambda module, *args, **kwargs: None}),
             (Tensor, _tensor(hollow)),
         ):
             for name, value in names.items():

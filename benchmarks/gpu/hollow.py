@@ -18,13 +18,15 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .fake_torch import is_on_card, put_on_card
+from .fake_torch import is_on_card, making, put_on_card
+from .starts import starts
 
 __all__ = ["SMALL", "Hollow"]
 
 SMALL = 1 << 16  # elements of all arguments and results together, up to which an operator computes
 KNOWS_BY_VALUE = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 COPIES = ("copy_", "_to_copy", "index", "index_put", "index_put_", "_foreach_copy_", "_index_put_impl_", "clone")
+COMPOSITE = "CompositeImplicitAutograd"  # made of other operators
 UNWRITTEN = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "empty_permuted")
 
 
@@ -44,11 +46,14 @@ def _shadow(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
-def _reserve(x: Tensor, on_card: bool) -> Tensor:
-    """Return memory for a ``meta`` result: zeros if it is small, else untouched."""
+def _reserve(x: Tensor, on_card: bool, computed: bool = True) -> Tensor:
+    """Return memory for a ``meta`` result, untouched unless it is small.
+
+    Small results are zeros, so that differences are; counts and truths that would follow from large tensors are ones.
+    """
     made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
     if made.numel() <= SMALL:
-        made.zero_()
+        made.fill_(int(computed and not x.is_floating_point()))
     return put_on_card(made, on_card)
 
 
@@ -56,7 +61,7 @@ class Hollow(TorchDispatchMode):
     """Compute what is small, and reserve memory for what is not; use through :func:`benchmarks.gpu.fake.fake_gpu`."""
 
     def __init__(self, operators: Counter[str] | None = None):
-        """Begin to count ``operators`` of the card."""
+        """Begin to count in ``operators`` what PyTorch starts on the card."""
         super().__init__()
         self.operators: Counter[str] = Counter() if operators is None else operators
 
@@ -69,20 +74,19 @@ class Hollow(TorchDispatchMode):
                 return func(*args, **kwargs)
             with self:
                 return registered._init_fn(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        ):  # met below autograd only: let it fall into the operators that it is made of
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):  # met below autograd only
             with self:
                 return func.decompose(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
-        on_card = any(map(is_on_card, given))
+        on_card = making.on_card or any(map(is_on_card, given))
         _check_devices(func, given, on_card)
         returns = func._schema.returns
         aliased = [r.alias_info for r in returns]
         if any(a is not None and not a.is_write for a in aliased):
             return func(*args, **kwargs)  # a view: it shares the memory, and the mark
         if on_card and func.overloadpacket.__name__ not in UNWRITTEN:
-            self.operators[func.overloadpacket.__name__] += 1
+            name = func.overloadpacket.__name__
+            self.operators[name] += starts(name, args)
         written = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         small = sum(t.numel() for t in given) <= SMALL
         if written:
@@ -103,7 +107,7 @@ class Hollow(TorchDispatchMode):
         outputs = sum(t.numel() for t in _tensors(results if isinstance(results, (list, tuple)) else [results]))
         if small and outputs <= SMALL and not unwritten:
             return _marked(func(*args, **kwargs), on_card)
-        return tree_map_only(Tensor, lambda t: _reserve(t, on_card), results)
+        return tree_map_only(Tensor, lambda t: _reserve(t, on_card, not unwritten), results)
 
 
 def _shapes(func: Any, args: Any, kwargs: Any) -> Any:
@@ -137,7 +141,7 @@ def _unwritten(func: Any, args: Any, kwargs: Any, on_card: bool) -> Any:
 
 def _check_devices(func: Any, given: list[Tensor], on_card: bool) -> None:
     """Raise RuntimeError if an operator mixes tensors of the card with others, as on a GPU; scalars may mix."""
-    if not on_card or func.overloadpacket.__name__ in COPIES:
+    if not on_card or making.on_card or func.overloadpacket.__name__ in COPIES:
         return
     others = [tuple(t.shape) for t in given if t.dim() and not is_on_card(t)]
     if others:
