@@ -72,11 +72,12 @@ class PatchGrid:
         batch, rows, columns = scores.shape
         count = _visible_count(keep, rows * columns)
         chosen = scores.flatten(1).topk(count, dim=1, sorted=False).indices.sort(dim=1).values
-        active = torch.zeros(batch, rows * columns, dtype=torch.bool, device=scores.device)
-        active.scatter_(1, chosen, True)
-        image = torch.arange(batch, device=scores.device)[:, None].expand_as(chosen)
-        coords = torch.stack((image, chosen // columns, chosen % columns), dim=-1).reshape(-1, 3)
-        return cls._from_coords(active.view(batch, rows, columns), coords, per_image=count)
+        numbers = torch.arange(batch * count, dtype=torch.int32, device=scores.device).view(batch, count)
+        slot = torch.full((batch, rows * columns), -1, dtype=torch.int32, device=scores.device)
+        slot = slot.scatter_(1, chosen, numbers).view(batch, rows, columns)
+        place = chosen.int()
+        coords = torch.stack((numbers // max(1, count), place // columns, place % columns), dim=-1).view(-1, 3)
+        return cls(slot >= 0, coords, slot, per_image=count)
 
     @classmethod
     def from_active(cls, active: Tensor) -> PatchGrid:

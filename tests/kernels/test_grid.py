@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from patchsparse import PatchGrid
 
+from .dispatched import Dispatched
+
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
 def test_random_keeps_the_rounded_share_of_every_image(batch, rows, columns, keep, seed):
@@ -56,6 +58,15 @@ def test_from_scores_keeps_the_highest():
     scores = torch.tensor([[[0.1, 0.9], [0.5, 0.3]], [[4.0, 1.0], [2.0, 3.0]]])
     grid = PatchGrid.from_scores(scores, keep=2)
     assert grid.active.tolist() == [[[False, True], [True, False]], [[True, False], [False, True]]]
+
+
+def test_a_mask_is_drawn_by_few_operators_and_none_waits_for_values():
+    scores = torch.rand(3, 4, 5)
+    with Dispatched() as dispatched:
+        PatchGrid.from_scores(scores, 0.4)
+    kernels = [name for name in dispatched.names if name != "view"]
+    assert len(kernels) <= 11, kernels
+    assert not {"nonzero", "_local_scalar_dense", "item"} & set(kernels)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (4, 1)])

@@ -2,25 +2,14 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchsparse.geometry import Stencil
+
+from .dispatched import Dispatched
 
 tables = pytest.importorskip("patchsparse.backends.triton.row_tables", reason="Triton is not installed")
 
 SAME, STRIDED = Stencil((3, 3), (1, 1), (1, 1)), Stencil((3, 3), (2, 2), (1, 1))
-
-
-class Dispatched(TorchDispatchMode):
-    """Keep the name of every operator that runs inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._overloadpacket.__name__)
-        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize(
