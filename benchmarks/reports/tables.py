@@ -56,7 +56,7 @@ def layer_table(rows: Sequence[Row]) -> str:
     """Return single layers over plain dense, all passes together."""
     whole = of_suite(rows, "conv")
     suite = [row for row in whole if row["against"] == "dense" and row["limit"]]
-    sums = [row for row in suite if row["case"].endswith(" all")]
+    sums = [row for row in suite if row["case"].endswith(" all") and row["way"] == "auto"]
     lines = []
     for shape in dict.fromkeys(row["case"].rsplit(" ", 2)[0] for row in sums):
         cells = [find(sums, case=f"{shape} {dtype} all", way="auto") for dtype in ("float32", "bfloat16")]
@@ -80,13 +80,13 @@ def graph_table(rows: Sequence[Row]) -> str:
     lines = []
     for shape, masked in dict.fromkeys((r["case"].rsplit(" ", 1)[0], r["masked"]) for r in suite):
         cells = [words(shape), percent(masked)]
-        for side in ("fwd", "dgrad", "wgrad"):
+        for side in ("fwd", "dgrad", "wgrad", "all"):
             tried = [r for r in suite if r["case"] == f"{shape} {side}" and r["masked"] == masked]
             cells.append(ratio_cell(max(tried, key=lambda r: float(r["ratio"]), default=None)))
         found = find(suite, masked=masked, case=f"{shape} fwd")
         lines.append((*cells, f"{float(found['limit']):.2f}" if found and found["limit"] else ""))
     title = "**Single layers**, replayed CUDA graphs, over dense cuDNN: `python -m benchmarks.gpu.kernels`"
-    return table(title, ("layer", "masked", "forward", "dgrad", "wgrad", "limit"), lines)
+    return table(title, ("layer", "masked", "forward", "dgrad", "wgrad", "all three", "limit"), lines)
 
 
 def peer_table(rows: Sequence[Row]) -> str:

@@ -42,7 +42,8 @@ class GraphStep(Step):
     @property
     def why_not(self) -> str | None:
         """Return why steps are not captured, or None if they are."""
-        return None if self.captured.replayed else "; ".join(self.said) or "no step was captured"
+        captured = self.captured.replayed and not self.captured.given_up
+        return None if captured else "; ".join(self.said) or "no step was captured"
 
     @property
     def held(self) -> int:

@@ -194,6 +194,20 @@ def test_captured_and_compiled_rivals_stand_in_the_tables(rows: list[Row]) -> No
     assert "| a case | 60 % | gather graph | it asks / the host |" in page
 
 
+def test_layers_of_a_gpu_stand_in_a_table_of_their_own(rows: list[Row]) -> None:
+    layer = next(r for r in rows if r["suite"] == "conv" and r["case"].endswith(" all") and r["against"] == "dense")
+    shape = layer["case"].rsplit(" ", 2)[0]
+    gpu = [
+        layer | {"case": f"{shape} bfloat16 {side}", "way": way, "ratio": ratio, "low": ratio, "high": ratio}
+        for side in ("fwd", "dgrad", "wgrad", "all")
+        for way, ratio in (("gather", "0.9"), ("triton", "2.2"), ("triton tuned", "2.4"))
+    ]
+    page = report_command.blocks({"gpu": gpu})["gpu"]
+    assert "replayed CUDA graphs" in page
+    assert "| 60 % | 2.40x | 2.40x | 2.40x | 2.40x |" in page
+    assert "`pytest benchmarks/test_conv.py`" not in page  # that table is of CPUs
+
+
 def test_the_committed_pages_are_those_of_the_committed_results() -> None:
     """Tables of README and docs are never written by hand."""
     found = devices(report_command.RESULTS)
