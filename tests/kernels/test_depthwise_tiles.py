@@ -1,9 +1,7 @@
 """The plan of the depthwise kernels of the Triton engine: every product once, in tiles that fit."""
 
 import pytest
-import torch
 
-from patchsparse import PatchGrid
 from patchsparse.geometry import Stencil
 
 pool = pytest.importorskip("patchsparse.backends.triton.depthwise_pool", reason="Triton is not installed")
@@ -70,28 +68,6 @@ def test_tiles_divide_patches_and_fit_the_registers(source, target, stencil, tra
     idle = -channels % tile.channels
     assert idle < 64
     assert tile.count(10) * tile.v[6] * tile.h[6] == 10 * target[0] * target[1]
-
-
-@pytest.mark.parametrize(("source", "target", "stencil", "transposed"), CASES)
-def test_source_tiles_begin_where_their_pixels_lie(source, target, stencil, transposed):
-    """The rows of all pixels that a tile reads are those that the definition of the convolution gives."""
-    grid = PatchGrid.random(2, (3, 4), 0.6, torch.Generator().manual_seed(0))
-    tile = pool.tile_of_pixels(source, target, stencil, transposed, 64)
-    v, h = tile.v, tile.h
-    first, places = pool.first_sources(grid.slot, grid.coords, tile), list(grid.coords.tolist())
-    assert first.shape == (tile.count(grid.num_active), len(plan.away(v)) * len(plan.away(h)))
-    across = target[1] // h[6]
-    for number, row in enumerate(first.tolist()):
-        patch, at = divmod(number, tile.count(1))
-        image, grid_v, grid_h = places[patch]
-        for k, found in enumerate(row):
-            n, m = divmod(k, len(plan.away(h)))
-            y = grid_v * source[0] + (at // across + plan.away(v)[n]) * plan.source_side(v)
-            x = grid_h * source[1] + (at % across + plan.away(h)[m]) * plan.source_side(h)
-            inside = 0 <= y < 3 * source[0] and 0 <= x < 4 * source[1]
-            slot = int(grid.slot[image, y // source[0], x // source[1]]) if inside else -1
-            expected = (slot * source[0] + y % source[0]) * source[1] + x % source[1]
-            assert found == expected if slot >= 0 else found < 0
 
 
 def test_large_kernels_and_wide_strides_have_no_tile():

@@ -1,7 +1,7 @@
 """Depthwise convolution by tiles: sums of a whole tile stay in registers; launches in ``depthwise_pool.py``.
 
-A program owns one tile of target pixels (``depthwise_plan.py``) of one patch, and ``BLOCK_C`` channels. It reads where
-the source tiles around it begin, a scalar each, from a table that the layers of a stage share. Of an active one it
+A program owns one tile of target pixels (``depthwise_plan.py``) of one patch, and ``BLOCK_C`` channels. It reads which
+source tiles lie around it, a scalar each, from a table that the layers of a stage share. Of an active one it
 reads every pixel once and adds all its products; an inactive one costs a comparison. Everything is unrolled: which
 product adds to which sum is a constant.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .depthwise_plan import away, pixels, products
+from .depthwise_plan import away, pixels, products, source_side
 
 __all__ = ["patch_depthwise_tile_fwd_kernel", "patch_depthwise_tile_wgrad_kernel", "sum_parts_kernel"]
 
@@ -41,17 +41,17 @@ def _write(p, o_c, value, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _first_target(tile, V: tl.constexpr, H: tl.constexpr):
-    """Return the packed row of a tile's first target pixel."""
-    TILES_H: tl.constexpr = H[1] // H[6]
-    TILES: tl.constexpr = V[1] // V[6] * TILES_H
-    at = tile % TILES
-    return tl.cast(tile // TILES, tl.int64) * (V[1] * H[1]) + at // TILES_H * (V[6] * H[1]) + at % TILES_H * H[6]
+def _first_row(tile, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SIDE_V: tl.constexpr, SIDE_H: tl.constexpr):
+    """Return the packed row of the first pixel of a tile of SIDE_V x SIDE_H pixels, in patches of HEIGHT x WIDTH."""
+    ACROSS: tl.constexpr = WIDTH // SIDE_H
+    EACH: tl.constexpr = HEIGHT // SIDE_V * ACROSS
+    at = tile % EACH
+    return tl.cast(tile // EACH, tl.int64) * (HEIGHT * WIDTH) + at // ACROSS * (SIDE_V * WIDTH) + at % ACROSS * SIDE_H
 
 
 @triton.jit
-def _first_sources(tile, p_sources, V: tl.constexpr, H: tl.constexpr):
-    """Return the packed row of the first pixel of every source tile, negative if there is nothing to read."""
+def _source_tiles(tile, p_sources, V: tl.constexpr, H: tl.constexpr):
+    """Return the number of every source tile, negative if there is nothing to read."""
     SOURCES: tl.constexpr = len(away(V)) * len(away(H))
     found = ()
     for n in tl.static_range(SOURCES):
@@ -60,12 +60,15 @@ def _first_sources(tile, p_sources, V: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def _read_pixels(p_x, row, o_c, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the values of the pixels that a plan names, counted from packed row ``row``."""
-    p_first = p_x + row.to(tl.int64) * CHANNELS
+def _read_pixels(
+    p_x, source, o_c, n: tl.constexpr, m: tl.constexpr,
+    V: tl.constexpr, H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Return the values of all pixels that are read of source tile ``(n, m)``, whose number is ``source``."""
+    p_first = p_x + _first_row(source, V[0], H[0], source_side(V), source_side(H)) * CHANNELS
     x = ()
-    for k in tl.static_range(len(PIXELS)):
-        x = x + (_read(p_first + PIXELS[k] * CHANNELS, o_c, CHANNELS, BLOCK_C),)
+    for k in tl.static_range(len(pixels(V, H, n, m))):
+        x = x + (_read(p_first + pixels(V, H, n, m)[k] * CHANNELS, o_c, CHANNELS, BLOCK_C),)
     return x
 
 
@@ -103,7 +106,7 @@ def patch_depthwise_tile_fwd_kernel(
     BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     o_c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     tile = tl.program_id(0) // BLOCKS
-    sources = _first_sources(tile, p_sources, V, H)
+    sources = _source_tiles(tile, p_sources, V, H)
     bias = tl.zeros((BLOCK_C,), tl.float32)
     if p_bias is not None:
         bias += _read(p_bias, o_c, CHANNELS, BLOCK_C)
@@ -117,11 +120,11 @@ def patch_depthwise_tile_fwd_kernel(
             w = w + (_read(p_w + t * CHANNELS, o_c, CHANNELS, BLOCK_C),)
     for n in tl.static_range(len(away(V))):
         for m in tl.static_range(len(away(H))):
-            row = sources[n * len(away(H)) + m]
-            if row >= 0:
-                x = _read_pixels(p_x, row, o_c, pixels(V, H, n, m), CHANNELS, BLOCK_C)
+            source = sources[n * len(away(H)) + m]
+            if source >= 0:
+                x = _read_pixels(p_x, source, o_c, n, m, V, H, CHANNELS, BLOCK_C)
                 acc = _add_taps(acc, x, w, p_w, o_c, products(V, H, n, m), CHANNELS, BLOCK_C)
-    p_first = p_y + _first_target(tile, V, H) * CHANNELS
+    p_first = p_y + _first_row(tile, V[1], H[1], V[6], H[6]) * CHANNELS
     for k in tl.static_range(V[6] * H[6]):
         _write(p_first + (k // H[6] * H[1] + k % H[6]) * CHANNELS, o_c, acc[k], CHANNELS, BLOCK_C)
 
@@ -140,16 +143,16 @@ def patch_depthwise_tile_wgrad_kernel(
     for _ in tl.static_range(TAPS):
         acc = acc + (tl.zeros((BLOCK_C,), tl.float32),)
     for tile in range(split, tiles, splits):
-        sources = _first_sources(tile, p_sources, V, H)
-        p_first = p_g + _first_target(tile, V, H) * CHANNELS
+        sources = _source_tiles(tile, p_sources, V, H)
+        p_first = p_g + _first_row(tile, V[1], H[1], V[6], H[6]) * CHANNELS
         g = ()
         for k in tl.static_range(V[6] * H[6]):
             g = g + (_read(p_first + (k // H[6] * H[1] + k % H[6]) * CHANNELS, o_c, CHANNELS, BLOCK_C),)
         for n in tl.static_range(len(away(V))):
             for m in tl.static_range(len(away(H))):
-                row = sources[n * len(away(H)) + m]
-                if row >= 0:
-                    x = _read_pixels(p_x, row, o_c, pixels(V, H, n, m), CHANNELS, BLOCK_C)
+                source = sources[n * len(away(H)) + m]
+                if source >= 0:
+                    x = _read_pixels(p_x, source, o_c, n, m, V, H, CHANNELS, BLOCK_C)
                     acc = _add_pixels(acc, x, g, products(V, H, n, m))
     p_split = p_part + split.to(tl.int64) * (TAPS * CHANNELS)
     for t in tl.static_range(TAPS):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Stencil
-from ..tables import remember, tap_rows
+from ..tables import remember
 from .configs import Tile, stencil_tile
 from .depthwise_kernels import patch_depthwise_tile_fwd_kernel, patch_depthwise_tile_wgrad_kernel, sum_parts_kernel
 from .depthwise_plan import away, reads, source_side
@@ -26,6 +26,7 @@ from .depthwise_pool_kernels import (
 )
 from .launch import Launch, as_rows, processors, row_major, rows_like
 from .places import axes
+from .row_tables import row_table
 
 __all__ = [
     "MOST_TAPS",
@@ -34,11 +35,11 @@ __all__ = [
     "depthwise_launch",
     "depthwise_wgrad",
     "depthwise_wgrad_launches",
-    "first_sources",
     "max_pool2d",
     "max_pool2d_grad",
     "pool_grad_launch",
     "pool_launch",
+    "source_tiles",
     "tile_of_pixels",
 ]
 
@@ -58,9 +59,14 @@ class TileOfPixels(NamedTuple):
     h: Axis
     channels: int
 
+    @property
+    def each(self) -> Size:
+        """Tiles of a patch, downwards and across."""
+        return self.v[1] // self.v[6], self.h[1] // self.h[6]
+
     def count(self, patches: int) -> int:
         """Return how many tiles cover the pixels of ``patches`` patches."""
-        return patches * (self.v[1] // self.v[6]) * (self.h[1] // self.h[6])
+        return patches * self.each[0] * self.each[1]
 
 
 @lru_cache(maxsize=256)
@@ -101,23 +107,18 @@ def _reads(axis: Axis) -> int:
     return len({read[:2] for read in reads(axis)})
 
 
-def first_sources(slot: Tensor, coords: Tensor, tile: TileOfPixels) -> Tensor:
-    """Return ``(tiles, source tiles)`` int32: the packed row where each source tile of a tile begins, or negative.
+def source_tiles(slot: Tensor, coords: Tensor, tile: TileOfPixels) -> Tensor:
+    """Return ``(tiles, source tiles of each)`` int32: the number of each source tile, -1 if it is not active.
 
     It is remembered for as long as the slot map lives; all layers with these tiles share it.
     """
-    v, h = tile.v, tile.h
-    tiles = (v[1] // v[6], h[1] // h[6])
+    down, across = away(tile.v), away(tile.h)
+    around = Stencil((len(down), len(across)), padding=(-down[0], -across[0]))  # of tiles, not of pixels
 
     def build() -> Tensor:
-        down, across = away(v), away(h)
-        around = Stencil((len(down), len(across)), padding=(-down[0], -across[0]))  # of tiles, not of pixels
-        found = tap_rows(slot, coords, tiles, around)
-        patch, at = found // (tiles[0] * tiles[1]), found % (tiles[0] * tiles[1])
-        row = patch * v[0] + at // tiles[1] * source_side(v)
-        return torch.where(found < 0, found, row * h[0] + at % tiles[1] * source_side(h)).int().contiguous()
+        return row_table(slot, coords, tile.each, around).sources.t().contiguous()
 
-    return remember(slot, ("triton first sources", tile.v, tile.h), build)
+    return remember(slot, ("triton source tiles", tile.each, around), build)
 
 
 def _by_tap(weight: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ def depthwise_launch(
         constants = {"V": tile.v, "H": tile.h, "CHANNELS": channels, "BLOCK_C": tile.channels}
         constants["KEEP"] = stencil.taps * tile.channels <= MOST_WEIGHTS * LANES
         return Launch(
-            patch_depthwise_tile_fwd_kernel, grid, (*operands, first_sources(slot, coords, tile)), constants, 1, 1
+            patch_depthwise_tile_fwd_kernel, grid, (*operands, source_tiles(slot, coords, tile)), constants, 1, 1
         )
     block = stencil_tile(channels)
     grid, count = _programs(y, block)
@@ -204,7 +205,7 @@ def depthwise_wgrad_launches(
     partial = Launch(
         patch_depthwise_tile_wgrad_kernel,
         (splits * blocks,),
-        (x, grad, parts, first_sources(slot, coords, tile), tiles, splits),
+        (x, grad, parts, source_tiles(slot, coords, tile), tiles, splits),
         {"V": tile.v, "H": tile.h, "CHANNELS": channels, "BLOCK_C": tile.channels},
         1,
         1,
