@@ -76,23 +76,24 @@ class PatchNorm(PatchModule):
     def with_activation(self, x: Tensor, act: Any, residual: Tensor | None = None) -> Tensor:
         """Return ``act(norm(x) + residual)`` by one operator; count the batch as PyTorch's module does."""
         norm, binding = cast(Any, self), self.patch_binding
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
-            if norm.momentum is None:  # a cumulative average
-                momentum = 1.0 / float(norm.num_batches_tracked)
-        used = norm.track_running_stats or not norm.training
+        training, momentum = norm.training, norm.momentum
+        used = norm.track_running_stats or not training
+        mean, var, batches = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if used else (None,) * 3
+        if training and batches is not None:
+            batches.add_(1)
+            if momentum is None:  # a cumulative average
+                momentum = 1.0 / float(batches)
         return patch_batch_norm_act(
             x,
             norm.weight,
             norm.bias,
-            norm.running_mean if used else None,
-            norm.running_var if used else None,
-            norm.training,
-            momentum,
+            mean,
+            var,
+            training,
+            momentum or 0.0,
             norm.eps,
             ACTIVATIONS[type(act)],
-            getattr(act, "negative_slope", 0.0),
+            act.negative_slope if type(act) is nn.LeakyReLU else 0.0,
             residual,
             binding.backend,
             binding.all_gather,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...eager import once
 from ...precision import wide
 from .launch import Launch, as_rows, processors, rows_like
 from .norm_kernels import (
@@ -21,16 +23,16 @@ from .norm_kernels import (
 
 __all__ = [
     "Statistics",
+    "Tiles",
     "apply_launch",
     "batch_norm_act",
     "batch_norm_act_grad",
     "batch_norm_moments",
-    "blocks",
     "contiguous",
     "grad_apply_launch",
     "moments_launches",
-    "splits_of",
     "sums_launches",
+    "tiles",
     "total_launch",
     "used_statistics",
 ]
@@ -42,15 +44,31 @@ MOST_SPLITS = 512  # one program holds the parts of all splits, for 8 channels: 
 OVER_SPLITS = {"BLOCK_S": MOST_SPLITS, "BLOCK_C": 8}
 
 
-def blocks(channels: int) -> tuple[int, int]:
-    """Return rows and channels of a tile: 4096 values, at most 64 channels; half if loads are of single values."""
+class Tiles(NamedTuple):
+    """How programs share a map.
+
+    Attributes:
+        programs: one for each tile of rows; one for each tile of channels.
+        splits: programs that share the rows of one tile of channels where each has several.
+        block: rows and channels of a tile, as the kernels call them.
+    """
+
+    programs: tuple[int, int]
+    splits: int
+    block: dict[str, int]
+
+
+@once
+def tiles(rows: int, channels: int, device: torch.device, halves: int = 1) -> Tiles:
+    """Return tiles of 4096 values and at most 64 channels, divided by ``halves``; half if loads are of single values.
+
+    Four programs a processor share the rows, if there are as many tiles.
+    """
     c = min(64, max(16, 1 << (channels - 1).bit_length()))
-    return (4096 if channels % 8 == 0 else 2048) // c, c
-
-
-def splits_of(x: Tensor, count: int, m: int, c: int) -> int:
-    """Return how many programs share the rows of one tile of channels: four per processor, if there are the rows."""
-    return min(ceil(count / m), ceil(4 * processors(x.device) / ceil(x.shape[-1] / c)), MOST_SPLITS)
+    m = (4096 if channels % 8 == 0 else 2048) // c // halves
+    programs = ceil(rows / m), ceil(channels / c)
+    splits = min(programs[0], ceil(4 * processors(device) / programs[1]), MOST_SPLITS)
+    return Tiles(programs, splits, {"BLOCK_M": m, "BLOCK_C": c})
 
 
 def contiguous(statistics: Statistics) -> Statistics:
@@ -61,32 +79,33 @@ def contiguous(statistics: Statistics) -> Statistics:
 
 def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance ``(C,)`` float32 of packed ``x`` over all its pixels."""
-    mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    for launch in moments_launches(as_rows(x), mean, var):
-        launch.run()
-    return mean, var
+    return used_statistics(as_rows(x), None, None)
 
 
 def moments_launches(rows: Tensor, mean: Tensor, var: Tensor) -> list[Launch]:
     """Return the launches that fill ``mean`` and ``var`` from ``rows`` ``(N, ph, pw, C)``."""
     channels = rows.shape[-1]
     count = rows.numel() // channels
-    m, c = blocks(channels)
-    splits = splits_of(rows, count, m, c)
+    programs, splits, block = tiles(count, channels, rows.device)
     parts = rows.new_empty(2, splits, channels, dtype=torch.float32)
-    block, over = {"BLOCK_M": m, "BLOCK_C": c}, OVER_SPLITS | {"ROWS": m}
-    some = Launch(
-        norm_moments_kernel, (splits, ceil(channels / c)), (rows, parts, count, splits, channels), block, 4, 1
-    )
-    arguments = (parts, mean, var, count, splits, channels)
+    some = Launch(norm_moments_kernel, (splits, programs[1]), (rows, parts, count, splits, channels), block, 4, 1)
+    arguments, over = (parts, mean, var, count, splits, channels), OVER_SPLITS | {"ROWS": block["BLOCK_M"]}
     return [some, Launch(norm_combine_kernel, (ceil(channels / OVER_SPLITS["BLOCK_C"]),), arguments, over, 4, 1)]
 
 
-def used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return views of the given mean and variance, or those of ``x``."""
+def used_statistics(rows: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return views of the given mean and variance, or those of ``rows`` ``(N, ph, pw, C)``."""
     if mean is not None and var is not None:
         return wide(mean).detach(), wide(var).detach()
-    return batch_norm_moments(x)
+    mean, var = _vectors(rows, 2)
+    for launch in moments_launches(rows, mean, var):
+        launch.run()
+    return mean, var
+
+
+def _vectors(x: Tensor, number: int) -> tuple[Tensor, ...]:
+    """Return uninitialised vectors of the channels of ``x`` ``(N, ph, pw, C)``, float32."""
+    return tuple(x.new_empty(x.shape[3], dtype=torch.float32) for _ in range(number))
 
 
 def batch_norm_act(
@@ -101,10 +120,11 @@ def batch_norm_act(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``act((x - mean) * rstd * weight + bias + residual)`` and the mean and biased variance used."""
-    mean, var = used_statistics(x, mean, var)
+    rows = as_rows(x)
+    mean, var = used_statistics(rows, mean, var)
     y = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
     other = None if residual is None else as_rows(residual)
-    apply_launch(as_rows(x), other, y, contiguous((mean, var, weight, bias)), (eps, activation, slope)).run()
+    apply_launch(rows, other, y, contiguous((mean, var, weight, bias)), (eps, activation, slope)).run()
     return y, mean, var
 
 
@@ -113,15 +133,9 @@ def apply_launch(rows: Tensor, residual: Tensor | None, y: Tensor, statistics: S
     eps, activation, slope = options
     channels = rows.shape[-1]
     count = rows.numel() // channels
-    m, c = blocks(channels)
-    return Launch(
-        norm_apply_kernel,
-        (ceil(count / m), ceil(channels / c)),
-        (rows, residual, y, *statistics, count, channels, eps, slope),
-        {"ACT": activation, "BLOCK_M": m, "BLOCK_C": c},
-        4,
-        1,
-    )
+    programs, _, block = tiles(count, channels, rows.device)
+    arguments = (rows, residual, y, *statistics, count, channels, eps, slope)
+    return Launch(norm_apply_kernel, programs, arguments, {"ACT": activation, **block}, 4, 1)
 
 
 def batch_norm_act_grad(
@@ -145,8 +159,8 @@ def batch_norm_act_grad(
     if residual is not None:
         finer = x if torch.finfo(x.dtype).eps <= torch.finfo(residual.dtype).eps else residual  # gx is made of gr
         gr = rows_like(finer, x.shape[0], size, x.shape[1])
-    gb, gw = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     inputs = (as_rows(g), as_rows(x))
+    gb, gw = _vectors(inputs[1], 2)
     other = None if residual is None else as_rows(residual)
     for launch in sums_launches(*inputs, other, (gr, gb, gw), statistics, options):
         launch.run()
@@ -168,13 +182,11 @@ def sums_launches(
     gr, *sums = outputs
     channels = x.shape[-1]
     count = x.numel() // channels
-    m, c = blocks(channels)
-    m //= 2  # two sums a thread: whole tiles would leave registers for three programs on a processor
-    splits = splits_of(x, count, m, c)
+    # Two sums a thread: whole tiles would leave registers for three programs on a processor.
+    programs, splits, block = tiles(count, channels, x.device, 2)
     parts = x.new_empty(2, splits, channels, dtype=torch.float32)
     arguments = (g, x, residual, gr, parts, *statistics, count, splits, channels, eps, slope)
-    block = {"ACT": activation, "BLOCK_M": m, "BLOCK_C": c}
-    some = Launch(norm_grad_sums_kernel, (splits, ceil(channels / c)), arguments, block, 4, 1)
+    some = Launch(norm_grad_sums_kernel, (splits, programs[1]), arguments, {"ACT": activation, **block}, 4, 1)
     return [some, total_launch(parts, tuple(sums))]
 
 
@@ -200,12 +212,12 @@ def grad_apply_launch(
     eps, activation, slope = options
     channels = x.shape[-1]
     count = x.numel() // channels
-    m, c = blocks(channels)
+    programs, _, block = tiles(count, channels, x.device)
     return Launch(
         norm_grad_apply_kernel,
-        (ceil(count / m), ceil(channels / c)),
+        programs,
         (x, g if gr is None else None, gr, gx, *sums, *statistics, count, channels, eps, slope),
-        {"ACT": activation, "BATCH": batch, "BLOCK_M": m, "BLOCK_C": c},
+        {"ACT": activation, "BATCH": batch, **block},
         4,
         1,
     )

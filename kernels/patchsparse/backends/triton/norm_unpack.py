@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil
 
 import torch
 from torch import Tensor
 
 from .launch import Launch, as_rows, row_major, rows_like
-from .norm import Statistics, blocks, contiguous, splits_of, total_launch, used_statistics
+from .norm import Statistics, contiguous, tiles, total_launch, used_statistics
 from .norm_unpack_kernels import unpack_norm_fwd_kernel, unpack_norm_grad_apply_kernel, unpack_norm_grad_sums_kernel
 
 __all__ = [
@@ -38,11 +37,12 @@ def batch_norm_unpack(
 
     Inactive patches hold ``fill`` ``(C,)`` or 0.
     """
-    mean, var = used_statistics(x, mean, var)
+    packed = as_rows(x)
+    mean, var = used_statistics(packed, mean, var)
     batch, rows, columns = slot.shape
     y = rows_like(x, batch, (rows * x.shape[2], columns * x.shape[3]), x.shape[1])
     fill = None if fill is None else fill.contiguous()
-    unpack_norm_launch(as_rows(x), fill, y, row_major(slot, coords), contiguous((mean, var, weight, bias)), eps).run()
+    unpack_norm_launch(packed, fill, y, row_major(slot, coords), contiguous((mean, var, weight, bias)), eps).run()
     return y, mean, var
 
 
@@ -52,12 +52,12 @@ def unpack_norm_launch(
     """Return the launch that fills ``y`` ``(B, C, H, W)`` from ``rows`` ``(N, ph, pw, C)``."""
     _, height, width, channels = rows.shape
     count = y.shape[0] * y.shape[2] * y.shape[3]
-    m, c = blocks(channels)
+    programs, _, block = tiles(count, channels, rows.device)
     return Launch(
         unpack_norm_fwd_kernel,
-        (ceil(count / m), ceil(channels / c)),
+        programs,
         (rows, fill, y, maps[0], *statistics, count, maps[0].shape[2], channels, eps),
-        {"HEIGHT": height, "WIDTH": width, "BLOCK_M": m, "BLOCK_C": c},
+        {"HEIGHT": height, "WIDTH": width, **block},
         4,
         1,
     )
@@ -94,13 +94,12 @@ def unpack_norm_sums_launches(
     slot, _ = maps
     _, height, width, channels = x.shape
     pixels = g.numel() // channels
-    m, c = blocks(channels)
-    half = m // 2  # three sums a thread: whole tiles would leave registers for one program less
-    splits = splits_of(x, pixels, half, c)
+    # Three sums a thread: whole tiles would leave registers for one program less.
+    programs, splits, block = tiles(pixels, channels, x.device, 2)
     parts = x.new_empty(3, splits, channels, dtype=torch.float32)
-    block = {"HEIGHT": height, "WIDTH": width, "BLOCK_M": half, "BLOCK_C": c}
     arguments = (g, x, slot, parts, *statistics[:2], pixels, splits, slot.shape[2], channels, eps)
-    some = Launch(unpack_norm_grad_sums_kernel, (splits, ceil(channels / c)), arguments, block, 4, 1)
+    constants = {"HEIGHT": height, "WIDTH": width, **block}
+    some = Launch(unpack_norm_grad_sums_kernel, (splits, programs[1]), arguments, constants, 4, 1)
     return [some, total_launch(parts, sums)]
 
 
@@ -118,13 +117,13 @@ def unpack_norm_grad_launch(
     slot, coords = maps
     _, height, width, channels = x.shape
     count = x.numel() // channels
-    m, c = blocks(channels)
+    programs, _, block = tiles(count, channels, x.device)
     mean, var, weight, _ = statistics
     return Launch(
         unpack_norm_grad_apply_kernel,
-        (ceil(count / m), ceil(channels / c)),
+        programs,
         (g, x, gx, coords, *sums, mean, var, weight, count, slot.shape[1], slot.shape[2], channels, eps),
-        {"HEIGHT": height, "WIDTH": width, "BLOCK_M": m, "BLOCK_C": c, "BATCH": batch},
+        {"HEIGHT": height, "WIDTH": width, "BATCH": batch, **block},
         4,
         1,
     )
