@@ -71,7 +71,7 @@ class Seen:
         card: which one it is.
         launches: how often each Triton kernel was started.
         compiled: every kernel that was loaded, in order.
-        operators: kernels that each operator of PyTorch would start (`starts.py`); only of hollow tensors.
+        operators: how often each operator of PyTorch that starts work was met on the card; only of hollow tensors.
         sources: kernels whose launchers Triton would build, as its compiler knows them, with their metadata.
     """
 
