@@ -73,8 +73,9 @@ def tiles(rows: int, channels: int, device: torch.device, halves: int = 1) -> Ti
 
 def contiguous(statistics: Statistics) -> Statistics:
     """Return the same values, each without gaps in memory."""
-    mean, var, weight, bias = (None if s is None else s.contiguous() for s in statistics)
-    return mean, var, weight, bias  # pyright: ignore[reportReturnType]
+    mean, var, weight, bias = statistics
+    weight, bias = weight if weight is None else weight.contiguous(), bias if bias is None else bias.contiguous()
+    return mean.contiguous(), var.contiguous(), weight, bias
 
 
 def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
