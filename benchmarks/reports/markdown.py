@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..measure.rows import Row
 
-__all__ = ["distinct", "find", "of_suite", "origin", "percent", "ratio_cell", "table", "wrapped"]
+__all__ = ["distinct", "find", "hardest", "is_dense", "of_suite", "origin", "percent", "ratio_cell", "table", "wrapped"]
 
 WIDTH = 120
 
@@ -25,6 +25,17 @@ def find(rows: Iterable[Row], **wanted: str) -> Row | None:
 def distinct(rows: Iterable[Row], *names: str) -> list[tuple[str, ...]]:
     """Return the different values of some columns, in the order they come in."""
     return list(dict.fromkeys(tuple(row[name] for name in names) for row in rows))
+
+
+def is_dense(way: str) -> bool:
+    """Whether a way computes whole images and ignores the mask, eager, captured or compiled."""
+    return way.split(" ")[0] == "dense"
+
+
+def hardest(rows: Iterable[Row], **wanted: str) -> Row | None:
+    """Return the row of the fastest dense rival."""
+    found = [row for row in rows if wanted.items() <= row.items() and is_dense(row["against"])]
+    return min(found, key=lambda row: float(row["ratio"]), default=None)
 
 
 def ratio_cell(row: Row | None, absent: str = "not measured") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ..measure.rows import Row, words
-from .markdown import distinct, find, of_suite, origin, percent, ratio_cell, table, wrapped
+from .markdown import distinct, find, hardest, of_suite, origin, percent, ratio_cell, table, wrapped
 
 __all__ = ["device_summary"]
 
@@ -24,7 +24,7 @@ Line = tuple[str, ...]
 
 def device_summary(name: str, rows: Sequence[Row], results: str) -> str:
     """Return the table of one device; ``results`` is the folder of all devices as the page links to it."""
-    lines = [*_layer(rows), *_encoders(rows), *_steps(rows), *_memory(rows)]
+    lines = [*_layer(rows), *_graphs(rows), *_encoders(rows), *_steps(rows), *_memory(rows)]
     return "\n\n".join((table(f"On {origin(name, rows, results)}", HEADER, lines), wrapped(NOTE)))
 
 
@@ -37,13 +37,31 @@ def _layer(rows: Sequence[Row]) -> Iterator[Line]:
         yield f"convolution {words(LAYER)}", percent(MASKED), *_cells(dense, masking, minkowski), "test_conv.py"
 
 
+def _graphs(rows: Sequence[Row]) -> Iterator[Line]:
+    """Yield the 3x3 convolutions of a GPU, all passes as replayed graphs, by the faster of our configurations."""
+    suite = [row for row in of_suite(rows, "conv") if row["case"].startswith("3x3 s1") and row["against"] == "dense"]
+    suite = [row for row in suite if row["case"].endswith(" bfloat16 all") and row["way"].startswith("triton")]
+    for case, masked in distinct(suite, "case", "masked"):
+        best = max((r for r in suite if (r["case"], r["masked"]) == (case, masked)), key=lambda r: float(r["ratio"]))
+        if masked in (MASKED, LITTLE):
+            name = words(case.removesuffix(" bfloat16 all"))
+            yield f"convolution {name}", percent(masked), *_cells(best, None), "benchmarks.gpu.kernels"
+
+
+def best_way(rows: Sequence[Row], way: str) -> list[Row]:
+    """Return the rows of a way: captured if there are such, else compiled, else as it is called."""
+    found = ([row for row in rows if row["way"] == f"{way}{how}"] for how in (" graph", " compiled", ""))
+    return next(filter(None, found), [])
+
+
 def _encoders(rows: Sequence[Row]) -> Iterator[Line]:
     """Yield the encoders, forward and backward; the first one with few patches masked, too."""
-    suite = [row for row in of_suite(rows, "encoder") if row["way"] == "auto"]
+    suite = of_suite(rows, "encoder")
     for number, (case,) in enumerate(distinct(suite, "case")):
         name = case.split(" batch")[0]
         for masked in (MASKED, LITTLE) if number == 0 else (MASKED,):
-            dense, masking = (find(suite, case=case, masked=masked, against=way) for way in ("dense", "dense-and-mask"))
+            own = best_way([r for r in suite if (r["case"], r["masked"]) == (case, masked)], "auto")
+            dense, masking = hardest(own), find(own, against="dense-and-mask")
             new_masks = (row for row in of_suite(rows, "minkowski") if row["case"].endswith("step + map"))
             minkowski = next(
                 (row for row in new_masks if row["case"].startswith(name) and masked == row["masked"]), None
@@ -56,10 +74,12 @@ def _encoders(rows: Sequence[Row]) -> Iterator[Line]:
 def _steps(rows: Sequence[Row]) -> Iterator[Line]:
     """Yield the whole training step of the first encoder, with each decoder."""
     suite = [row for row in of_suite(rows, "step") if row["masked"] == MASKED]
-    for case, way in distinct(suite, "case", "way"):
-        if way in STEPS and case == suite[0]["case"]:
-            cells = _cells(*(find(suite, case=case, way=way, against=rival) for rival in ("dense", "published")))
-            yield f"{case.split()[0]} training step, {STEPS[way]}", percent(MASKED), *cells, "test_step.py"
+    for decoder, name in STEPS.items() if suite else ():
+        case = suite[0]["case"]
+        own = best_way([row for row in suite if row["case"] == case], decoder)
+        if own:
+            cells = _cells(hardest(own), find(own, against="published"))
+            yield f"{case.split()[0]} training step, {name}", percent(MASKED), *cells, "test_step.py"
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[Line]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..measure.rows import LEFT_OUT, Row, words
-from .markdown import distinct, find, of_suite, origin, percent, ratio_cell, table, wrapped
+from .markdown import distinct, find, hardest, is_dense, of_suite, origin, percent, ratio_cell, table, wrapped
 
 __all__ = ["device_page"]
 
@@ -24,17 +24,6 @@ def named(way: str) -> str:
     """Return a way in words: what runs, and whether it was captured or compiled."""
     plain, _, how = way.partition(" ")
     return WAYS.get(plain, plain) + {"": "", "graph": ", CUDA graph"}.get(how, f", {how}")
-
-
-def is_dense(way: str) -> bool:
-    """Whether a way computes whole images and ignores the mask, eager, captured or compiled."""
-    return way.split(" ")[0] == "dense"
-
-
-def hardest(rows: Sequence[Row], **wanted: str) -> Row | None:
-    """Return the row of the fastest dense rival."""
-    found = [row for row in rows if wanted.items() <= row.items() and is_dense(row["against"])]
-    return min(found, key=lambda row: float(row["ratio"]), default=None)
 
 
 def encoder_table(rows: Sequence[Row]) -> str:
