@@ -183,9 +183,10 @@ def empty_table(maps: Maps, ordered: bool) -> RowTable:
 
 
 def empty_lists(maps: Maps, together: int) -> Listed:
-    """Return lists of no rows; where there are rows at all, their values are not there yet."""
+    """Return lists whose values are not there yet; all are empty if there are no rows."""
     slot, groups = maps.tensors[0], maps.taps // together
-    return Listed(slot.new_empty(maps.taps, maps.total), slot.new_empty(groups, maps.total), slot.new_zeros(groups))
+    counts = slot.new_empty(groups) if maps.total else slot.new_zeros(groups)
+    return Listed(slot.new_empty(maps.taps, maps.total), slot.new_empty(groups, maps.total), counts)
 
 
 def plain_launch(table: RowTable, maps: Maps) -> Launch:
