@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchsparse import PatchGrid, patch_conv2d
+from patchsparse import PatchGrid, patch_conv2d, patch_max_pool2d
 from patchsparse.backends import triton
 from patchsparse.geometry import Stencil
 
@@ -68,3 +68,9 @@ def test_depthwise_weight_gradient_is_deterministic():
     maps = (grid.slot, grid.coords, Stencil((7, 7), padding=(3, 3)), 20)
     first, second = (triton.conv2d_wgrad(x, g, *maps) for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_max_pooling_with_a_stride_that_is_too_wide_for_tiles():
+    grid = PatchGrid.random(2, (3, 2), 0.5, torch.Generator().manual_seed(0))
+    inputs = normal(2, (grid.num_active, 5, 8, 8))
+    check(inputs, lambda b, x: patch_max_pool2d(x, grid, (9, 1), 8, (4, 0), backend=b), 5)

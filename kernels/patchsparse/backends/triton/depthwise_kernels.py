@@ -1,9 +1,9 @@
-"""Depthwise convolution by tiles: sums of a whole tile stay in registers; launches in ``depthwise_pool.py``.
+"""Depthwise convolution and the gradient of max-pooling, by tiles; launches in ``depthwise_pool.py``.
 
-A program owns one tile of target pixels (``depthwise_plan.py``) of one patch, and ``BLOCK_C`` channels. It reads which
-source tiles lie around it, a scalar each, from a table that the layers of a stage share. Of an active one it
-reads every pixel once and adds all its products; an inactive one costs a comparison. Everything is unrolled: which
-product adds to which sum is a constant.
+A program owns one tile of target pixels (``depthwise_plan.py``) of one patch, and ``BLOCK_C`` channels, and keeps all
+its sums in registers. It reads which source tiles lie around it, a scalar each, from a table that the layers of a stage
+share. Of an active one it reads every pixel once and adds all its products; an inactive one costs a comparison.
+Everything is unrolled: which product adds to which sum is a constant.
 """
 
 # The kernel language is not Python to a type checker: scalars are tensors, loops unroll, constants are wrapped.
@@ -19,16 +19,22 @@ import triton.language as tl
 
 from .depthwise_plan import away, pixels, products, source_side
 
-__all__ = ["patch_depthwise_tile_fwd_kernel", "patch_depthwise_tile_wgrad_kernel", "sum_parts_kernel"]
+__all__ = [
+    "patch_depthwise_tile_fwd_kernel",
+    "patch_depthwise_tile_wgrad_kernel",
+    "patch_max_pool2d_tile_grad_kernel",
+    "sum_parts_kernel",
+]
 
 
 @triton.jit
 def _read(p, o_c, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return a row of channels in float32; no mask where blocks divide the channels."""
+    """Return a row of channels in float32, of taps in int32; no mask where blocks divide the channels."""
+    WIDE: tl.constexpr = tl.int32 if p.dtype.element_ty == tl.uint8 else tl.float32
     if CHANNELS % BLOCK_C == 0:
-        return tl.load(p + o_c).to(tl.float32)
+        return tl.load(p + o_c).to(WIDE)
     else:
-        return tl.load(p + o_c, mask=o_c < CHANNELS, other=0.0).to(tl.float32)
+        return tl.load(p + o_c, mask=o_c < CHANNELS, other=0).to(WIDE)
 
 
 @triton.jit
@@ -95,6 +101,15 @@ def _add_pixels(acc, x, g, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
+def _add_won(acc, g, won, PRODUCTS: tl.constexpr):
+    """Return ``acc`` with ``acc[target] += g[pixel]`` wherever the tap of a product is the one that ``won``."""
+    for k in tl.static_range(0, len(PRODUCTS), 3):
+        share = tl.where(won[PRODUCTS[k + 2]] == PRODUCTS[k], g[PRODUCTS[k + 2]], 0.0)
+        acc = acc[: PRODUCTS[k + 1]] + (acc[PRODUCTS[k + 1]] + share,) + acc[PRODUCTS[k + 1] + 1 :]
+    return acc
+
+
+@triton.jit
 def patch_depthwise_tile_fwd_kernel(
     p_x, p_w, p_bias, p_y, p_sources,
     V: tl.constexpr, H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, KEEP: tl.constexpr,
@@ -157,6 +172,31 @@ def patch_depthwise_tile_wgrad_kernel(
     p_split = p_part + split.to(tl.int64) * (TAPS * CHANNELS)
     for t in tl.static_range(TAPS):
         _write(p_split + t * CHANNELS, o_c, acc[t], CHANNELS, BLOCK_C)
+
+
+@triton.jit
+def patch_max_pool2d_tile_grad_kernel(
+    p_g, p_tap, p_y, p_sources,
+    V: tl.constexpr, H: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Compute ``y[r, c] = sum over t of g[s(r, t), c] where tap[s(r, t), c] = t``: each output is read once."""
+    BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    o_c = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = tl.program_id(0) // BLOCKS
+    sources = _source_tiles(tile, p_sources, V, H)
+    acc = ()
+    for _ in tl.static_range(V[6] * H[6]):
+        acc = acc + (tl.zeros((BLOCK_C,), tl.float32),)
+    for n in tl.static_range(len(away(V))):
+        for m in tl.static_range(len(away(H))):
+            source = sources[n * len(away(H)) + m]
+            if source >= 0:
+                g = _read_pixels(p_g, source, o_c, n, m, V, H, CHANNELS, BLOCK_C)
+                won = _read_pixels(p_tap, source, o_c, n, m, V, H, CHANNELS, BLOCK_C)
+                acc = _add_won(acc, g, won, products(V, H, n, m))
+    p_first = p_y + _first_row(tile, V[1], H[1], V[6], H[6]) * CHANNELS
+    for k in tl.static_range(V[6] * H[6]):
+        _write(p_first + (k // H[6] * H[1] + k % H[6]) * CHANNELS, o_c, acc[k], CHANNELS, BLOCK_C)
 
 
 @triton.jit

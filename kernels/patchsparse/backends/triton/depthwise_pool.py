@@ -1,7 +1,8 @@
 """Depthwise convolution and max-pooling on the Triton engine: what is launched, and in which tiles.
 
-Kernels of up to :data:`MOST_TAPS` taps run by tiles of pixels, unrolled (``depthwise_kernels.py``); larger ones, and
-strides too wide for a tile, by a loop over the taps (``depthwise_pool_kernels.py``).
+Depthwise convolution and the gradient of max-pooling run by tiles of pixels, unrolled (``depthwise_kernels.py``), up to
+:data:`MOST_TAPS` taps. What has more, or a stride too wide for a tile, runs in a loop over the taps. So does
+max-pooling itself, which is bound by memory (``depthwise_pool_kernels.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from torch import Tensor
 from ...geometry import Stencil
 from ..tables import remember
 from .configs import Tile, stencil_tile
-from .depthwise_kernels import patch_depthwise_tile_fwd_kernel, patch_depthwise_tile_wgrad_kernel, sum_parts_kernel
+from .depthwise_kernels import (
+    patch_depthwise_tile_fwd_kernel,
+    patch_depthwise_tile_wgrad_kernel,
+    patch_max_pool2d_tile_grad_kernel,
+    sum_parts_kernel,
+)
 from .depthwise_plan import away, reads, source_side
 from .depthwise_pool_kernels import (
     patch_depthwise_fwd_kernel,
@@ -278,14 +284,20 @@ def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, siz
 
 def pool_grad_launch(grad: Tensor, tap: Tensor, y: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> Launch:
     """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``grad`` and ``tap`` ``(N, ph, pw, C)``."""
-    tile = stencil_tile(y.shape[1])
-    grid, count = _programs(y, tile)
-    constants = axes((grad.shape[1], grad.shape[2]), (y.shape[2], y.shape[3]), stencil)
+    source, target, channels = (grad.shape[1], grad.shape[2]), (y.shape[2], y.shape[3]), y.shape[1]
+    tile = tile_of_pixels(source, target, stencil, True, channels)
+    if tile is not None:
+        grid = (tile.count(y.shape[0]) * ceil(channels / tile.channels),)
+        constants = {"V": tile.v, "H": tile.h, "CHANNELS": channels, "BLOCK_C": tile.channels}
+        arguments = (grad, tap, y, source_tiles(slot, coords, tile))
+        return Launch(patch_max_pool2d_tile_grad_kernel, grid, arguments, constants, 1, 1)
+    block = stencil_tile(channels)
+    grid, count = _programs(y, block)
     return Launch(
         patch_max_pool2d_grad_kernel,
         grid,
-        (grad, tap, y, *row_major(slot, coords), count, slot.shape[1], slot.shape[2], y.shape[1]),
-        constants | {"BLOCK_M": tile.m, "BLOCK_C": tile.n},
-        tile.warps,
-        tile.stages,
+        (grad, tap, y, *row_major(slot, coords), count, *slot.shape[1:], channels),
+        axes(source, target, stencil) | {"BLOCK_M": block.m, "BLOCK_C": block.n},
+        block.warps,
+        block.stages,
     )
