@@ -23,8 +23,9 @@ from ...layout import packed_empty
 
 __all__ = ["Launch", "as_rows", "is_interpreted", "processors", "row_major", "rows_like"]
 
-# Versions whose compiled kernels are known to take all arguments of their function in order, constants among them.
-_DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8)
+# Versions whose compiled kernels are known to take all arguments of their function in order, constants among them. For
+# AMD's cards Triton also compiles for the size of tensors, which is not among the keys here.
+_DIRECT = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 8) and torch.version.hip is None
 MOST_STARTS = 4096
 # What was started before: the compiled kernel and the values of its constants. A memo: an entry follows from its key,
 # which holds all that Triton compiles for, and whole numbers themselves instead of what it asks of them.
