@@ -234,11 +234,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.fake", description=__doc__)
     parser.add_argument("--card", choices=CARDS, default="h100", help="what to pretend (default: h100)")
     parser.add_argument("--log", type=Path, help="folder for a JSON of what the card was asked, named by the process")
+    parser.add_argument("--dry", action="store_true", help="compile nothing, count launches only")
     parser.add_argument("-m", dest="module", action="store_true", help="run a module, as python does")
     parser.add_argument("program", help="module, or path of a script")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
-    with fake_gpu(options.card, hollow=True) as seen:
+    with fake_gpu(options.card, hollow=True, compiles=not options.dry) as seen:
         try:
             sys.argv = [options.program, *options.arguments]
             if options.module:

@@ -61,7 +61,7 @@ def bare(line: Line) -> Line:
     return replace(line, command=line.command[line.command.index("{python}") :], needs="")
 
 
-def rehearse(lines: Sequence[Line], card: str, cache: Path, out: Path) -> list[Rehearsed]:
+def rehearse(lines: Sequence[Line], card: str, cache: Path, out: Path, dry: bool = False) -> list[Rehearsed]:
     """Run lines on a fake card and return what became of each.
 
     Args:
@@ -69,10 +69,20 @@ def rehearse(lines: Sequence[Line], card: str, cache: Path, out: Path) -> list[R
         card: a key of ``CARDS``.
         cache: Triton's cache.
         out: folder for what the lines write.
+        dry: compile nothing.
     """
     logs = out / "fake"
     os.environ["TRITON_CACHE_DIR"] = str(cache)
-    python = (sys.executable, "-m", "benchmarks.gpu.fake", "--card", card, "--log", str(logs))
+    python = (
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.fake",
+        "--card",
+        card,
+        "--log",
+        str(logs),
+        *(["--dry"] if dry else []),
+    )
     rows = [str(out / "results" / folder_name(CARDS[card].name))]
     filled = {"{rows}": rows, "{scale}": ["quick"], "{encoders}": [], "{wheels}": []}
     runner = Runner(out, out.with_name(out.name + ".tar.gz"), python, filled)
@@ -138,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--card", choices=CARDS, default="h100", help="what to pretend (default: h100)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="Triton's cache (default: ~/.triton/cache)")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="pack the cache into a .tar.gz")
+    parser.add_argument("--dry", action="store_true", help="compile nothing: only list what fails")
     parser.add_argument("--once", action="store_true", help="do not run the plan again to see that all is found")
     options = parser.parse_args(argv)
     parts = sorted(SHORT) if options.part is None else [options.part]
@@ -146,8 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [line for line in chosen if line.name in options.stages]
     lines, cache = chosen[: options.lines], options.cache.absolute()
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
-        count = 1 if options.once else 2
-        runs = [rehearse(lines, options.card, cache, Path(folder, str(number))) for number in range(count)]
+        count = 1 if options.once or options.dry else 2
+        outs = [Path(folder, str(number)) for number in range(count)]
+        runs = [rehearse(lines, options.card, cache, out, options.dry) for out in outs]
     text, good = report(runs, cache)
     sys.stdout.write(f"\n{text}")
     if options.pack is not None:
