@@ -84,7 +84,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
         run.write(run.encoder, lambda path: save_encoder(module.kept.encoder, path, input_scaling=scaling))
         run.add_to_session({"speed": recorder.speed.summary()})
         say(describe_training(module, recorder, time.perf_counter() - started))
-        say(describe_speed(recorder.speed, {**PARTS, WHOLE: "training steps, each a CUDA graph"}))
+        say(describe_speed(recorder.speed, {**PARTS, WHOLE: "whole training steps"}))
         if options.savings:
             say(_savings(config, spark.to(device), windows, run))
         say(

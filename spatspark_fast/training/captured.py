@@ -8,7 +8,7 @@ ends an optimiser step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from spatspark_fast.training.comparison import copies, differences, numbers, ways_apart
 from spatspark_fast.training.device_rates import Movable
 from spatspark_fast.training.lamb import clip_gradients
 
@@ -24,7 +25,6 @@ __all__ = ["CapturedStep", "Graphs", "Inputs", "Taken"]
 WARM_UP = 2  # steps of each kind that run kernel by kernel before one is captured: they make what is made only once
 KEPT = 8  # graphs
 PATIENCE = 200  # steps that a graph must rest before another kind of step may take its place
-FAR = 0.1  # distance between a replayed and an eager step, as a share of the step, from which on a graph is refused
 
 
 _torch: Any = torch  # type checkers do not know its kernels for lists of tensors
@@ -207,16 +207,16 @@ class CapturedStep:
         state = self._state()
         replay, captured = self.graphs.capture(lambda: self._body(kind, places))
         self._let_go()
-        before = _copies(state)
+        before = copies(state)
         with self.graphs.same_dice():
             replay()
-        after = _copies(state)
-        results = _numbers(captured)
+        after = copies(state)
+        results = numbers(captured._asdict())
         for tensors, values in zip(state.values(), before.values(), strict=True):
             for tensor, value in zip(tensors, values, strict=True):
                 tensor.copy_(value)
         taken = self._run(kind, places)
-        differ = differences(results, _numbers(taken)) + ways_apart(state, before, after)
+        differ = differences(results, numbers(taken._asdict())) + ways_apart(state, before, after)
         if differ:
             self._give_up(f"the first replay differs from the step kernel by kernel ({', '.join(differ)})")
         else:
@@ -306,41 +306,6 @@ def _make_places(inputs: Inputs, groups: int) -> _Places:
     *parts, rates = numbers.split([*sizes, 3 * groups])
     noise = [part.view(each.shape) for part, each in zip(parts, inputs.noise, strict=True)]
     return _Places(torch.empty_like(inputs.frames), numbers, noise, rates.view(groups, 3))
-
-
-def _copies(state: Mapping[str, Iterable[Tensor]]) -> dict[str, list[Tensor]]:
-    """Return copies on the CPU: beside a graph a GPU may have no room for them."""
-    return {name: [tensor.to("cpu", copy=True) for tensor in tensors] for name, tensors in state.items()}
-
-
-def _numbers(taken: Taken) -> dict[str, float]:
-    """Read what came of a step."""
-    return {name: float(value) for name, value in taken._asdict().items() if value is not None}
-
-
-def differences(replayed: Mapping[str, float], own: Mapping[str, float]) -> list[str]:
-    """Say which results of a replay are not those of the step kernel by kernel, by more than `FAR` of them."""
-    return [
-        f"{name} {replayed[name]:.6g} instead of {value:.6g}"
-        for name, value in own.items()
-        if not abs(replayed[name] - value) <= FAR * abs(value)
-    ]
-
-
-def ways_apart(
-    state: Mapping[str, Iterable[Tensor]], before: Mapping[str, list[Tensor]], replayed: Mapping[str, list[Tensor]]
-) -> list[str]:
-    """Say what a replay moved otherwise than the step kernel by kernel did, by more than `FAR` of its way."""
-    found = []
-    for name, tensors in state.items():
-        apart = moved = 0.0
-        for tensor, start, other in zip(tensors, before[name], replayed[name], strict=True):
-            own = tensor.to("cpu").double()
-            moved += float((own - start).square().sum())
-            apart += float((own - other).square().sum())
-        if not apart**0.5 <= FAR * moved**0.5:
-            found.append(f"{name} by {apart**0.5:.2g} on a way of {moved**0.5:.2g}")
-    return found
 
 
 def _reason(error: BaseException) -> str:

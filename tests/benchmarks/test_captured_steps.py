@@ -12,7 +12,7 @@ from benchmarks.measure.scales import scale_of
 from benchmarks.subjects.captured_steps import WARM, GraphStep
 from benchmarks.subjects.step_ways import check_equal, make_step
 from benchmarks.subjects.steps import OurStep
-from spatspark_fast.training import captured, lamb
+from spatspark_fast.training import comparison, lamb
 
 from ..training.recorded import RecordedGraphs
 from .test_gate import Noted
@@ -29,7 +29,7 @@ def ours(way: str) -> OurStep:
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lamb, "on_cpu", lambda tensor: False)
-    monkeypatch.setattr(captured, "FAR", 0.0)
+    monkeypatch.setattr(comparison, "FAR", 0.0)
 
 
 @pytest.mark.parametrize("way", ["exact", pytest.param("dense", marks=pytest.mark.rest), "decode_ratio=0.25"])

@@ -15,7 +15,7 @@ from spatspark_fast.finetune import run as finetuning
 from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain import run as pretraining
 from spatspark_fast.pretrain.__main__ import main
-from spatspark_fast.training import captured, cuda_graphs, lamb, module
+from spatspark_fast.training import captured, comparison, cuda_graphs, lamb, module
 from spatspark_fast.training.adamw import AdamW
 from spatspark_fast.training.captured import CapturedStep, Inputs, Taken
 from spatspark_fast.training.device_rates import to_device
@@ -35,7 +35,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
     """Let a CPU take the ways of a GPU, and a replay differ in no bit from the step kernel by kernel."""
     for name in (lamb, module):
         monkeypatch.setattr(name, "on_cpu", lambda tensor: False)
-    monkeypatch.setattr(captured, "FAR", 0.0)
+    monkeypatch.setattr(comparison, "FAR", 0.0)
     monkeypatch.setattr(AdamW, "step", by_rates)
     return RecordedGraphs()
 
@@ -125,7 +125,7 @@ def test_a_captured_step_is_shown_as_a_whole(
 ) -> None:
     capture()
     assert pretrain(tmp_path / "run", model__backend="gather", trainer__epochs=1) == 0
-    assert "training steps, each a CUDA graph" in capsys.readouterr().out
+    assert "% whole training steps" in capsys.readouterr().out
     for row in rows(tmp_path / "run"):
         assert 0 < float(row["step_share"]) <= 1
         assert row["encoder_share"] == row["decoder_share"] == row["optimiser_share"] == ""
@@ -286,7 +286,7 @@ class Broken(RecordedGraphs):
 def test_a_replay_that_differs_is_refused_before_it_is_used(
     graphs: RecordedGraphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(captured, "FAR", 0.1)
+    monkeypatch.setattr(comparison, "FAR", 0.1)
     broken = Broken()
     pair = Pair(broken)
     broken.still = (pair.lines[0].weight,)
