@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch._dynamo  # its table of torch's functions must be made from the real ones
 from torch import Tensor
+from torch.fx.experimental import _config
 
 from .fake_cards import Card
 from .fake_cuda import fake_cuda
@@ -142,8 +143,20 @@ def _tensor(hollow: bool) -> dict[str, Any]:
         "pin_memory": lambda x, *args: x,
         "is_pinned": lambda x, *args: where(x).type == "cpu",
         "record_stream": lambda x, stream: None,
+        "__deepcopy__": _deep_copier(Tensor.__deepcopy__),
     }
     return names
+
+
+def _deep_copier(copied: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what copies a tensor to where it is; copies of storages do not say that they are on the card."""
+
+    def deep_copy(x: Tensor, memo: dict[int, Any]) -> Tensor:
+        if type(x) is not Tensor or not is_on_card(x):
+            return copied(x, memo)
+        return memo.setdefault(id(x), put_on_card(x.detach().clone().requires_grad_(x.requires_grad), True))
+
+    return deep_copy
 
 
 _device = torch._C.TensorBase.device  # as it was
@@ -186,6 +199,8 @@ def pretend(card: Card, hollow: bool) -> Iterator[None]:
     makers |= {name: _unpinned(makers[name]) for name in ("empty", "zeros", "ones", "full", "empty_like", "tensor")}
     autocast = {name: _on_host(getattr(torch, name)) for name in AUTOCAST}
     with ExitStack() as stack:
+        # Nobody knows what is true in a large mask: it indexes as if all were.
+        stack.enter_context(mock.patch.object(_config, "meta_nonzero_assume_all_nonzero", hollow))
         for owner, names in (
             (torch.cuda, fake_cuda(card)),
             (torch, makers | autocast | {"Generator": Generator, "compile": _uncompiled}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -119,6 +120,22 @@ def test_what_would_follow_from_large_tensors_is_equal_true_and_not_nothing():
         assert float((x.double() - x).norm() / x.norm().clamp_min(1e-30)) == 0
         assert bool(torch.isfinite(x).all())
         assert int((x > 0).sum()) == 1
+
+
+def test_copies_of_models_stay_on_the_card_and_large_masks_index():
+    """As encoders are copied for each way, and as dense-and-mask takes what is visible."""
+    with fake_gpu("h100", hollow=True):
+        norm = torch.nn.BatchNorm2d(8).to("cuda")
+        twin = copy.deepcopy(norm)
+        assert all(t.is_cuda for t in (*twin.parameters(), *twin.buffers()))
+        assert twin.running_mean is not None
+        twin.running_mean += 1
+        assert norm.running_mean is not None
+        assert norm.running_mean.sum() == 0
+        large = torch.randn(64, 96, 96, 4, device="cuda")
+        visible = large[..., 0] > 0
+        assert large[visible].shape[1:] == (4,)
+        large[visible] = torch.zeros(4, device="cuda")
 
 
 def test_graphs_and_events_go_through_their_motions():
