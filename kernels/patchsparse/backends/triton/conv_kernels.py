@@ -194,10 +194,10 @@ def patch_conv2d_wgrad_kernel(
         o_r += BLOCK_K
         following, ahead = _pairs_at(p_sources, p_targets, o_r, end, count, TOGETHER)
 
-    at = (split.to(tl.int64) * GROUPS * C_OUT + group * C_OUT + o_m) * TAPS + taps * TOGETHER
+    p_part += ((split.to(tl.int64) * GROUPS + group) * C_OUT * TAPS + taps * TOGETHER) * C_IN
     for t in tl.static_range(TOGETHER):
         part = accs[t].to(p_part.dtype.element_ty)
-        tl.store(p_part + (at + t)[:, None] * C_IN + o_n, part, mask=m_m[:, None] & m_n)
+        tl.store(p_part + t * C_IN + (o_m[:, None] * (TAPS * C_IN) + o_n), part, mask=m_m[:, None] & m_n)
 
 
 @triton.jit
