@@ -98,7 +98,7 @@ WGRAD_SMALL = (
     Tile(64, 16, 64, 4, 4),
 )
 # Full float32 has no tensor cores: small tiles of plain multiply-adds, kept in registers.
-FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 3), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
+FULL = (Tile(64, 64, 16, 4, 3), Tile(32, 64, 16, 4, 3), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
 
 
 @lru_cache
@@ -164,7 +164,7 @@ def conv_tiles(
         return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2)
     tiles = _fitting(CONV if shared >= LARGE else CONV_SMALL, c_out, c_in, itemsize, True, shared)
     if itemsize > 2:  # TF32 needs more registers a product
-        tiles = [t for t in tiles if t.m * t.n <= 128 * (128 if shared >= LARGE else 64) and t.n <= 128]
+        tiles = [t for t in tiles if t.m * t.n <= 128 * 64]
     wide = [t for t in tiles if t.n == min(_power(c_out), 128)]
     filling = [t for t in wide if rows * c_out >= 128 * t.m * t.n]  # one tile or more for each of 128 multiprocessors
     first = (filling or wide[-1:])[0]
@@ -182,7 +182,7 @@ def wgrad_tiles(
     tiles = _fitting(WGRAD if shared >= LARGE else WGRAD_SMALL, c_in, 1 << 30, itemsize, True, shared)
     tiles = [t for t in tiles if taps % t.taps == 0 and t.m <= max(64, _power(c_out))]
     if itemsize > 2:
-        tiles = [t for t in tiles if t.m * t.n * t.taps <= 128 * (128 if shared >= LARGE else 64)]
+        tiles = [t for t in tiles if t.m * t.n <= 64 * 64]
     wide = (128 if _power(c_out) >= 128 else 64, min(_power(c_in), 128))
     return _in_order(tiles, wide, share, 2)
 
