@@ -95,6 +95,8 @@ class Hollow(TorchDispatchMode):
         """Run an operator that only returns new tensors."""
         if any(tag in func.tags for tag in KNOWS_BY_VALUE) and func.overloadpacket.__name__ != "index":
             return _marked(func(*args, **kwargs), on_card)
+        if func is torch.ops.aten.index.Tensor and not small:
+            args = (args[0], _rows_of(args[1]))
         try:
             results = _shapes(func, args, kwargs)
         except (NotImplementedError, RuntimeError):
@@ -118,6 +120,18 @@ def _shapes(func: Any, args: Any, kwargs: Any) -> Any:
     if func is torch.ops.aten.convolution.default and torch.channels_last in map(suggest_memory_format, args[:2]):
         return results.contiguous(memory_format=torch.channels_last)  # as cuDNN does; meta tensors have no such rule
     return results
+
+
+def _rows_of(indices: Any) -> list[Any]:
+    """Return indices whose masks are indices, too; of a large mask, whose values nobody knows, all is chosen."""
+    found: list[Any] = []
+    for index in indices:
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            found.append(index)
+            continue
+        count = int(index.sum()) if index.numel() <= SMALL else index.numel()
+        found += [torch.empty(count, dtype=torch.int64, device="meta") for _ in range(index.dim())]
+    return found
 
 
 def _marked(results: Any, on_card: bool) -> Any:

@@ -120,6 +120,10 @@ def test_what_would_follow_from_large_tensors_is_equal_true_and_not_nothing():
         assert float((x.double() - x).norm() / x.norm().clamp_min(1e-30)) == 0
         assert bool(torch.isfinite(x).all())
         assert int((x > 0).sum()) == 1
+        assert x[x > 0].shape == x.shape  # a mask of which nobody knows the values chooses all
+        assert x.view(-1, 1 << 12)[torch.arange(1 << 12, device="cuda") < 9].shape == (9, 1 << 12)
+        copied = copy.deepcopy(torch.nn.BatchNorm2d(8).cuda())
+        assert all(tensor.is_cuda for tensor in copied.state_dict().values())
 
 
 def test_copies_of_models_stay_on_the_card_and_large_masks_index():
