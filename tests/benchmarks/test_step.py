@@ -5,8 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-import triton
 from torch import Tensor, nn
+from triton import knobs
 
 from benchmarks.gpu import step
 from benchmarks.gpu.fake import fake_gpu
@@ -16,7 +16,7 @@ from spatspark_fast.training.cuda_graphs import CudaGraphs, choose_graphs
 from spatspark_fast.training.lamb import Lamb
 
 ROOT = Path(__file__).parents[2]
-compiles = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET=1 runs kernels in Python")
+compiles = pytest.mark.skipif(knobs.runtime.interpret, reason="TRITON_INTERPRET=1 runs kernels in Python")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tuning.forget()
 
 
-def ran(kind: object, tiles: list) -> object:
+def ran(kind: object, tiles: Sequence[object]) -> object:
     """Return the configuration that a call runs."""
     asked: list[object] = []
 
