@@ -107,7 +107,9 @@ class Hollow(TorchDispatchMode):
         outputs = sum(t.numel() for t in _tensors(results if isinstance(results, (list, tuple)) else [results]))
         if small and outputs <= SMALL and not unwritten:
             return _marked(func(*args, **kwargs), on_card)
-        return tree_map_only(Tensor, lambda t: _reserve(t, on_card, not unwritten), results)
+        # Nothing is wrong with values that nobody knows: a loop for as long as any is (`trunc_normal_`) ends.
+        computed = not unwritten and func.overloadpacket.__name__ != "any"
+        return tree_map_only(Tensor, lambda t: _reserve(t, on_card, computed), results)
 
 
 def _shapes(func: Any, args: Any, kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -157,8 +158,8 @@ def _warm(run: Callable[[], None]) -> None:
             run()
 
 
-def found(decoder: str) -> dict[str, dict[str, float]]:
-    """Return what a step starts at real size, and milliseconds of the host, by the way of a step."""
+def found(decoder: str, timed: bool = True) -> dict[str, dict[str, float]]:
+    """Return what a step starts at real size, and milliseconds of the host where ``timed``, by the way of a step."""
     results: dict[str, dict[str, float]] = {}
     with fake_gpu("h100", hollow=True, compiles=False) as seen:
         model = _build(decoder, DECODERS[decoder], narrow=False)
@@ -172,6 +173,9 @@ def found(decoder: str) -> dict[str, dict[str, float]]:
             plain = sum(n for op, n in seen.operators.items() if not op.startswith(("_foreach", "_fused")))
             results[name] = {"pytorch": plain + lists.launches, "triton": sum(seen.launches.values())}
             results[name]["graphs"] = way.graphs() - replayed
+            results[name]["host_ms"] = math.nan
+    if not timed:
+        return results
     torch.set_num_threads(1)
     with fake_gpu("h100"):
         model = _build(decoder, NARROW[decoder], narrow=True)
@@ -186,12 +190,12 @@ def found(decoder: str) -> dict[str, dict[str, float]]:
     return results
 
 
-def _of(checkout: Path, decoder: str) -> dict[str, dict[str, float]]:
+def _of(checkout: Path, decoder: str, timed: bool) -> dict[str, dict[str, float]]:
     """Return what is found with the packages of a checkout."""
     paths = [str(ROOT), str(checkout / "kernels"), str(checkout)]
     code = (
         f"import sys; sys.path[:0] = {paths[:1]}; from benchmarks.gpu.step import found; sys.path[:0] = {paths[1:]}; "
-        f"import json; print(json.dumps(found({decoder!r})))"
+        f"import json; print(json.dumps(found({decoder!r}, {timed})))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True)
     if done.returncode:
@@ -204,13 +208,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.step", description=__doc__)
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="root of another checkout")
     parser.add_argument("--decoders", nargs="*", choices=[*DECODERS], default=[*DECODERS])
+    parser.add_argument("--no-times", action="store_true", help="count only: nothing is compiled, and no time is taken")
     asked = parser.parse_args(argv)
     checkouts = ([] if asked.against is None else [asked.against.resolve()]) + [ROOT]
     heads = ("checkout", "decoder", "way", "kernels and copies of PyTorch", "kernels of Triton", "graphs", "host ms")
     sys.stdout.write(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}\n")
     for decoder in asked.decoders:
         for checkout in checkouts:
-            for way, counts in _of(checkout, decoder).items():
+            for way, counts in _of(checkout, decoder, not asked.no_times).items():
                 row = " | ".join(f"{counts[name]:.0f}" for name in ("pytorch", "triton", "graphs"))
                 row += f" | {counts['host_ms']:.2f}"
                 sys.stdout.write(f"| {checkout.name} | {decoder} | {way} | {row} |\n")

@@ -123,7 +123,7 @@ def report(found: Mapping[str, list[float] | str]) -> tuple[str, bool]:
     for one, other, limit in PAIRS:
         a, b = found.get(one), found.get(other)
         if isinstance(a, list) and isinstance(b, list) and a and len(a) == len(b):
-            difference = max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+            difference = max(abs(x - y) / max(abs(y), 1e-30) for x, y in zip(a, b, strict=True))
             good = difference <= limit  # NaN is not
             right &= good
             lines.append(f"{one} over {other}: a loss differs by {difference:.1e} at most{'' if good else '  WRONG'}")

@@ -126,6 +126,13 @@ def test_what_would_follow_from_large_tensors_is_equal_true_and_not_nothing():
         assert all(tensor.is_cuda for tensor in copied.state_dict().values())
 
 
+def test_a_loop_for_as_long_as_any_value_is_wrong_ends():
+    with fake_gpu("h100", hollow=True):
+        weight = torch.nn.init.trunc_normal_(torch.empty(512, 512, device="cuda"), std=0.02)
+        assert not (weight > 1).any()
+        assert (weight <= 1).all()
+
+
 def test_copies_of_models_stay_on_the_card_and_large_masks_index():
     """As encoders are copied for each way, and as dense-and-mask takes what is visible."""
     with fake_gpu("h100", hollow=True):

@@ -23,7 +23,7 @@ from spatspark_fast.data.augment import Augmentation
 from .test_gate import Noted
 
 TINY = {
-    "data.synthetic_size": "32",
+    "data.synthetic_size": "96",
     "data.input_length": "2",
     "model.encoder": "test_resnet",
     "model.decoder": "light",
@@ -39,6 +39,7 @@ def test_pretraining_is_killed_resumed_and_compared(tmp_path: Path, capsys: pyte
     said = capsys.readouterr().out
     assert "float32, killed and resumed over float32: a loss differs by 0.0e+00 at most" in said  # bits, on a CPU
     kept = json.loads((tmp_path / "pretrain.json").read_text())
+    assert all(loss > 0 for losses in kept["losses"].values() for loss in losses), "nothing was hidden"
     assert set(kept["losses"]) == set(training.RUNS)
     assert all(len(losses) == training.STEPS for losses in kept["losses"].values())
     assert kept["origin"]["commit"]

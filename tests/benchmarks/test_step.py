@@ -99,7 +99,7 @@ def test_a_capture_that_fails_ends_in_a_line():
 @pytest.mark.rest
 @compiles
 def test_the_table_of_two_checkouts(capsys):
-    assert step.main(["--decoders", "light", "--against", str(ROOT)]) == 0
+    assert step.main(["--decoders", "light", "--no-times", "--against", str(ROOT)]) == 0
     found = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     ways = [row[3].strip() for row in found]
     assert ways == ["step", "its clipping and LAMB", "captured step"] * 2

@@ -70,7 +70,13 @@ def test_configurations_compile_without_spills(launch, architecture, monkeypatch
     wide = "BLOCK_K" in constants and constants["BLOCK_K"] >= 64 and constants.get("C_IN", 64) % 8 == 0
     if wide and constants["PRECISION"] == "ieee":
         assert usage.products > 0, "no tensor-core instruction"
-        assert usage.pending >= launch.stages - 2, "the loads of the main loop are not pipelined"
+        if not _in_one_step(constants):
+            assert usage.pending >= launch.stages - 2, "the loads of the main loop are not pipelined"
+
+
+def _in_one_step(constants):
+    """Return whether a stem's whole sum is one step, so that there is no loop: 3x3 at stride 2 of 3 channels."""
+    return "CELL" in constants and constants["V"][2] * constants["H"][2] * constants["CELL"] <= constants["BLOCK_K"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles for a GPU")

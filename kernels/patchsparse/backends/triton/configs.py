@@ -163,7 +163,7 @@ def conv_tiles(
         tiles = _fitting(FULL, c_out, c_in, itemsize, False, shared)
         return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2)
     tiles = _fitting(CONV if shared >= LARGE else CONV_SMALL, c_out, c_in, itemsize, True, shared)
-    if itemsize > 2:  # TF32 needs more registers a product
+    if itemsize > 2 or c_in <= 32:  # TF32 and short steps need more registers a product
         tiles = [t for t in tiles if t.m * t.n <= 128 * 64]
     wide = [t for t in tiles if t.n == min(_power(c_out), 128)]
     filling = [t for t in wide if rows * c_out >= 128 * t.m * t.n]  # one tile or more for each of 128 multiprocessors
