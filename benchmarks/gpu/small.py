@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchsparse import patch_batch_norm_unpack
 
-from ..measure.device import device, profiled, wait
+from ..measure.device import device, has_gpu, profiled, wait
 from ..subjects.convolutions import GROUPS, operators, problem
 
 __all__ = ["main", "runs"]
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small", description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="one image, for a sanitizer")
     tiny = parser.parse_args(argv).tiny
+    if not has_gpu():
+        sys.stderr.write("python -m benchmarks.gpu.small needs a CUDA device: its kernels are looked at there\n")
+        return 2
     if tiny:
         os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     found = list(runs(1 if tiny else 128, device().type))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -240,3 +241,13 @@ def test_models_of_equal_weights_share_none() -> None:
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.data_ptr() != b.data_ptr()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["kernels", "small", "tune"])
+def test_what_needs_a_gpu_says_so_in_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert import_module(f"benchmarks.gpu.{name}").main([]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.startswith(f"python -m benchmarks.gpu.{name} needs a CUDA device")
+    assert said.err.count("\n") == 1
