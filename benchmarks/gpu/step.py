@@ -112,8 +112,7 @@ def _ways(model: Any, frames: Tensor) -> dict[str, _Way]:
     def eager() -> None:
         nonlocal position
         position += 1
-        grid = masks(frames, step=position)
-        decoded = drawing.patches_to_decode(model, masks, grid, 1.0, position)
+        grid, decoded = drawing.masks_of_step(model, masks, frames, 1.0, position)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = model(frames, grid, decoded).loss
         optimizer.zero_grad(set_to_none=True)
@@ -132,7 +131,7 @@ def _ways(model: Any, frames: Tensor) -> dict[str, _Way]:
 
     def loss_of(frames: Tensor, noise: Sequence[Tensor], counts: tuple[int, ...]) -> Tensor:
         visible, *decoded = counts
-        grids = drawing.grids_of(model, masks, frames, visible, decoded[0] if decoded else None, noise)
+        grids = drawing.grids_of(model, masks, frames, visible, decoded, noise)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             return model(frames, *grids).loss
 
@@ -142,8 +141,7 @@ def _ways(model: Any, frames: Tensor) -> dict[str, _Way]:
         nonlocal position
         position += 1
         draw = drawing.draw_masks(model, masks, tuple(frames.shape), 1.0, position)
-        counts = (draw.visible,) if draw.decoded is None else (draw.visible, draw.decoded)
-        step(Inputs(frames, draw.noise, counts))
+        step(Inputs(frames, draw.noise, (draw.visible, *draw.decoded)))
 
     return ways | {"captured step": _Way(captured, lambda: step.replayed)}
 

@@ -95,5 +95,5 @@ def scale_of(name: str, where: torch.device | None = None) -> Scale:
             sweep_rounds=max(found.sweep_rounds, 5),
         )  # fmt: skip
         if where.type == "cuda":
-            found = replace(found, compiled=("dense", "exact", "decode_ratio=0.25", "light"))
+            found = replace(found, compiled=("dense", "exact", "sparse", "light"))
     return found

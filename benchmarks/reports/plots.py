@@ -12,7 +12,7 @@ __all__ = ["PLOTS", "draw_memory", "draw_speed", "draw_split"]
 
 COLOURS = {"data": "#8da0cb", "encoder": "#1b9e77", "decoder": "#d95f02", "optimiser": "#7570b3"}
 OURS, LIMIT, ROOF = "#1b9e77", "#444444", "#d95f02"
-ORDER = ("published", "dense", "exact", "decode_ratio=0.25", "light")
+ORDER = ("published", "dense", "exact", "sparse", "light")
 NAMES = {"dense": "best dense"}
 
 

@@ -11,7 +11,7 @@ __all__ = ["device_summary"]
 
 LAYER = "3x3 s1 p8 C64-64 g1"  # the first stage of a ResNet-18
 MASKED, LITTLE = "0.6", "0.3"  # masked shares: of all rows, and of one more that shows a small gain
-STEPS = {"exact": "exact decoder", "decode_ratio=0.25": "`decode_ratio 0.25`", "light": "`light` decoder"}
+STEPS = {"exact": "exact decoder", "sparse": "sparse decoding", "light": "`light` decoder"}
 HEADER = ("what", "masked", "over dense", "over SparK's way", "over MinkowskiEngine", "`pytest benchmarks/...`")
 NOTE = (
     "Convolutions and encoders run forward and backward. A step is compared with the best dense step that we can write "

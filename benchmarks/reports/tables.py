@@ -13,7 +13,7 @@ WAYS = {
     "auto": "packed",
     "gather": "packed, `gather` (pure PyTorch)",
     "exact": "`unet`, exact",
-    "decode_ratio=0.25": "`unet`, `--model.decode_ratio 0.25` ([sparse decoding](decoding.md))",
+    "sparse": "`unet`, [sparse decoding](decoding.md)",
     "light": "`light`",
     "dense": "best dense step of our own",
     "published": "published way",

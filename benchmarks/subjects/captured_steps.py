@@ -56,13 +56,12 @@ class GraphStep(Step):
         step.position += 1
         frames = next(step.frames)
         draw = draw_masks(step.model, step.masks, tuple(frames.shape), step.decode_ratio, step.position)
-        counts = (draw.visible,) if draw.decoded is None else (draw.visible, draw.decoded)
-        return self.captured(Inputs(frames, draw.noise, counts)).loss
+        return self.captured(Inputs(frames, draw.noise, (draw.visible, *draw.decoded))).loss
 
     def _loss(self, frames: Tensor, noise: Sequence[Tensor], counts: tuple[int, ...]) -> Tensor:
         visible, *decoded = counts
         step = self.step
-        grids = grids_of(step.model, step.masks, frames, visible, decoded[0] if decoded else None, noise)
+        grids = grids_of(step.model, step.masks, frames, visible, decoded, noise)
         with torch.autocast(frames.device.type, dtype=step.precision, enabled=step.precision != torch.float32):
             return step.run(frames, *grids, no_mark)
 

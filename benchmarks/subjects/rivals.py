@@ -18,6 +18,7 @@ from spatspark_fast.models.decoder import UNetBlock, UNetDecoder
 from spatspark_fast.models.densify import DensifyLevel
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import reconstruction_loss
+from spatspark_fast.models.region import Region
 from spatspark_fast.models.spark import SparK
 from spatspark_fast.training.optim import parameter_groups, set_rates
 
@@ -90,7 +91,7 @@ class PublishedStep(Step):
         marks("data")
         return self.run(self.frames, grid, None, marks)
 
-    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: Region | PatchGrid | None, marks: Marks) -> Tensor:
         """Return the loss of ``frames`` ``(B, T, H, W)``; all patches are decoded."""
         features = marks("encoder", self.model.encode(frames, grid))
         return self.model.decode(features, frames, grid)
@@ -109,7 +110,7 @@ class DenseStep(OurStep):
     visible the step is exactly ours; that is how it is checked.
     """
 
-    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: Region | PatchGrid | None, marks: Marks) -> Tensor:
         """Return the loss of ``frames``; all patches are decoded."""
         model = self.model
         visible = (frames * grid.pixels(frames.shape[2:]).unsqueeze(1)).contiguous(memory_format=torch.channels_last)

@@ -20,7 +20,8 @@ from spatspark_fast.data.resident.places import Place, place_windows
 from spatspark_fast.data.resident.store import WindowStore, in_memory
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.data.windows import WholeWindows
-from spatspark_fast.models.masks import MaskSampler, patches_to_decode
+from spatspark_fast.models.masks import MaskSampler, masks_of_step
+from spatspark_fast.models.region import Region
 from spatspark_fast.models.spark import Observer, SparK, build_spark
 from spatspark_fast.training.lamb import Lamb, clip_gradients
 from spatspark_fast.training.optim import parameter_groups, set_rates
@@ -95,7 +96,7 @@ class Step(ABC):
         """Return the loss of the next step."""
 
     @abstractmethod
-    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: Region | PatchGrid | None, marks: Marks) -> Tensor:
         """Return the loss of ``frames`` ``(B, T, H, W)``."""
 
     @abstractmethod
@@ -140,13 +141,12 @@ class OurStep(Step):
         """Return the loss of the next step."""
         self.position += 1
         frames = next(self.frames)
-        grid = self.masks(frames, step=self.position)
-        decoded = patches_to_decode(self.model, self.masks, grid, self.decode_ratio, self.position)
+        grid, decoded = masks_of_step(self.model, self.masks, frames, self.decode_ratio, self.position)
         marks("data")
         with torch.autocast(frames.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
             return self.run(frames, grid, decoded, marks)
 
-    def run(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None, marks: Marks) -> Tensor:
+    def run(self, frames: Tensor, grid: PatchGrid, decoded: Region | PatchGrid | None, marks: Marks) -> Tensor:
         """Return the loss of ``frames`` ``(B, T, H, W)``."""
         self.model.observer = Observer() if marks is no_mark else _Marked(marks)
         return self.model(frames, grid, decoded).loss

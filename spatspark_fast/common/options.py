@@ -62,11 +62,11 @@ def from_plain(config: type[Config], plain: Mapping[str, Any]) -> Config:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Name the options in groups that differ, as ``group.name (theirs -> ours)``."""
+    """Name the options in groups that both have and that differ, as ``group.name (theirs -> ours)``."""
     found = []
-    for group in sorted(set(ours) | set(theirs)):
+    for group in sorted(set(ours) & set(theirs)):
         a, b = ours.get(group) or {}, theirs.get(group) or {}
         if isinstance(a, dict) and isinstance(b, dict):
-            names = sorted(set(a) | set(b))
+            names = sorted(set(a) & set(b))
             found += [f"{group}.{n} ({b.get(n)} -> {a.get(n)})" for n in names if a.get(n) != b.get(n)]
     return found

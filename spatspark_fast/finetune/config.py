@@ -161,6 +161,7 @@ def forecaster_options(config: FinetuneConfig, scale: float) -> tuple[str, dict[
         "output_norm": model.output_norm,
         "unit": 1 / scale,
         "input_scaling": model.input_scaling,
+        "decoder_norm": model.decoder_norm,
     }
 
 

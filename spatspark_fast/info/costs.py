@@ -6,9 +6,7 @@ import torch
 from jsonargparse import Namespace
 
 from spatspark_fast.info.memory import StepMemory, estimate_memory
-from spatspark_fast.models.geometry import grid_shape
-from spatspark_fast.models.macs import SparKMacs, count_macs
-from spatspark_fast.models.masks import num_visible, shares
+from spatspark_fast.models.macs import SparKMacs, count_step
 from spatspark_fast.models.spark import build_spark
 
 __all__ = ["model_costs"]
@@ -25,7 +23,6 @@ def model_costs(options: Namespace) -> Iterable[str]:
         UserError: a model or a size that does not exist.
     """
     model, size = options.model, (options.data.crop, options.data.crop)
-    rows, columns = grid_shape(size, model.patch)
     spark = build_spark(
         model.encoder,
         in_chans=options.data.input_length,
@@ -34,8 +31,7 @@ def model_costs(options: Namespace) -> Iterable[str]:
         decoder_width=model.decoder_width,
         levels=model.levels,
     )
-    visible = num_visible(rows * columns, options.mask.ratio)
-    macs = count_macs(spark, size, *shares(spark, size, visible, model.decode_ratio))
+    macs = count_step(spark, size, options.mask.ratio, model.decode_ratio)
     yield from _macs(macs, f"decoder ({model.decoder}, width {model.decoder_width})")
     yield ""
     precision = torch.bfloat16 if options.trainer.precision == "bf16" else torch.float32

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spatspark_fast.models.masks import MaskSampler, patches_to_decode
+from spatspark_fast.models.masks import MaskSampler, masks_of_step
 from spatspark_fast.models.spark import SparK
 
 __all__ = ["StepMemory", "estimate_memory"]
@@ -89,8 +89,7 @@ def _peak_of_step(
     masks = MaskSampler(ratio=mask_ratio, patch=model.patch)
     with _Tracker() as tracker:
         frames = torch.empty(batch, model.in_chans, *size)
-        grid = masks(frames, step=0)
-        decoded = patches_to_decode(model, masks, grid, decode_ratio, step=0)
+        grid, decoded = masks_of_step(model, masks, frames, decode_ratio)
         with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
             loss = model(frames, grid, decoded).loss
         loss.backward()

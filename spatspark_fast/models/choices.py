@@ -8,7 +8,9 @@ from typing import Literal
 from spatspark_fast.common.options import check_choice, need
 
 __all__ = [
+    "DECODE_RATIO",
     "DecoderKind",
+    "DecoderNorm",
     "Freeze",
     "InputScaling",
     "LossOn",
@@ -21,6 +23,9 @@ __all__ = [
 
 DecoderKind = Literal["unet", "light"]
 """The decoder: see `spatspark_fast.models.decoder`."""
+
+DecoderNorm = Literal["batch", "group", "layer"]
+"""The norm in the blocks of a U-Net: see `spatspark_fast.models.decoder.UNetBlock`."""
 
 InputScaling = Literal["log", "none"]
 """What the encoder sees of the rain: see `spatspark_fast.models.inputs.scale_input`."""
@@ -42,6 +47,10 @@ OutputNorm = Literal["persistence", "none", "input_patch", "input_smooth"]
 
 Freeze = Literal["none", "encoder", "decoder", "both"]
 """The parts of a forecaster that stay as they are: see `spatspark_fast.models.spatspark.SpatSpark.freeze`."""
+
+
+DECODE_RATIO = 0.5
+"""The share of patches that a step with sparse decoding reconstructs in the presets: see docs/decoding.md."""
 
 
 def check_mask_ratios(ratio: float, ratio_end: float | None, schedule: MaskSchedule) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, image_conv2d, pack, patch_batch_norm_unpack, unpack
+from patchsparse import PatchGrid, image_conv2d, patch_batch_norm_unpack, unpack
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.models.region import LevelExtents, crop
 
 __all__ = ["Densify", "DensifyLevel", "NormKind"]
 
@@ -40,21 +40,20 @@ class DensifyLevel(nn.Module):
         self,
         features: Tensor,
         grid: PatchGrid | None = None,
-        decoded: PatchGrid | None = None,
+        region: LevelExtents | None = None,
         backend: str = "dense",
     ) -> Tensor:
         """Map packed ``(N, C, p, p)``, or dense ``(B, C, H, W)`` if no ``grid``, to ``(B, width, H, W)``.
 
-        With ``decoded``, only its patches are mapped, to packed ``(M, width, p, p)``; their halos are read from the
-        whole image, so that they have the values they would have there. ``backend`` as in `patchsparse.image_conv2d`.
+        With ``region`` only its extent is mapped, to the values that it has in the whole image. ``backend`` as in
+        `patchsparse.image_conv2d`.
         """
         image = self._filled(features, grid, backend)
-        if decoded is None:
+        if region is None:
             return self.project(image, backend)
-        if isinstance(self.proj, nn.Identity):
-            return pack(image, decoded)
-        halo = self.proj.kernel_size[0] // 2
-        return F.conv2d(_pack_with_halo(image, decoded, halo), self.proj.weight, self.proj.bias)
+        if isinstance(self.proj, nn.Identity) or self.proj.kernel_size[0] == 1:
+            return self.project(crop(image, region.whole, region.wanted), backend)
+        return crop(self.project(crop(image, region.whole, region.rim), backend), region.rim, region.wanted)
 
     def project(self, image: Tensor, backend: str = "dense") -> Tensor:
         """Map whole images of normed features and tokens ``(B, C, H, W)`` to ``(B, width, H, W)``."""
@@ -123,30 +122,16 @@ class Densify(nn.Module):
         self,
         features: Sequence[Tensor],
         grid: PatchGrid | None = None,
-        decoded: PatchGrid | None = None,
-        whole_levels: int = 1,
+        regions: Sequence[LevelExtents] | None = None,
         backend: str = "dense",
     ) -> list[Tensor]:
         """Map features, shallow to deep, to dense maps ``(B, width, H, W)`` of the levels that are wanted.
 
-        With ``decoded``, the deepest ``whole_levels`` are whole images and the others packed on these patches.
+        With ``regions``, one for each of these levels, to these extents of them.
         """
         wanted = features[-len(self.levels) :]
-        whole = len(wanted) if decoded is None else whole_levels
+        at = [None] * len(wanted) if regions is None else regions
         return [
-            level(feature, grid, decoded if index < len(wanted) - whole else None, backend)
-            for index, (level, feature) in enumerate(zip(self.levels, wanted, strict=True))
+            level(feature, grid, region, backend)
+            for level, feature, region in zip(self.levels, wanted, at, strict=True)
         ]
-
-
-def _pack_with_halo(image: Tensor, grid: PatchGrid, halo: int) -> Tensor:
-    """Return the active patches of ``image`` and ``halo`` pixels around them, ``(N, C, p + 2 halo, p + 2 halo)``.
-
-    Pixels beyond the image read as 0.
-    """
-    rows, columns = grid.shape
-    height, width = image.shape[2] // rows, image.shape[3] // columns
-    number, row, column = grid.coords.long().unbind(1)
-    padded = F.pad(image.permute(0, 2, 3, 1), (0, 0, halo, halo, halo, halo))
-    tiles = padded.unfold(1, height + 2 * halo, height).unfold(2, width + 2 * halo, width)  # (B, Gh, Gw, C, h, w)
-    return tiles[number, row, column].contiguous(memory_format=torch.channels_last)

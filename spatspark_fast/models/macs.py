@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spatspark_fast.models.geometry import grid_shape
+from spatspark_fast.models.masks import decoded_counts, num_visible
+from spatspark_fast.models.region import Region
 from spatspark_fast.models.spark import SparK
 
-__all__ = ["BlockMacs", "Macs", "SparKMacs", "count_macs"]
+__all__ = ["BlockMacs", "Macs", "SparKMacs", "count_macs", "count_step"]
 
 aten = torch.ops.aten
 
@@ -76,33 +78,53 @@ class SparKMacs(NamedTuple):
         return sum(block.active for block in self.blocks if block.name.split(".")[0] == part)
 
 
-def count_macs(model: SparK, size: tuple[int, int], visible: float, decoded: float = 1.0) -> SparKMacs:
+def count_macs(model: SparK, size: tuple[int, int], visible: float, decoded: tuple[int, ...] = ()) -> SparKMacs:
     """Count the multiply-adds of ``model`` for one image of ``size`` (H, W) with a ``visible`` share in (0, 1].
 
-    ``decoded`` is the share of patches that are reconstructed, 1 for all. The two convolutions of an upsampling
-    block count as two, also where they run as one. The model itself is not touched; no memory for activations is
-    needed. Raises UserError if the patch does not divide the image, ValueError for a share out of range.
+    ``decoded`` says what is reconstructed, as `spatspark_fast.models.masks.decoded_counts` does: rows and columns of a
+    region, a number of patches, or all with nothing. The two convolutions of an upsampling block count as two, also
+    where they run as one. The model itself is not touched; no memory for activations is needed. Raises UserError if
+    the patch does not divide the image, ValueError for a share out of range.
     """
-    for name, share in (("visible", visible), ("decoded", decoded)):
-        if not 0 < share <= 1:
-            raise ValueError(f"{name} must be a share in (0, 1], got {share}")
+    if not 0 < visible <= 1:
+        raise ValueError(f"visible must be a share in (0, 1], got {visible}")
     shape = grid_shape(size, model.patch)
     ghost = copy.deepcopy(model).to("meta").eval()
     frames = torch.empty(1, model.in_chans, *size, device="meta")
     stages = {f"encoder.{name}": stage for name, stage in ghost.encoder.named_children()}
     encoder = _Count(lambda: ghost.encode_dense(frames), stages, shape, visible)
-    levels = dict(reversed(list(enumerate(ghost.densify.levels))))  # deepest first, as the decoder reads them
-    named = {f"densify.levels.{level}": module for level, module in levels.items()}
-    densify = _Count(lambda: ghost.densify(encoder.result), named, shape, visible)
-    named = {f"decoder.{name}": block for name, block in ghost.decoder.named_children()}
-    decoder = _Count(lambda: ghost.decoder(densify.result), named, shape, visible)
+    densify, decoder = _behind(ghost, encoder.result, shape)
     blocks = [BlockMacs(name, macs, macs * visible) for name, macs in encoder.blocks.items()]
-    for order in (densify.blocks, decoder.blocks):
-        # In the order in which they run, level i feeds block i, so both become packed at the same number.
-        for index, (name, macs) in enumerate(order.items()):
-            blocks.append(BlockMacs(name, macs, macs * (decoded if index >= ghost.decoder.dense_blocks else 1.0)))
+    active = {**densify.blocks, **decoder.blocks}
+    if len(decoded) == 2:
+        first = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        parts = _behind(ghost, encoder.result, shape, Region(first, decoded, shape, model.patch))
+        active = {**parts[0].blocks, **parts[1].blocks}
+    elif decoded:
+        active["decoder.head"] *= decoded[0] / (shape[0] * shape[1])  # the light decoder's, patch by patch
+    dense = {**densify.blocks, **decoder.blocks}
+    blocks += [BlockMacs(name, macs, active[name]) for name, macs in dense.items()]
     found = tuple(block for block in blocks if block.dense)
     return SparKMacs(encoder.macs, densify.macs.dense, decoder.macs.dense, found)
+
+
+def count_step(model: SparK, size: tuple[int, int], mask_ratio: float, decode_ratio: float = 1.0) -> SparKMacs:
+    """Count the multiply-adds of a pretraining step as options say it, one window of ``size`` (H, W), forward."""
+    shape = grid_shape(size, model.patch)
+    patches = shape[0] * shape[1]
+    visible = num_visible(patches, mask_ratio)
+    return count_macs(model, size, visible / patches, decoded_counts(model, shape, visible, decode_ratio))
+
+
+def _behind(
+    ghost: SparK, features: list[Tensor], shape: tuple[int, int], region: Region | None = None
+) -> tuple[_Count, _Count]:
+    """Count densify and decoder, for whole images or a region of them."""
+    levels = dict(reversed(list(enumerate(ghost.densify.levels))))  # deepest first, as the decoder reads them
+    named = {f"densify.levels.{level}": module for level, module in levels.items()}
+    densify = _Count(lambda: ghost.densify(features, None, ghost.levels_of(region)), named, shape, 1.0)
+    named = {f"decoder.{name}": block for name, block in ghost.decoder.named_children()}
+    return densify, _Count(lambda: ghost.decoder(densify.result, region), named, shape, 1.0)
 
 
 class _Count:

@@ -20,25 +20,28 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import check_choice
 from spatspark_fast.models.choices import MaskSchedule, MaskStrategy, check_mask_ratios
 from spatspark_fast.models.geometry import grid_shape
-from spatspark_fast.models.patch_loss import patchify
+from spatspark_fast.models.patch_loss import contrast, patchify
+from spatspark_fast.models.region import Region, draw_region, region_shape
 from spatspark_fast.models.spark import SparK
 
 __all__ = [
     "MaskDraw",
     "MaskSampler",
+    "decoded_counts",
     "draw_masks",
     "grids_of",
     "leaves_patches_out",
+    "masks_of_step",
     "num_decoded",
     "num_visible",
-    "patches_to_decode",
-    "shares",
     "wet_share",
 ]
 
 # Streams of random numbers that must not repeat each other.
 # The data order has 2 and the global generators of a step 3.
 _RATIO_STREAM, _MASK_STREAM, _DECODE_STREAM = 0, 1, 4
+
+LEAST_WORTH = 0.1  # of a patch without rain, so that every region is drawn sometimes; a patch full of rain has 1 more
 
 
 def num_visible(num_patches: int, ratio: float) -> int:
@@ -136,20 +139,9 @@ class MaskSampler:
             masking = noise + self.strength * wet_share(frames, shape, self.wet_threshold)
         return PatchGrid.from_scores(-masking, visible)
 
-    def decoded(self, grid: PatchGrid, share: float, step: int, rank: int = 0, masked: bool = True) -> PatchGrid:
-        """Return the patches that a decoder reconstructs at a ``step``, a random ``share`` of all patches of an image.
-
-        They are taken from the ``masked`` ones alone (as many as there are, at most; one visible patch if there are
-        none), or from all. Every image gets the same number. Nothing is read back from the device.
-        """
-        patches = grid.shape[0] * grid.shape[1]
-        count = num_decoded(patches, grid.num_active // grid.batch_size, share, masked)
-        noise = self.decoding_noise(grid.batch_size, grid.shape, step, rank)
-        return decoded_grid(grid, noise.to(grid.device, non_blocking=True), count, masked)
-
-    def decoding_noise(self, batch: int, shape: tuple[int, int], step: int, rank: int = 0) -> Tensor:
-        """Return the random numbers that choose what a ``step`` reconstructs, ``(B, Gh, Gw)`` float32 on the CPU."""
-        return torch.rand((batch, *shape), generator=_generator(_DECODE_STREAM, self.seed, step, rank))
+    def decoding_noise(self, shape: tuple[int, ...], step: int, rank: int = 0) -> Tensor:
+        """Return the random numbers that choose what a ``step`` reconstructs, of a ``shape``, float32 on the CPU."""
+        return torch.rand(shape, generator=_generator(_DECODE_STREAM, self.seed, step, rank))
 
     def ratio_at(self, progress: float, step: int = 0) -> float:
         """Return the mask ratio at a ``progress`` in [0, 1]; ``interval`` depends on ``step`` alone."""
@@ -171,33 +163,35 @@ def leaves_patches_out(model: SparK, visible: int, patches: int, share: float) -
     return share < 1 or (model.decodes_apart and visible < patches)
 
 
+def decoded_counts(model: SparK, shape: tuple[int, int], visible: int, share: float) -> tuple[int, ...]:
+    """Return what decides the shapes of what ``model`` reconstructs of images of ``shape`` (Gh, Gw) patches.
+
+    By the U-Net rows and columns of a region with about a ``share`` of the patches, by the light decoder a number of
+    patches; nothing for whole images. ``visible`` patches of an image are seen.
+    """
+    patches = shape[0] * shape[1]
+    if not leaves_patches_out(model, visible, patches, share):
+        return ()
+    if model.decodes_regions:
+        return region_shape(shape, share)
+    return (num_decoded(patches, visible, share, model.loss_on == "masked"),)
+
+
 def decoded_grid(grid: PatchGrid, noise: Tensor, count: int, masked: bool) -> PatchGrid:
     """Return the grid of the ``count`` patches of each image with the most ``noise``, masked ones first if so asked."""
     return PatchGrid.from_scores(noise - 2 * grid.active if masked else noise, count)
 
 
-def patches_to_decode(
-    model: SparK, masks: MaskSampler, grid: PatchGrid, share: float, step: int, rank: int = 0
-) -> PatchGrid | None:
-    """Return the patches that ``model`` reconstructs at a ``step``, a ``share`` of all, or None for whole images.
-
-    Sparse decoding draws them at random. Where the loss does not read some patches and leaving them out changes
-    nothing (`SparK.decodes_apart`), they are left out also at a share of 1.
-    """
-    if not leaves_patches_out(model, grid.num_active, grid.active.numel(), share):
-        return None
-    return masks.decoded(grid, share, step, rank, masked=model.loss_on == "masked")
-
-
 class MaskDraw(NamedTuple):
-    """Hold what the two grids of a step follow from, besides its frames; nothing of it is on a device.
+    """Hold what is seen and what is reconstructed in a step, before its frames are known; nothing is on a device.
 
-    ``visible`` and ``decoded`` count patches of each image and decide the shapes of tensors; ``decoded`` is None for
-    whole images. ``noise`` holds the random numbers of each grid, ``(B, Gh, Gw)`` float32.
+    ``visible`` counts patches of each image; it and ``decoded`` (`decoded_counts`) decide the shapes of tensors.
+    ``noise`` holds random numbers, float32: of the masks ``(B, Gh, Gw)``, then of what is reconstructed, for a region
+    ``(B, 1)``, for patches ``(B, Gh, Gw)``.
     """
 
     visible: int
-    decoded: int | None
+    decoded: tuple[int, ...]
     noise: tuple[Tensor, ...]
 
 
@@ -212,13 +206,13 @@ def draw_masks(
 ) -> MaskDraw:
     """Draw the masks of a training ``step`` for frames of a shape ``(B, T, H, W)``; see `grids_of`."""
     batch, shape = frames[0], grid_shape(frames[-2:], masks.patch)
-    patches = shape[0] * shape[1]
-    visible = num_visible(patches, masks.ratio_at(progress, step))
+    visible = num_visible(shape[0] * shape[1], masks.ratio_at(progress, step))
     noise = masks.noise(batch, shape, step, rank)
-    if not leaves_patches_out(model, visible, patches, share):
-        return MaskDraw(visible, None, (noise,))
-    count = num_decoded(patches, visible, share, model.loss_on == "masked")
-    return MaskDraw(visible, count, (noise, masks.decoding_noise(batch, shape, step, rank)))
+    decoded = decoded_counts(model, shape, visible, share)
+    if not decoded:
+        return MaskDraw(visible, (), (noise,))
+    size = (batch, 1) if model.decodes_regions else (batch, *shape)
+    return MaskDraw(visible, decoded, (noise, masks.decoding_noise(size, step, rank)))
 
 
 def grids_of(
@@ -226,29 +220,33 @@ def grids_of(
     masks: MaskSampler,
     frames: Tensor,
     visible: int,
-    decoded: int | None,
+    decoded: Sequence[int],
     noise: Sequence[Tensor],
-) -> tuple[PatchGrid, PatchGrid | None]:
-    """Return the grids of a `MaskDraw`, of what is seen and what is reconstructed; ``noise`` is where ``frames`` are.
+) -> tuple[PatchGrid, Region | PatchGrid | None]:
+    """Return what a `MaskDraw` makes seen and reconstructed of ``frames``; ``noise`` is where they are.
 
-    Nothing is read back. Equivalent to::
-
-        grid = masks(frames, step, progress, rank)
-        decoded = patches_to_decode(model, masks, grid, share, step, rank)
+    Nothing is read back from the device.
     """
     grid = masks.grid(frames, noise[0], visible)
-    if decoded is None:
+    if not decoded:
         return grid, None
-    return grid, decoded_grid(grid, noise[1], decoded, model.loss_on == "masked")
+    if model.decodes_regions:
+        return grid, draw_region(_worth(model, frames, grid), noise[1], (decoded[0], decoded[1]), masks.patch)
+    return grid, decoded_grid(grid, noise[1], decoded[0], model.loss_on == "masked")
 
 
-def shares(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> tuple[float, float]:
-    """Return the shares of patches of an image of ``size`` (H, W) pixels that are seen, and that are reconstructed."""
-    rows, columns = grid_shape(size, model.patch)
-    patches = rows * columns
-    if not leaves_patches_out(model, visible, patches, decode_ratio):
-        return visible / patches, 1.0
-    return visible / patches, num_decoded(patches, visible, decode_ratio, model.loss_on == "masked") / patches
+def masks_of_step(
+    model: SparK, masks: MaskSampler, frames: Tensor, share: float = 1.0, step: int = 0, progress: float = 0.0
+) -> tuple[PatchGrid, Region | PatchGrid | None]:
+    """Return what is seen of ``frames`` and what is reconstructed in a ``step``, at a ``share`` of their patches."""
+    visible, decoded, noise = draw_masks(model, masks, tuple(frames.shape), share, step, progress)
+    return grids_of(model, masks, frames, visible, decoded, [numbers.to(frames.device) for numbers in noise])
+
+
+def _worth(model: SparK, frames: Tensor, grid: PatchGrid) -> Tensor:
+    """Return how much there is to learn from each patch, ``(B, Gh, Gw)``: its contrast, where the loss reads it."""
+    found = contrast(frames, grid.shape)
+    return (found if model.loss_on == "all" else found * ~grid.active) + LEAST_WORTH
 
 
 def _gumbel(batch: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:

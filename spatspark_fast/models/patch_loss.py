@@ -14,9 +14,11 @@ from torch import Tensor
 
 from patchsparse import PatchGrid
 from spatspark_fast.models.choices import LossOn
+from spatspark_fast.models.region import Region, crop
 
 __all__ = [
     "PatchStatistics",
+    "contrast",
     "decoded_loss",
     "denormalise_patches",
     "normalise_patches",
@@ -24,6 +26,7 @@ __all__ = [
     "patch_statistics",
     "patchify",
     "reconstruction_loss",
+    "region_loss",
     "unpatchify",
 ]
 
@@ -62,6 +65,20 @@ def patch_statistics(frames: Tensor, shape: tuple[int, int]) -> PatchStatistics:
     """
     variance, mean = torch.var_mean(_split(frames, shape), dim=(1, 3, 5), keepdim=True)
     return PatchStatistics(mean, (variance + VARIANCE_FLOOR).sqrt())
+
+
+def contrast(frames: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the error that each patch's mean would leave, ``(B, Gh, Gw)`` from 0 (dry) to nearly 1 (rain).
+
+    It is the mean square of the normalised pixels: of a variance v, ``v / (v + 1e-6)``. By the mean of squares, which
+    is quick and less exact than `patch_statistics`.
+    """
+    mean, square = (
+        x.mean(1).unflatten(2, (shape[1], -1)).mean(3).unflatten(1, (shape[0], -1)).mean(2)
+        for x in (frames, frames.square())
+    )
+    variance = (square - mean.square()).clamp(min=0)
+    return variance / (variance + VARIANCE_FLOOR)
 
 
 def normalise_patches(frames: Tensor, statistics: PatchStatistics) -> Tensor:
@@ -106,12 +123,20 @@ def reconstruction_loss(
     divided by ``B``, about ``Gh*Gw`` times larger. No value is read back from the device.
     """
     errors = patch_errors(prediction, frames, grid.shape, norm)
-    if loss_on == "all":
-        return errors.sum() / frames.shape[0]
-    if loss_on != "masked":
-        raise ValueError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
-    masked = ~grid.active
-    return (errors * masked).sum() / masked.sum().clamp(min=1)
+    return _mean_error(errors, grid.active, loss_on, grid.shape)
+
+
+def region_loss(
+    prediction: Tensor, frames: Tensor, grid: PatchGrid, region: Region, loss_on: LossOn = "masked", norm: bool = True
+) -> Tensor:
+    """Return the scalar loss of a ``region``, whose ``prediction`` is ``(B, T, rows * patch, columns * patch)``.
+
+    ``frames`` are the whole ones, ``(B, T, H, W)``. It is what `reconstruction_loss` would be of the masked patches
+    inside, or for ``loss_on="all"`` of an image with the mean error of all patches inside; 0 where there is none.
+    """
+    inside = crop(frames, region.whole(), region.extent())
+    errors = patch_errors(prediction, inside, region.shape, norm)
+    return _mean_error(errors, region.patches(grid.active), loss_on, grid.shape)
 
 
 def decoded_loss(
@@ -123,11 +148,17 @@ def decoded_loss(
     what `reconstruction_loss` is of the same predictions.
     """
     errors = patch_errors(prediction, packed, (1, 1), norm)
-    if loss_on == "masked":
-        return errors.mean()
-    if loss_on != "all":
+    return _mean_error(errors, torch.zeros_like(errors, dtype=torch.bool), loss_on, decoded.shape)
+
+
+def _mean_error(errors: Tensor, active: Tensor, loss_on: LossOn, shape: tuple[int, int]) -> Tensor:
+    """Return the loss of patches with ``errors`` and ``active`` ``(B, rows, columns)`` of images of a ``shape``."""
+    if loss_on == "all":
+        return errors.mean() * (shape[0] * shape[1])
+    if loss_on != "masked":
         raise ValueError(f"loss_on must be 'masked' or 'all', got {loss_on!r}")
-    return errors.mean() * (decoded.shape[0] * decoded.shape[1])
+    masked = ~active
+    return (errors * masked).sum() / masked.sum().clamp(min=1)
 
 
 def _split(frames: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -20,8 +20,8 @@ from patchsparse import PatchGrid, bind, pack
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import check_choice
 from spatspark_fast.models.backbones import build_encoder, encoder_channels
-from spatspark_fast.models.choices import DecoderKind, InputScaling, LossOn
-from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
+from spatspark_fast.models.choices import DecoderKind, DecoderNorm, InputScaling, LossOn
+from spatspark_fast.models.decoder import LightDecoder, UNetDecoder, build_decoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.geometry import check_patch, grid_shape
 from spatspark_fast.models.inputs import scale_input
@@ -30,7 +30,9 @@ from spatspark_fast.models.patch_loss import (
     denormalise_patches,
     patch_statistics,
     reconstruction_loss,
+    region_loss,
 )
+from spatspark_fast.models.region import LevelExtents, Region
 
 __all__ = ["Observer", "SparK", "SparKOutput", "build_spark"]
 
@@ -38,7 +40,7 @@ __all__ = ["Observer", "SparK", "SparKOutput", "build_spark"]
 class SparKOutput(NamedTuple):
     """Hold the scalar ``loss`` and the ``prediction`` ``(B, T, H, W)`` in patch-normalised units.
 
-    Sparse decoding predicts some patches alone: ``(M, T, patch, patch)``.
+    Of a region it is ``(B, T, rows * patch, columns * patch)``, of masked patches alone ``(M, T, patch, patch)``.
     """
 
     loss: Tensor
@@ -92,11 +94,11 @@ class SparK(nn.Module):
         self.input_scaling: InputScaling = input_scaling
         self.observer = Observer()
 
-    def forward(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None = None) -> SparKOutput:
+    def forward(self, frames: Tensor, grid: PatchGrid, decoded: Region | PatchGrid | None = None) -> SparKOutput:
         """Return loss and prediction for ``frames`` ``(B, T, H, W)`` (data units), seen where ``grid`` is active.
 
-        With ``decoded`` the finer blocks of the decoder run on these patches alone, and the loss is that of these
-        patches (sparse decoding, see docs/decoding.md); the prediction is then packed, ``(M, T, patch, patch)``.
+        With ``decoded`` only a part is reconstructed, and the loss is that of this part (see docs/decoding.md): by the
+        U-Net a region, by the light decoder a set of patches, masked ones unless the loss reads all.
 
         Raises UserError if the frames, the grid and the model do not fit together.
         """
@@ -104,16 +106,24 @@ class SparK(nn.Module):
         self._check(frames, grid, decoded)
         packed = pack(frames, grid)
         features = self.observer.encoded(self.encode(packed, grid))
-        if decoded is None:
-            densified = self.densify(features, grid, backend=self.backend)
-            prediction = self.decoder(densified, backend=self.backend)
-            loss = reconstruction_loss(prediction, frames, grid, self.loss_on)
-        else:
-            densified = self.densify(features, grid, decoded, self.decoder.dense_blocks, self.backend)
-            prediction = self.decoder(densified, decoded, self.backend)
-            loss = decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on)
+        densified = self.densify(features, grid, self.levels_of(decoded), self.backend)
+        prediction = self.decoder(densified, decoded, self.backend)
+        loss = self._loss(prediction, frames, grid, decoded)
         self.observer.decoded()
         return SparKOutput(loss, prediction)
+
+    def _loss(self, prediction: Tensor, frames: Tensor, grid: PatchGrid, decoded: Region | PatchGrid | None) -> Tensor:
+        if decoded is None:
+            return reconstruction_loss(prediction, frames, grid, self.loss_on)
+        if isinstance(decoded, Region):
+            return region_loss(prediction, frames, grid, decoded, self.loss_on)
+        return decoded_loss(prediction, pack(frames, decoded), decoded, self.loss_on)
+
+    def levels_of(self, decoded: Region | PatchGrid | None) -> list[LevelExtents] | None:
+        """Return what the decoder reads of each densified map to reconstruct a region; None for whole images."""
+        if isinstance(decoded, Region) and isinstance(self.decoder, UNetDecoder):
+            return self.decoder.levels_of(decoded)
+        return None
 
     def encode(self, packed: Tensor, grid: PatchGrid) -> list[Tensor]:
         """Return packed features ``(N, C, p/s, p/s)``, shallow to deep, of ``packed`` ``(N, T, p, p)`` (data units)."""
@@ -127,6 +137,11 @@ class SparK(nn.Module):
     def forward_dense(self, frames: Tensor) -> Tensor:
         """Return the decoder's output ``(B, T, H, W)`` for whole images, by ordinary dense layers only."""
         return self.decoder(self.densify(self.encode_dense(frames)))
+
+    @property
+    def decodes_regions(self) -> bool:
+        """Whether sparse decoding reconstructs a region of each image (U-Net) or patches one by one (light)."""
+        return isinstance(self.decoder, UNetDecoder)
 
     @property
     def decodes_apart(self) -> bool:
@@ -150,7 +165,7 @@ class SparK(nn.Module):
             return pictures
         return torch.where(grid.pixels(frames.shape[2:]).unsqueeze(1), frames, pictures)
 
-    def _check(self, frames: Tensor, grid: PatchGrid, decoded: PatchGrid | None) -> None:
+    def _check(self, frames: Tensor, grid: PatchGrid, decoded: Region | PatchGrid | None) -> None:
         if frames.ndim != 4 or frames.shape[1] != self.in_chans:
             need = f"(B, {self.in_chans}, H, W)"
             raise UserError(f"frames must be {need} for this model, got {tuple(frames.shape)}")
@@ -160,15 +175,33 @@ class SparK(nn.Module):
                 f"the grid is {tuple(grid.active.shape)} (images, rows, columns), but frames "
                 f"{tuple(frames.shape)} in patches of {self.patch} need {expected}"
             )
-        if decoded is not None and (decoded.active.shape != grid.active.shape or decoded.num_active == 0):
-            raise UserError(
-                f"the decoded patches are {decoded.num_active} of {tuple(decoded.active.shape)}, the grid is "
-                f"{tuple(grid.active.shape)}: choose at least one patch of the same grid"
-            )
+        if isinstance(decoded, Region):
+            self._check_region(decoded, expected)
+        elif decoded is not None:
+            self._check_patches(decoded, grid)
         if self.training and grid.num_active < 2:
             raise UserError(
                 f"{grid.num_active} visible patch in a batch gives a norm no statistics to train with: "
                 "take a larger batch, a larger image or a lower mask ratio"
+            )
+
+    def _check_region(self, decoded: Region, expected: tuple[int, ...]) -> None:
+        if not self.decodes_regions:
+            raise UserError("the light decoder draws patches one by one: give it the grid of those to reconstruct")
+        found = (len(decoded.first), *decoded.grid)
+        if found != expected or decoded.patch != self.patch:
+            raise UserError(
+                f"the region is one of grids {found} (images, rows, columns) of patches of {decoded.patch} pixels, the "
+                f"frames have {expected} of {self.patch}: make it with the same numbers"
+            )
+
+    def _check_patches(self, decoded: PatchGrid, grid: PatchGrid) -> None:
+        if self.decodes_regions:
+            raise UserError("the U-Net reconstructs whole images or a region, not a grid of patches: see draw_region")
+        if decoded.active.shape != grid.active.shape or decoded.num_active == 0:
+            raise UserError(
+                f"the decoded patches are {decoded.num_active} of {tuple(decoded.active.shape)}, the grid is "
+                f"{tuple(grid.active.shape)}: choose at least one patch of the same grid"
             )
 
 
@@ -182,30 +215,26 @@ def build_spark(
     backend: str = "auto",
     levels: int = 4,
     densify_norm: NormKind | Literal["auto"] = "auto",
-    dense_decoder_blocks: int = 1,
+    decoder_norm: DecoderNorm = "batch",
     input_scaling: InputScaling = "none",
 ) -> SparK:
     """Build a SparK model around the timm model ``encoder``.
 
     ``patch`` is the side of a masked patch in pixels, a multiple of the deepest stride: 32 with all four
     ``levels``, 16 with three, 8 with two (the encoder is cut off after them). ``in_chans`` is the number of
-    frames. ``dense_decoder_blocks`` of a U-Net run on whole images in sparse decoding. ``densify_norm`` is
-    ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given. ``input_scaling`` is what the
-    encoder sees of the rain, see `spatspark_fast.models.inputs.scale_input`; ``none`` is the published model.
+    frames. ``densify_norm`` is ``batch`` for encoders with BatchNorm and ``layer`` for others, unless given.
+    ``decoder_norm`` is that of a U-Net's blocks; ``input_scaling`` is what the encoder sees of the rain, see
+    `spatspark_fast.models.inputs.scale_input`. ``batch`` and ``none`` are the published model.
     The image size is not fixed: any multiple of the patch, rectangular or not. Kernels lie in channels_last memory, as
     engines read them and leave their gradients. Raises UserError for values that do not fit.
     """
     check_patch(patch, levels)
     check_choice("input_scaling", input_scaling, InputScaling)
     check_choice("loss_on", loss_on, LossOn)
-    check_choice("decoder", decoder, DecoderKind)
     body = build_encoder(encoder, in_chans, backend, levels)
     if densify_norm == "auto":
         densify_norm = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in body.modules()) else "layer"
-    if decoder == "light":
-        head = LightDecoder(in_chans, decoder_width, levels)
-    else:
-        head = UNetDecoder(in_chans, decoder_width, levels, dense_decoder_blocks)
+    head = build_decoder(decoder, in_chans, decoder_width, levels, decoder_norm)
     densify = Densify(encoder_channels(body), head.in_widths, densify_norm)
     model = SparK(body, densify, head, in_chans, patch, loss_on, backend, input_scaling)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

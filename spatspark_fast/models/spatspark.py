@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import check_choice
 from spatspark_fast.models.backbones import build_dense_encoder, encoder_channels
-from spatspark_fast.models.choices import DecoderKind, Freeze, InputScaling, OutputNorm, TranslationKind
-from spatspark_fast.models.decoder import LightDecoder, UNetDecoder
+from spatspark_fast.models.choices import DecoderKind, DecoderNorm, Freeze, InputScaling, OutputNorm, TranslationKind
+from spatspark_fast.models.decoder import LightDecoder, UNetDecoder, build_decoder
 from spatspark_fast.models.densify import Densify, NormKind
 from spatspark_fast.models.forecaster import Forecaster, check_lengths
 from spatspark_fast.models.geometry import check_patch, grid_shape
@@ -175,6 +175,7 @@ def build_spatspark(
     output_norm: OutputNorm = "none",
     unit: float = 1.0,
     input_scaling: InputScaling = "none",
+    decoder_norm: DecoderNorm = "batch",
 ) -> SpatSpark:
     """Build a dense SpaT-SparK around the timm model ``encoder``.
 
@@ -185,10 +186,9 @@ def build_spatspark(
     check_lengths(in_length, out_length)
     check_patch(patch, levels)
     check_choice("input_scaling", input_scaling, InputScaling)
-    check_choice("decoder", decoder, DecoderKind)
     body = build_dense_encoder(encoder, in_length, levels)
     norm: NormKind = "batch" if any(isinstance(m, nn.BatchNorm2d) for m in body.modules()) else "layer"
-    head = {"unet": UNetDecoder, "light": LightDecoder}[decoder](out_length, decoder_width, levels)
+    head = build_decoder(decoder, out_length, decoder_width, levels, decoder_norm)
     channels = encoder_channels(body)
     densify = Densify(channels, head.in_widths, norm)
     between = build_translation(translation, channels[-len(head.in_widths) :], out_length)

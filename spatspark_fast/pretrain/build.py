@@ -26,7 +26,7 @@ def build_model(config: PretrainConfig) -> SparK:
         input_scaling=model.input_scaling,
         backend=model.backend,
         levels=model.levels,
-        dense_decoder_blocks=model.dense_decoder_blocks,
+        decoder_norm=model.decoder_norm,
     )
 
 

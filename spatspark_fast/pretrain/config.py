@@ -33,14 +33,13 @@ class ModelConfig(ModelOptions):
     """Say what is trained.
 
     Args:
-        decode_ratio: share of an image's patches that a step reconstructs; 1 is all, or all masked ones by "light"
-        dense_decoder_blocks: first blocks of the U-Net that run on the whole image even if decode_ratio is below 1
+        decode_ratio: share of an image's patches that a step reconstructs: 1 is all; below, a rectangle of them at a
+            random place (what it reads around it is not counted), or by "light" so many masked patches
         loss_on: "masked" patches only (SparK), or "all" patches
         backend: engine of the sparse convolutions; "auto" chooses by device, dtype and shape
     """
 
     decode_ratio: float = 1.0
-    dense_decoder_blocks: int = 1
     loss_on: LossOn = "masked"
     backend: str = "auto"
 
@@ -51,10 +50,13 @@ class TrainerConfig(TrainerOptions):
 
     Args:
         picture_every: epochs between two pictures of the reconstruction; 0 draws only the last
+        exact_finish: last share of the steps that reconstruct whole images whatever decode_ratio is, so that pictures
+            and the statistics of norms are those of whole images
         savings: measure at the end what the sparse path saves against dense-and-mask
     """
 
     picture_every: int = 50
+    exact_finish: float = 0.1
     savings: bool = True
 
 
@@ -72,12 +74,13 @@ class PretrainConfig:
 def validate(config: PretrainConfig) -> None:
     """Check the values that need no file; raise `UserError` naming the option and the remedy."""
     check_training(config)
-    check_least(config, ("model.dense_decoder_blocks",), 1)
     check_least(config, ("mask.strength", "trainer.picture_every"), 0)
     mask, model = config.mask, config.model
     check_mask_ratios(mask.ratio, mask.ratio_end, mask.schedule)
     hidden = mask.ratio > 0 or mask.schedule != "constant"
     need(hidden, "mask.ratio", mask.ratio, "with nothing hidden there is nothing to learn from")
     need(0 < model.decode_ratio <= 1, "model.decode_ratio", model.decode_ratio, "give a share above 0, at most 1")
+    finish = config.trainer.exact_finish
+    need(0 <= finish <= 1, "trainer.exact_finish", finish, "give a share of the steps, 0 to 1")
     crop, patch = config.data.crop, model.patch
     need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from spatspark_fast.common.options import to_plain
-from spatspark_fast.models.masks import MaskSampler, draw_masks, grids_of
+from spatspark_fast.models.masks import MaskDraw, MaskSampler, draw_masks, grids_of
 from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain.config import PretrainConfig
+from spatspark_fast.pretrain.decoding import decode_ratio_at
 from spatspark_fast.training.average import averaged
 from spatspark_fast.training.captured import Inputs
 from spatspark_fast.training.module import PlannedTraining, compile_parts
@@ -38,18 +39,18 @@ class SparkPretraining(PlannedTraining[SparK]):
         """Return the frames of a batch, and the masks of its position as random numbers and counts."""
         frames = batch["input"]
         progress = self.plan.progress(self.plan.step_of(self.position))
-        share, position, rank = self.config.model.decode_ratio, self.position, self.global_rank
-        draw = draw_masks(self.spark, self.masks, tuple(frames.shape), share, position, progress, rank)
-        counts, what = (draw.visible,), f"{draw.visible} patches of a window visible"
-        if draw.decoded is not None:
-            counts, what = (*counts, draw.decoded), f"{what}, {draw.decoded} reconstructed"
-        return Inputs(frames, draw.noise, counts, what)
+        position, rank = self.position, self.global_rank
+        draw = draw_masks(self.spark, self.masks, tuple(frames.shape), self._share(), position, progress, rank)
+        return Inputs(frames, draw.noise, (draw.visible, *draw.decoded), _in_words(draw))
 
     def loss(self, frames: Tensor, noise: Sequence[Tensor], counts: tuple[int, ...]) -> Tensor:
         """Return the loss of one batch under its masks."""
         visible, *decoded = counts
-        grids = grids_of(self.spark, self.masks, frames, visible, decoded[0] if decoded else None, noise)
-        return self.spark(frames, *grids).loss
+        return self.spark(frames, *grids_of(self.spark, self.masks, frames, visible, decoded, noise)).loss
+
+    def _share(self) -> float:
+        """Return the share of patches that the newest batch reconstructs."""
+        return decode_ratio_at(self.config, self.plan, self.plan.step_of(self.position))
 
     def extra_row(self) -> dict[str, float | Tensor]:
         """Return the mask ratio of the newest batch."""
@@ -60,3 +61,9 @@ class SparkPretraining(PlannedTraining[SparK]):
         """Add the options, as plain values."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["config"] = to_plain(self.config)
+
+
+def _in_words(draw: MaskDraw) -> str:
+    """Say what decides the shapes of a step."""
+    decoded = {0: "", 1: ", {} reconstructed", 2: ", a region of {} x {} reconstructed"}[len(draw.decoded)]
+    return f"{draw.visible} patches of a window visible{decoded.format(*draw.decoded)}"

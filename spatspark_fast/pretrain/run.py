@@ -14,6 +14,7 @@ from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain.build import build_masks, build_model
 from spatspark_fast.pretrain.clock import PARTS, WHOLE, StepClock
 from spatspark_fast.pretrain.config import PretrainConfig
+from spatspark_fast.pretrain.decoding import describe_decoding
 from spatspark_fast.pretrain.module import SparkPretraining
 from spatspark_fast.pretrain.pictures import Pictures
 from spatspark_fast.pretrain.savings import counted_savings, describe_savings
@@ -71,7 +72,8 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
         source = config.data.path or f"synthetic radar ({len(windows)} windows)"
         what = f"Pretraining {config.model.encoder} on {source}"
         notes = start_notes(what, plan, stream, config.data.batch_size, config.optim)
-        for note in (*notes, *resume_notes(to_plain(config), state)):
+        decoding = describe_decoding(config, spark, windows.image_size, plan)
+        for note in (*notes, *decoding, *resume_notes(to_plain(config), state)):
             say(note)
     module = SparkPretraining(config, spark, masks, plan)
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say

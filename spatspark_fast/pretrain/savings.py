@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from patchsparse import PatchGrid, bind, pack
 from patchsparse.testing import DenseAndMask
 from spatspark_fast.models.geometry import grid_shape
-from spatspark_fast.models.macs import count_macs
-from spatspark_fast.models.masks import num_visible, shares
+from spatspark_fast.models.macs import count_step
+from spatspark_fast.models.masks import num_visible
 from spatspark_fast.models.spark import SparK
 
 __all__ = ["Measurement", "counted_savings", "describe_savings", "measure_encoder"]
@@ -96,7 +96,7 @@ def describe_savings(
     size = (frames.shape[2], frames.shape[3])
     shape = grid_shape(size, model.patch)
     visible = num_visible(shape[0] * shape[1], ratio)
-    counted = _counted(model, size, visible, decode_ratio)
+    counted = _counted(model, size, ratio, decode_ratio)
     generator = torch.Generator().manual_seed(0)
     grid = PatchGrid.random(len(frames), shape, visible, generator=generator).to(frames.device)
     on_cpu = frames.device.type == "cpu"
@@ -114,8 +114,7 @@ def describe_savings(
 
 def counted_savings(model: SparK, size: tuple[int, int], ratio: float, decode_ratio: float = 1.0) -> dict[str, float]:
     """Return forward multiply-adds of one window in G, dense-and-mask and sparse, as plain values for a record."""
-    rows, columns = grid_shape(size, model.patch)
-    macs = count_macs(model, size, *shares(model, size, num_visible(rows * columns, ratio), decode_ratio))
+    macs = count_step(model, size, ratio, decode_ratio)
     return {
         "encoder_dense": macs.encoder.dense / GIGA,
         "encoder_sparse": macs.encoder.visible / GIGA,
@@ -124,12 +123,12 @@ def counted_savings(model: SparK, size: tuple[int, int], ratio: float, decode_ra
     }
 
 
-def _counted(model: SparK, size: tuple[int, int], visible: int, decode_ratio: float) -> str:
-    seen, decoded = shares(model, size, visible, decode_ratio)
-    macs, giga = count_macs(model, size, seen, decoded), GIGA
+def _counted(model: SparK, size: tuple[int, int], ratio: float, decode_ratio: float) -> str:
+    macs, giga = count_step(model, size, ratio, decode_ratio), GIGA
     encoder = macs.encoder
     return (
-        f"Counted, one {size[0]}x{size[1]} window, {100 * (1 - seen):.0f} % hidden, forward: the "
+        f"Counted, one {size[0]}x{size[1]} window, {100 * (1 - encoder.visible / encoder.dense):.0f} % hidden, "
+        "forward: the "
         f"encoder does {encoder.visible / giga:.2f} G multiply-adds on visible patches instead of "
         f"{encoder.dense / giga:.2f} G dense-and-mask, {encoder.dense / encoder.visible:.2f}x fewer; "
         f"the whole model {macs.sparse_step / giga:.2f} instead of {macs.dense_step / giga:.2f} G, "

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.files import atomic_path, load_plain
 from spatspark_fast.training.module import PlannedTraining
-from spatspark_fast.training.options import has_old_graphs, under_new_names
+from spatspark_fast.training.options import notes_on_old, under_new_names
 from spatspark_fast.training.rundir import RunDirectory
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
@@ -32,7 +32,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not {"config", "position", "state_dict", "global_step"} <= set(checkpoint):
         raise UserError(f"{path} is no checkpoint of a training: it lacks the options or the position")
     config = checkpoint["config"]
-    return checkpoint | {"config": under_new_names(config), "old_graphs": has_old_graphs(config)}
+    return checkpoint | {"config": under_new_names(config), "notes": notes_on_old(config)}
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -50,9 +50,8 @@ def resume_notes(plain: dict[str, Any], state: dict[str, Any] | None) -> list[st
         return []
     changed = differences(plain, state["config"])
     note = [f"Note: options changed since then: {', '.join(changed)}"] if changed else []
-    if state["old_graphs"]:
-        note.append("Note: --trainer.compile reduce-overhead is now --trainer.compile default and --trainer.graph auto")
-    return [f"Going on after step {state['global_step']}", *note]
+    old = [f"Note: {text}" for text in state["notes"]]
+    return [f"Going on after step {state['global_step']}", *note, *old]
 
 
 def describe_training(module: PlannedTraining[Any], recorder: Recorder, seconds: float, unit: str = "") -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from spatspark_fast.common.options import check_least, need
-from spatspark_fast.models.choices import DecoderKind, InputScaling
+from spatspark_fast.models.choices import DecoderKind, DecoderNorm, InputScaling
 
 __all__ = [
     "Compile",
@@ -25,7 +25,7 @@ __all__ = [
     "TrainerOptions",
     "TrainingConfig",
     "check_training",
-    "has_old_graphs",
+    "notes_on_old",
     "under_new_names",
 ]
 
@@ -81,6 +81,7 @@ class ModelOptions:
         levels: feature maps used, at strides 4, 8, 16, 32; fewer than 4 allow patches of 16 or 8 pixels
         decoder: "unet" (the published one) or "light" (one block and a 1x1 convolution)
         decoder_width: channels of the decoder's first block
+        decoder_norm: norms of the U-Net's blocks: "batch" (as published), or independent of the batch: "group", "layer"
         input_scaling: what the encoder sees: "log", log(1 + R) with R in mm/h, or "none", data values as published
     """
 
@@ -89,6 +90,7 @@ class ModelOptions:
     levels: int = 4
     decoder: DecoderKind = "unet"
     decoder_width: int = 768
+    decoder_norm: DecoderNorm = "batch"
     input_scaling: InputScaling = "log"
 
 
@@ -205,27 +207,36 @@ def check_training(config: TrainingConfig) -> None:
     need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')
 
 
-def under_new_names(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a run or file, nested dicts, by today's names and values.
-
-    ``trainer.accelerator`` became ``trainer.device``, and ``trainer.compile reduce-overhead`` is `GRAPHS_NOW`.
-    """
-    trainer = plain.get("trainer")
-    if not isinstance(trainer, Mapping):
-        return dict(plain)
-    options = dict(trainer)
-    if "accelerator" in options:
-        accelerator = options.pop("accelerator")
-        options["device"] = "cuda" if accelerator == "gpu" else accelerator
-    if has_old_graphs(plain):
-        options |= GRAPHS_NOW
-    return {**plain, "trainer": options}
-
-
 GRAPHS_NOW = {"compile": "default", "graph": "auto"}
 
 
-def has_old_graphs(plain: Mapping[str, Any]) -> bool:
-    """Tell whether options are of the time when CUDA graphs were a mode of ``trainer.compile``."""
-    trainer = plain.get("trainer")
-    return isinstance(trainer, Mapping) and trainer.get("compile") == "reduce-overhead"
+def under_new_names(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a run or file, nested dicts, by today's names and values.
+
+    ``trainer.accelerator`` became ``trainer.device``, ``trainer.compile reduce-overhead`` is `GRAPHS_NOW`, and
+    ``model.dense_decoder_blocks`` is no more.
+    """
+    found = dict(plain)
+    trainer, model = plain.get("trainer"), plain.get("model")
+    if isinstance(trainer, Mapping):
+        options = dict(trainer)
+        if "accelerator" in options:
+            accelerator = options.pop("accelerator")
+            options["device"] = "cuda" if accelerator == "gpu" else accelerator
+        if options.get("compile") == "reduce-overhead":
+            options |= GRAPHS_NOW
+        found["trainer"] = options
+    if isinstance(model, Mapping):
+        found["model"] = {name: value for name, value in model.items() if name != "dense_decoder_blocks"}
+    return found
+
+
+def notes_on_old(plain: Mapping[str, Any]) -> list[str]:
+    """Return what a user has to know whose run was begun with options that mean something else today."""
+    trainer, model = plain.get("trainer") or {}, plain.get("model") or {}
+    notes = []
+    if trainer.get("compile") == "reduce-overhead":
+        notes.append("--trainer.compile reduce-overhead is now --trainer.compile default and --trainer.graph auto")
+    if "dense_decoder_blocks" in model and model.get("decoder") != "light" and model.get("decode_ratio", 1) < 1:
+        notes.append("sparse decoding now reconstructs a region instead of single patches, see docs/decoding.md")
+    return notes

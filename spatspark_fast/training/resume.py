@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.options import differences, groups_of, to_plain
+from spatspark_fast.common.options import differences, from_plain, groups_of, to_plain
 from spatspark_fast.training.command import Request, TrainingCommand, parse_training
 from spatspark_fast.training.rundir import RunDirectory
 
@@ -50,7 +50,8 @@ def parse_resumed(command: TrainingCommand[Config], argv: Sequence[str], checkpo
         if name not in groups and ours[name] != theirs.get(name):
             raise UserError(f"{checkpoint} was begun with --{name} {theirs.get(name)}: leave --{name} out")
     fixed, free = command.fixed, command.free
-    changed = [d for d in differences(ours, theirs) if d.startswith(fixed) and not d.startswith(free)]
+    complete = to_plain(from_plain(command.config, theirs))  # an option that is newer than the run has its default
+    changed = [d for d in differences(ours, complete) if d.startswith(fixed) and not d.startswith(free)]
     if changed:
         raise UserError(
             f"{checkpoint} is of another model: {', '.join(changed)}; leave these out, or start a new "

@@ -32,7 +32,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "FAR", 0.0)
 
 
-@pytest.mark.parametrize("way", ["exact", pytest.param("dense", marks=pytest.mark.rest), "decode_ratio=0.25"])
+@pytest.mark.parametrize("way", ["exact", pytest.param("dense", marks=pytest.mark.rest), "sparse"])
 def test_a_captured_step_is_the_step(way: str) -> None:
     eager = ours(way)
     graph = GraphStep(ours(way), RecordedGraphs())

@@ -57,7 +57,7 @@ def test_every_suite_writes_rows_that_say_all(rows: list[Row]) -> None:
     assert {row["masked"] for row in sweep} == {"0", "0.6"}
     assert all(float(row["limit"]) > 1 and float(row["floor"]) > 0 for row in sweep)
     steps = {(row["way"], row["against"]) for row in rows if row["suite"] == "step" and row["masked"]}
-    ours = ("exact", "decode_ratio=0.25", "light")
+    ours = ("exact", "sparse", "light")
     assert steps == {(way, rival) for way in ours for rival in ("published", "dense")} | {("dense", "published")}
     for way in (*ours, "published", "dense"):  # the parts of a step are the step
         split = [row for row in rows if row["suite"] == "split" and row["way"] == way]

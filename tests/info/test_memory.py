@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.measure.timing import peak_bytes
 from spatspark_fast.info.memory import StepMemory, estimate_memory
-from spatspark_fast.models.masks import MaskSampler, patches_to_decode
+from spatspark_fast.models.masks import MaskSampler, masks_of_step
 from spatspark_fast.models.spark import SparK, build_spark
 
 BATCH = 8
@@ -17,8 +17,7 @@ def measured(model: SparK, size: int, decode_ratio: float, precision: torch.dtyp
     frames = torch.rand(BATCH, model.in_chans, size, size)
 
     def step() -> None:
-        grid = masks(frames, step=0)
-        decoded = patches_to_decode(model, masks, grid, decode_ratio, step=0)
+        grid, decoded = masks_of_step(model, masks, frames, decode_ratio)
         with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
             loss = model(frames, grid, decoded).loss
         loss.backward()

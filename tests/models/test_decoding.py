@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from patchsparse import PatchGrid, available_backends, image_engine, pack
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.models import decoder as decoder_module
-from spatspark_fast.models.decoder import UNetBlock
-from spatspark_fast.models.masks import MaskSampler, patches_to_decode
-from spatspark_fast.models.patch_loss import decoded_loss, reconstruction_loss
-from spatspark_fast.models.spark import build_spark
+from spatspark_fast.models.decoder import UNetBlock, UNetDecoder
+from spatspark_fast.models.masks import MaskSampler, masks_of_step
+from spatspark_fast.models.patch_loss import decoded_loss, patch_errors, reconstruction_loss
+from spatspark_fast.models.region import Region, crop
+from spatspark_fast.models.spark import SparK, build_spark
 from spatspark_fast.models.upsample import pays, upsample_conv
 
 from .parity import make_frames, scramble
@@ -74,15 +76,76 @@ def test_a_block_composes_only_where_it_pays_and_gives_the_same_either_way(monke
     torch.testing.assert_close(block.norm1.running_var, twin.norm1.running_var, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dense_blocks", [1, 2, 4])
-def test_decoding_every_patch_is_the_exact_decoder(dense_blocks: int) -> None:
-    model = build_spark(in_chans=3, decoder_width=64, loss_on="all", dense_decoder_blocks=dense_blocks).double().train()
+def bold(model: SparK) -> SparK:
+    """Give the norms weights and statistics with which a far pixel still counts."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.bias, 0.3, 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.3)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return model
+
+
+def unet_of(model: SparK) -> UNetDecoder:
+    assert isinstance(model.decoder, UNetDecoder)
+    return model.decoder
+
+
+@settings(max_examples=12)
+@given(data=st.data(), levels=st.integers(2, 4), rows=st.integers(1, 5), columns=st.integers(1, 7))
+def test_a_region_is_what_exact_decoding_makes_of_it_with_frozen_norms(data, levels, rows, columns) -> None:
+    """Values and gradients of what is inside, for regions anywhere, at every depth of the encoder."""
+    patch = 2 ** (levels + 1)
+    model = bold(build_spark(in_chans=3, decoder_width=32, levels=levels, patch=patch).double()).eval()
+    frames = make_frames(2, rows * patch, columns * patch)
+    grid = PatchGrid.random(2, (rows, columns), keep=0.4)
+    shape = data.draw(st.integers(1, rows)), data.draw(st.integers(1, columns))
+    first = [[data.draw(st.integers(0, n - m)) for n, m in zip((rows, columns), shape, strict=True)] for _ in range(2)]
+    region = Region(torch.tensor(first), shape, (rows, columns), patch)
+    ours, exact = model(frames, grid, region), model(frames, grid).prediction
+    inside = crop(exact, region.whole(), region.extent())
+    torch.testing.assert_close(ours.prediction, inside, rtol=1e-9, atol=1e-9)
+    errors = patch_errors(exact, frames, (rows, columns))
+    counted = torch.zeros_like(errors, dtype=torch.bool)
+    for image, (y, x) in enumerate(first):
+        counted[image, y : y + shape[0], x : x + shape[1]] = True
+    counted &= ~grid.active
+    loss = (errors * counted).sum() / counted.sum().clamp(min=1)
+    torch.testing.assert_close(ours.loss, loss, rtol=1e-9, atol=1e-9)
+    parameters = [p for name, p in model.named_parameters() if "norm" not in name]
+    theirs = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(ours.loss, parameters), theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * max(1.0, float(b.abs().max())))
+
+
+def test_each_block_computes_no_more_around_a_region_than_the_next_one_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pixel less around it, and the region is no longer what exact decoding makes of it."""
+    model = bold(build_spark(in_chans=3, decoder_width=64).double()).eval()
+    frames, grid = make_frames(1, 288, 288), PatchGrid.random(1, (9, 9), keep=0.4)
+    region = Region(torch.tensor([[4, 4]]), (1, 1), (9, 9), 32)
+    inside = crop(model(frames, grid).prediction, region.whole(), region.extent())
+    reads = unet_of(model)._reads()
+    assert reads == [(32, 3), (16, 3), (8, 3), (4, 3), (2, 2)]
+    for number in range(len(reads)):
+        fewer = [(stride, around - (index == number)) for index, (stride, around) in enumerate(reads)]
+        monkeypatch.setattr(model.decoder, "_reads", lambda fewer=fewer: fewer)
+        assert (model(frames, grid, region).prediction - inside).abs().max() > 1e-9 * inside.abs().max(), number
+
+
+def test_decoding_a_region_of_everything_trains_as_exact_decoding_does() -> None:
+    model = build_spark(in_chans=3, decoder_width=64, loss_on="all").double().train()
     scramble(model)
     twin = copy.deepcopy(model)
     frames, grid = make_frames(2, 64, 96), PatchGrid.random(2, (2, 3), keep=2)
-    everything = PatchGrid.from_active(torch.ones(2, 2, 3, dtype=torch.bool))
+    everything = Region(torch.zeros(2, 2, dtype=torch.long), (2, 3), (2, 3), 32)
     sparse, exact = model(frames, grid, everything), twin(frames, grid)
-    torch.testing.assert_close(sparse.prediction, pack(exact.prediction, everything), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(sparse.prediction, exact.prediction, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(sparse.loss, exact.loss, rtol=1e-9, atol=1e-9)
     sparse.loss.backward()
     exact.loss.backward()
@@ -95,44 +158,32 @@ def test_decoding_every_patch_is_the_exact_decoder(dense_blocks: int) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def reference_sparse_decode(model, densified: list[Tensor], decoded: PatchGrid) -> Tensor:
-    """Decode whole images, but zero what is outside the decoded patches after every operation of a fine block."""
-    *skips, x = densified
-    for index, block in enumerate(model.decoder.blocks):
-        if index > 0 and skips:
-            x = x + skips.pop()
-        if index < model.decoder.dense_blocks:
-            x = block(x)
-            continue
+def test_norms_see_pixels_with_real_neighbours_alone() -> None:
+    """Their batch statistics are those of pixels that the whole image has too, inside and around the region."""
+    model = bold(build_spark(in_chans=3, decoder_width=64).double()).eval()
+    frames, grid = make_frames(2, 288, 288), PatchGrid.random(2, (9, 9), keep=0.4)
+    region = Region(torch.tensor([[0, 4], [3, 3]]), (2, 3), (9, 9), 32)
+    seen: dict[str, list[Tensor]] = {}
 
-        def visible(y: Tensor) -> Tensor:
-            return y * decoded.pixels(y.shape[2:])[:, None]
+    def note(name: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, []).append(given[0])
 
-        def norm(layer: nn.BatchNorm2d, y: Tensor) -> Tensor:
-            rows = pack(y, decoded)
-            mean, var = rows.mean((0, 2, 3), keepdim=True), rows.var((0, 2, 3), correction=0, keepdim=True)
-            return (y - mean) / (var + layer.eps).sqrt() * layer.weight[:, None, None] + layer.bias[:, None, None]
-
-        x = visible(block.conv1(visible(block.up(visible(x)))))
-        x = visible(block.conv2(visible(torch.nn.functional.leaky_relu(norm(block.norm1, x)))))
-        x = norm(block.norm2, x)
-    return pack(model.decoder.head(x), decoded)
-
-
-def test_sparse_decoding_reads_halos_from_the_decoded_patches_alone() -> None:
-    model = build_spark(in_chans=3, decoder_width=64).double().train()
-    scramble(model)
-    frames, grid = make_frames(2, 96, 96), PatchGrid.random(2, (3, 3), keep=3)
-    decoded = PatchGrid.from_active(~grid.active & (torch.arange(9).reshape(3, 3) % 4 != 0))
+    for name, module in model.decoder.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(partial(note, name))
     with torch.no_grad():
-        output = model(frames, grid, decoded)
-        densified = model.densify(model.encode(pack(frames, grid), grid), grid)
-        wanted = reference_sparse_decode(model, densified, decoded)
-    torch.testing.assert_close(output.prediction, wanted, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(output.loss, decoded_loss(wanted, pack(frames, decoded), decoded), rtol=1e-9, atol=1e-9)
+        model(frames, grid, region)
+        model(frames, grid)
+    assert len(seen) == 10
+    for name, (part, whole) in seen.items():
+        block, which = int(name.split(".")[1]), name[-1]
+        stride, around = [*unet_of(model)._reads(), (1, 0)][block + 1]
+        extent = region.extent(stride, around + (which == "1"))
+        assert part.shape[2:] == extent.size
+        torch.testing.assert_close(part, crop(whole, region.whole(stride), extent), rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_the_decoded_loss_estimates_that_of_all_masked_patches() -> None:
+def test_the_decoded_loss_is_that_of_all_masked_patches() -> None:
     frames, prediction = make_frames(2, 64, 64), make_frames(2, 64, 64, seed=5)
     grid = PatchGrid.random(2, (2, 2), keep=1)
     masked = PatchGrid.from_active(~grid.active)
@@ -143,19 +194,6 @@ def test_the_decoded_loss_estimates_that_of_all_masked_patches() -> None:
     torch.testing.assert_close(ours, reconstruction_loss(prediction, frames, grid, "all"))
 
 
-def test_decoded_patches_are_masked_new_every_step_and_repeatable() -> None:
-    sampler, frames = MaskSampler(0.6), torch.zeros(3, 12, 288, 288)
-    grid = sampler(frames, step=0)
-    first, again = (sampler.decoded(grid, 0.25, step=0) for _ in range(2))
-    assert torch.equal(first.active, again.active)
-    assert not (first.active & grid.active).any()
-    assert first.counts().tolist() == [20, 20, 20]
-    assert not torch.equal(first.active, sampler.decoded(grid, 0.25, step=1).active)
-    assert sampler.decoded(grid, 0.9, step=0).counts().tolist() == [49, 49, 49]  # all masked ones
-    anywhere = sampler.decoded(grid, 0.9, step=0, masked=False)
-    assert anywhere.counts().tolist() == [73, 73, 73]
-
-
 @pytest.mark.parametrize("backend", ["auto", "dense"])
 def test_the_light_decoder_draws_masked_patches_alone_and_trains_the_same(backend: str) -> None:
     """By the C++ engine, where there is one, and by PyTorch's own layers; unequal counts per image."""
@@ -164,8 +202,8 @@ def test_the_light_decoder_draws_masked_patches_alone_and_trains_the_same(backen
     twin = copy.deepcopy(model)
     frames = make_frames(2, 64, 96)
     grid = PatchGrid.from_active(torch.tensor([[[1, 0, 0], [0, 1, 0]], [[1, 1, 0], [0, 1, 1]]]).bool())
-    decoded = patches_to_decode(model, MaskSampler(0.5), PatchGrid.random(2, (2, 3), keep=2), 1.0, step=0)
-    assert decoded is not None
+    _, decoded = masks_of_step(model, MaskSampler(0.67), frames)
+    assert isinstance(decoded, PatchGrid)
     assert decoded.counts().tolist() == [4, 4]
     alone, whole = model(frames, grid, grid.complement()), twin(frames, grid)
     torch.testing.assert_close(alone.prediction, pack(whole.prediction, grid.complement()), rtol=1e-9, atol=1e-9)
@@ -179,21 +217,49 @@ def test_the_light_decoder_draws_masked_patches_alone_and_trains_the_same(backen
 
 
 def test_whole_images_are_decoded_where_the_loss_reads_them_or_nothing_is_masked() -> None:
-    masks, grid = MaskSampler(0.5), PatchGrid.random(2, (2, 3), keep=2)
+    frames = make_frames(2, 64, 96)
     unet = build_spark(in_chans=3, decoder_width=32)
     light = build_spark(in_chans=3, decoder="light", decoder_width=32)
     everywhere = build_spark(in_chans=3, decoder="light", decoder_width=32, loss_on="all")
-    for model, seen in ((unet, grid), (everywhere, grid), (light, PatchGrid.random(2, (2, 3), keep=1.0))):
-        assert patches_to_decode(model, masks, seen, 1.0, step=0) is None
-    found = patches_to_decode(light, masks, grid, 1.0, step=0)
-    assert found is not None
+    for model, ratio in ((unet, 0.5), (everywhere, 0.5), (light, 0.0)):
+        assert masks_of_step(model, MaskSampler(ratio), frames)[1] is None
+    grid, found = masks_of_step(light, MaskSampler(0.5), frames)
+    assert isinstance(found, PatchGrid)
     assert torch.equal(found.active, ~grid.active)
+
+
+def test_what_is_decoded_is_new_every_step_and_repeatable() -> None:
+    frames, masks = torch.zeros(3, 12, 288, 288), MaskSampler(0.6)
+    unet, light = build_spark(decoder_width=32), build_spark(decoder="light", decoder_width=32)
+    regions = [masks_of_step(unet, masks, frames, 0.25, step)[1] for step in (0, 0, 1)]
+    assert all(isinstance(region, Region) and region.shape == (4, 5) for region in regions)
+    first, again, other = (region.first for region in regions if isinstance(region, Region))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    grid, patches = masks_of_step(light, masks, frames, 0.25)
+    assert isinstance(patches, PatchGrid)
+    assert patches.counts().tolist() == [20, 20, 20]
+    assert not (patches.active & grid.active).any()
+    _, all_masked = masks_of_step(light, masks, frames, 0.9)
+    assert isinstance(all_masked, PatchGrid)
+    assert torch.equal(all_masked.active, ~grid.active)
 
 
 def test_sparse_decoding_of_what_cannot_be_decoded_is_refused() -> None:
     frames, grid = make_frames(2, 64, 96), PatchGrid.random(2, (2, 3), keep=2)
     unet = build_spark(in_chans=3, decoder_width=32).double()
+    light = build_spark(in_chans=3, decoder="light", decoder_width=32).double()
+    first = torch.zeros(2, 2, dtype=torch.long)
     with pytest.raises(UserError, match="at least one patch of the same grid"):
-        unet(frames, grid, PatchGrid.random(2, (3, 2), keep=2))
-    with pytest.raises(UserError, match="dense_decoder_blocks=5 must be at least 1 and below 5"):
-        build_spark(in_chans=3, decoder_width=32, dense_decoder_blocks=5)
+        light(frames, grid, PatchGrid.random(2, (3, 2), keep=2))
+    with pytest.raises(UserError, match="a region, not a grid of patches"):
+        unet(frames, grid, PatchGrid.random(2, (2, 3), keep=2))
+    with pytest.raises(UserError, match="draws patches one by one"):
+        light(frames, grid, Region(first, (1, 1), (2, 3), 32))
+    for wrong in (
+        Region(first, (1, 1), (3, 2), 32),
+        Region(first, (1, 1), (2, 3), 16),
+        Region(first[:1], (1, 1), (2, 3), 32),
+    ):
+        with pytest.raises(UserError, match="make it with the same numbers"):
+            unet(frames, grid, wrong)

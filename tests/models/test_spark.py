@@ -12,6 +12,7 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.choices import DecoderKind
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.patch_loss import patchify
+from spatspark_fast.models.region import Region
 from spatspark_fast.models.spark import Observer, build_spark
 
 from .parity import make_frames, scramble
@@ -170,5 +171,5 @@ def test_an_observer_hears_where_the_parts_end_and_may_replace_the_features() ->
     with torch.no_grad():
         observed = model(frames, grid).prediction
         torch.testing.assert_close(observed, model.decoder(model.densify(zeros, grid)))
-        model(frames, grid, grid.complement())
+        model(frames, grid, Region(torch.zeros(1, 2, dtype=torch.long), (1, 1), (2, 2), 32))
     assert observer.heard == ["started", "encoded", "decoded"] * 2
