@@ -14,6 +14,7 @@ import yaml
 from spatspark_fast.common.cli import run_command
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.options import to_plain
+from spatspark_fast.models.choices import DECODE_RATIO
 from spatspark_fast.pretrain.__main__ import main
 from spatspark_fast.pretrain.cli import COMMAND, parse_pretrain
 from spatspark_fast.pretrain.config import PretrainConfig
@@ -228,6 +229,15 @@ def test_the_nl50_presets_are_the_settings_of_the_paper() -> None:
     assert (optim.weight_decay, optim.weight_decay_end, optim.warmup_epochs, optim.final_lr) == (0.04, 0.2, 40, 0.001)
     assert (config.data.batch_size, config.data.input_length, config.trainer.epochs) == (128, 12, 1600)
     assert (config.mask.ratio, config.model.patch, config.model.decoder_width) == (0.6, 32, 768)
+    assert (config.model.decode_ratio, config.model.decoder_norm) == (1.0, "batch")
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names(COMMAND.presets) if name.endswith("-fast")])
+def test_the_fast_presets_differ_in_what_is_reconstructed_alone(name: str) -> None:
+    fast, paper = (to_plain(parse_pretrain([f"--preset={n}"]).config) for n in (name, name.removesuffix("-fast")))
+    assert fast["model"].pop("decode_ratio") == DECODE_RATIO
+    assert paper["model"].pop("decode_ratio") == 1.0
+    assert fast == paper
 
 
 @pytest.mark.parametrize("name", preset_names(COMMAND.presets))
