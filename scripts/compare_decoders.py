@@ -104,7 +104,7 @@ def stepper(out: Path, data: Path, options: Options, way: str) -> Callable[[], N
     windows = NowcastDataset(config.data.path or data, "train", input_length=12, output_length=0, crop=config.data.crop)
     frames = torch.stack([torch.as_tensor(windows[i]["input"]) for i in range(BATCH)])
     model, masks, positions = build_model(config).train(), build_masks(config), count()
-    optimizer = build_optimizer(model.named_parameters(), config.optim, peak_lr=1e-4)
+    optimizer = build_optimizer(model.named_parameters(), config.optim, lr=1e-4)
 
     def step() -> None:
         grid, decoded = masks_of_step(model, masks, frames, config.model.decode_ratio, next(positions))
