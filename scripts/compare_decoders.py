@@ -31,6 +31,7 @@ from spatspark_fast.common.options import from_plain
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.evaluate.scoring import evaluate_forecaster
 from spatspark_fast.finetune import __main__ as finetune
+from spatspark_fast.models.choices import DECODE_RATIO
 from spatspark_fast.models.masks import MaskSampler, masks_of_step
 from spatspark_fast.models.patch_loss import reconstruction_loss
 from spatspark_fast.pretrain import __main__ as pretrain
@@ -43,11 +44,11 @@ from spatspark_fast.training.optim import build_optimizer
 
 WAYS = {
     "exact": ("--model.decode_ratio=1",),
-    "sparse": ("--model.decode_ratio=0.5",),
+    "sparse": (f"--model.decode_ratio={DECODE_RATIO}",),
     "sparse 0.37": ("--model.decode_ratio=0.37",),
     "sparse 0.25": ("--model.decode_ratio=0.25",),
-    "sparse, no finish": ("--model.decode_ratio=0.5", "--trainer.exact_finish=0"),
-    "sparse, finish 0.3": ("--model.decode_ratio=0.5", "--trainer.exact_finish=0.3"),
+    "sparse, no finish": (f"--model.decode_ratio={DECODE_RATIO}", "--trainer.exact_finish=0"),
+    "sparse, finish 0.3": (f"--model.decode_ratio={DECODE_RATIO}", "--trainer.exact_finish=0.3"),
     "exact, group norm": ("--model.decode_ratio=1", "--model.decoder_norm=group"),
     "exact, layer norm": ("--model.decode_ratio=1", "--model.decoder_norm=layer"),
     "light": ("--model.decoder=light", "--model.decode_ratio=1"),

@@ -20,7 +20,7 @@ from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import check_choice
 from spatspark_fast.models.choices import MaskSchedule, MaskStrategy, check_mask_ratios
 from spatspark_fast.models.geometry import grid_shape
-from spatspark_fast.models.patch_loss import contrast, patchify
+from spatspark_fast.models.patch_loss import contrast, patch_means
 from spatspark_fast.models.region import Region, draw_region, region_shape
 from spatspark_fast.models.spark import SparK
 
@@ -30,7 +30,6 @@ __all__ = [
     "decoded_counts",
     "draw_masks",
     "grids_of",
-    "leaves_patches_out",
     "masks_of_step",
     "num_decoded",
     "num_visible",
@@ -60,8 +59,7 @@ def num_decoded(num_patches: int, num_visible: int, share: float, masked: bool =
 
 def wet_share(frames: Tensor, shape: tuple[int, int], threshold: float = 0.0) -> Tensor:
     """Return the share of each patch above ``threshold`` (data units), ``(B, Gh, Gw)`` float32 in [0, 1]."""
-    wet = (frames > threshold).float().mean(dim=1)
-    return patchify(wet.unsqueeze(1), shape).mean(dim=(3, 4, 5))
+    return patch_means((frames > threshold).float(), shape)
 
 
 class MaskSampler:
@@ -155,22 +153,15 @@ class MaskSampler:
         return self.ratio + (self.ratio_end - self.ratio) * min(max(share, 0.0), 1.0)
 
 
-def leaves_patches_out(model: SparK, visible: int, patches: int, share: float) -> bool:
-    """Return whether a step reconstructs less than whole images, of which ``visible`` of ``patches`` are seen.
-
-    It does below a ``share`` of 1, and where that changes nothing (`SparK.decodes_apart`), if any patch is masked.
-    """
-    return share < 1 or (model.decodes_apart and visible < patches)
-
-
 def decoded_counts(model: SparK, shape: tuple[int, int], visible: int, share: float) -> tuple[int, ...]:
     """Return what decides the shapes of what ``model`` reconstructs of images of ``shape`` (Gh, Gw) patches.
 
     By the U-Net rows and columns of a region with about a ``share`` of the patches, by the light decoder a number of
-    patches; nothing for whole images. ``visible`` patches of an image are seen.
+    patches; nothing for whole images, at a ``share`` of 1. There, too, patches are left out if that changes nothing
+    (`SparK.decodes_apart`). ``visible`` patches of an image are seen.
     """
     patches = shape[0] * shape[1]
-    if not leaves_patches_out(model, visible, patches, share):
+    if share >= 1 and not (model.decodes_apart and visible < patches):
         return ()
     if model.decodes_regions:
         return region_shape(shape, share)

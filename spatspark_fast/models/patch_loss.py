@@ -23,6 +23,7 @@ __all__ = [
     "denormalise_patches",
     "normalise_patches",
     "patch_errors",
+    "patch_means",
     "patch_statistics",
     "patchify",
     "reconstruction_loss",
@@ -67,16 +68,18 @@ def patch_statistics(frames: Tensor, shape: tuple[int, int]) -> PatchStatistics:
     return PatchStatistics(mean, (variance + VARIANCE_FLOOR).sqrt())
 
 
+def patch_means(frames: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the mean of each patch of ``(B, T, H, W)`` over its pixels and frames, ``(B, Gh, Gw)``."""
+    return patchify(frames.mean(dim=1, keepdim=True), shape).mean(dim=(3, 4, 5))
+
+
 def contrast(frames: Tensor, shape: tuple[int, int]) -> Tensor:
     """Return the error that each patch's mean would leave, ``(B, Gh, Gw)`` from 0 (dry) to nearly 1 (rain).
 
     It is the mean square of the normalised pixels: of a variance v, ``v / (v + 1e-6)``. By the mean of squares, which
     is quick and less exact than `patch_statistics`.
     """
-    mean, square = (
-        x.mean(1).unflatten(2, (shape[1], -1)).mean(3).unflatten(1, (shape[0], -1)).mean(2)
-        for x in (frames, frames.square())
-    )
+    mean, square = patch_means(frames, shape), patch_means(frames.square(), shape)
     variance = (square - mean.square()).clamp(min=0)
     return variance / (variance + VARIANCE_FLOOR)
 

@@ -33,8 +33,8 @@ class ModelConfig(ModelOptions):
     """Say what is trained.
 
     Args:
-        decode_ratio: share of an image's patches that a step reconstructs: 1 is all; below, a rectangle of them at a
-            random place (what it reads around it is not counted), or by "light" so many masked patches
+        decode_ratio: share of an image's patches that a step reconstructs: 1 is all; below, a rectangle of them, drawn
+            where there is rain (what it reads around it is not counted), or by "light" so many masked patches
         loss_on: "masked" patches only (SparK), or "all" patches
         backend: engine of the sparse convolutions; "auto" chooses by device, dtype and shape
     """

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from patchsparse import PatchGrid
+from spatspark_fast.finetune.initial import read_initial
+from spatspark_fast.models.choices import DecoderNorm
 from spatspark_fast.models.region import Region
 from spatspark_fast.models.spark import SparK
+from spatspark_fast.models.spatspark import build_spatspark
 from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.pretrain.decoding import decode_ratio_at, describe_decoding
 from spatspark_fast.training.notes import resume_notes
@@ -81,6 +84,21 @@ def test_a_resumed_run_reconstructs_the_same_regions(tmp_path: Path) -> None:
     assert kept.exists()
     assert pretrain(tmp_path / "rest", f"--resume={kept}", **SPARSE) == 0
     assert same_training(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "rest"))
+
+
+def test_finetuning_takes_the_norms_of_the_pretrained_decoder(tmp_path: Path) -> None:
+    assert pretrain(tmp_path / "run", **SPARSE, model__decoder_norm="group", trainer__epochs=1) == 0
+    initial = read_initial(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert initial.demands["model.decoder_norm"] == "group"
+    options: dict[str, Any] = {"encoder": "test_resnet", "in_length": 3, "out_length": 3, "decoder_width": 32}
+    model = build_spatspark(**options, decoder_norm="group")
+    initial.fill(model)
+    kept = initial.weights["decoder.blocks.0.norm1.weight"]
+    assert torch.equal(model.state_dict()["decoder.blocks.0.norm1.weight"], kept)
+    counts: dict[DecoderNorm, int] = {"batch": 10, "group": 0, "layer": 0}
+    for norm, count in counts.items():
+        decoder = build_spatspark(**options, decoder_norm=norm).decoder
+        assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in decoder.modules()) == count
 
 
 def plan_of(steps: int) -> Plan:
