@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,13 +74,17 @@ def name_of(shape: Shape) -> str:
     return f"conv {shape}"
 
 
-def step(run: Callable[..., Tensor], inputs: Arguments, dtype: torch.dtype) -> list[Tensor]:
-    """Return the output of ``run`` and the gradients at the inputs for one direction, whose values ``dtype`` has."""
+def direction_of(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a random direction for the gradients of ``y``, in values that ``dtype`` has."""
+    g = torch.Generator(y.device).manual_seed(2)
+    return torch.randn(y.shape, generator=g, device=y.device).to(dtype).to(y.dtype)
+
+
+def step(run: Callable[..., Tensor], inputs: Arguments, direction: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return the output of ``run`` and the gradients at the inputs along the ``direction`` of that output."""
     leaves = [i.detach().clone().requires_grad_() for i in inputs]
     y = run(*leaves)
-    g = torch.Generator(y.device).manual_seed(2)
-    direction = torch.randn(y.shape, generator=g, device=y.device).to(dtype).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves, direction)]
+    return [y.detach(), *torch.autograd.grad(y, leaves, direction(y))]
 
 
 def operations(grid: PatchGrid, g: torch.Generator) -> Iterator[Operation]:
@@ -134,10 +139,11 @@ def compared(name: str, run: Callable[..., Tensor], inputs: Arguments, mode: str
     dtype, context = MODES[mode]
     rounded = tuple(i.to(dtype) for i in inputs)
     try:
-        exact = step(lambda *i: run("gather", *i), tuple(i.double() for i in rounded), dtype)
+        along = partial(direction_of, dtype=dtype)
+        exact = step(lambda *i: run("gather", *i), tuple(i.double() for i in rounded), along)
         with context():
-            own = off(step(lambda *i: run(ours, *i), rounded, dtype), exact)
-            theirs = off(step(lambda *i: run("gather", *i), rounded, dtype), exact)
+            own = off(step(lambda *i: run(ours, *i), rounded, along), exact)
+            theirs = off(step(lambda *i: run("gather", *i), rounded, along), exact)
     except Exception as error:  # a kernel that fails to compile must not cost the others
         return Checked(name, mode, float("nan"), float("nan"), f"{type(error).__name__}: {str(error)[:300]}")
     pairs = [(error, 2 * (other + ROUNDING)) for error, other in zip(own, theirs, strict=True)]
@@ -166,13 +172,19 @@ def check_graphs(device: str, ours: str = "triton") -> Iterator[Checked]:
     x = torch.randn(grid.num_active, 64, 2, 2, device=device).bfloat16()
     w = torch.randn(64, 64, 3, 3, device=device).bfloat16()
     token = torch.randn(64, device=device)
+    drawn: dict[torch.Size, Tensor] = {}  # in the runs before a capture, which lets no generator of its own draw
+
+    def along(y: Tensor) -> Tensor:
+        if y.shape not in drawn:
+            drawn[y.shape] = direction_of(y, y.dtype)
+        return drawn[y.shape]
 
     def convolved() -> list[Tensor]:
-        return step(lambda x, w: patch_conv2d(x, w, None, grid, 1, 1, backend=ours), (x, w), x.dtype)
+        return step(lambda x, w: patch_conv2d(x, w, None, grid, 1, 1, backend=ours), (x, w), along)
 
     def densified() -> list[Tensor]:
         run = lambda x, t: patch_batch_norm_unpack(x, grid, None, None, None, None, t, backend=ours)  # noqa: E731
-        return step(run, (x, token), x.dtype)
+        return step(run, (x, token), along)
 
     for name, run in (("convolution", convolved), ("batch norm + unpack", densified)):
         name = f"replayed {name}"

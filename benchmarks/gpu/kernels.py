@@ -135,11 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{COMMAND} cannot run the triton engine: {reason}\n")
         return 2
     folder, right = arguments.out or RESULTS / folder_name(), True
-    torch.backends.cudnn.benchmark = True  # the rivals take the fastest of cuDNN's kernels
     with aside():
         if not arguments.no_check:
             right = keep(chain(check_graphs("cuda"), check("cuda", arguments.modes)), folder)
         if not arguments.check_only:
+            torch.backends.cudnn.benchmark = True  # the rivals take the fastest of cuDNN's kernels
             measure(arguments, folder, began)
     return 0 if right else 1
 

@@ -11,7 +11,7 @@ rows, ``{out}`` for that of everything, ``{minutes}`` for what is left, ``{scale
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["EVERYTHING", "PARTS", "SHORT", "TUNE", "Line"]
 
@@ -63,7 +63,7 @@ INSTALL = ("{python}", "-m", "pip", "install", "-q", "--no-index", "--no-deps", 
 CHECK = "do all kernels agree with float64, and do replayed graphs?"
 PEERS_RIGHT = _pytest("-o", "addopts=", "tests/benchmarks/test_peers.py", "-k", "installed")
 WHEELS = Line("wheels", (*INSTALL, "{wheels}"), 10, "can the libraries be installed?", "wheels")
-CARD = Line("card", _module("identify", "--out", "{rows}"), 20, "is the card as fast as it should be?")
+CARD = Line("card", _module("identify", "--out", "{rows}"), 25, "is the card as fast as it should be?")
 NCU = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--section", "SpeedOfLight", "--section",
        "Occupancy", "--section", "MemoryWorkloadAnalysis", "--section", "WarpStateStats")  # fmt: skip
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
@@ -73,71 +73,79 @@ TUNE = Line(
     540,
     "which configurations are fastest for ResNets and ConvNeXts?",
 )
+TIMES = Line("kernel-times", _module("kernel_times", "--out", "{rows}"), 40, "where does the time of the card go?")
+PRETRAIN = Line(
+    "pretrain",
+    _module("training", "--out", "{rows}", "--python", "{python line}"),
+    45,
+    "does pretraining run, resume after a kill, and learn as dense-and-mask does?",
+)
+GRAPHS = "what does a captured step give over the published one, and how much memory does it take?"
 
 SHORT: Mapping[int, tuple[Line, ...]] = {
     1: (
         CARD,
-        Line("check", _kernels("--check-only"), 60, CHECK),
-        Line("3x3", _layers("3x3", "--masked", "0.6"), 70, "is every 3x3 stage twice as fast as dense cuDNN?"),
+        Line("check", _kernels("--check-only"), 75, CHECK),
+        Line("3x3-tuned", _layers("3x3", "--masked", "0.6", tune=True), 45, "3x3 over dense cuDNN: what gives tuning?"),
+        Line(
+            "encoder",
+            _suite("test_encoder.py", "--encoders", "resnet18", "--no-compile"),
+            45,
+            "is a whole ResNet-18 twice as fast as dense, eager and captured?",
+        ),
+        Line("step-graph", _suite("test_step.py::test_graphs", "--encoders", "resnet18"), 60, GRAPHS),
+        TIMES,
+        PRETRAIN,
         Line(
             "other-layers",
             _layers("stem stride2 densify", "--masked", "0.6"),
-            50,
+            30,
             "are stem, stride 2 and densifying faster than dense?",
         ),
-        Line(
-            "step",
-            _suite("test_step.py::test_step test_step.py::test_compiled", "--encoders", "resnet18"),
-            110,
-            "how fast is a whole step of a ResNet-18, over the published and the best dense one?",
-        ),
+        replace(TUNE, command=(*TUNE.command, "--copy-only"), seconds=50),
         Line("ncu", (*NCU, *_module("small")), 30, "what bounds six kernels?", "ncu"),
         Line(
             "sanitizer",
             (*SANITIZER, *_module("small", "--tiny")),
-            20,
+            15,
             "does any kernel touch memory that is not its own?",
             "compute-sanitizer",
         ),
     ),
     2: (
         Line("check", _kernels("--check-only", "--modes", "bfloat16"), 25, CHECK),
-        Line(
-            "3x3-tuned",
-            _layers("3x3", "--masked", "0.6", "0.3", "0.75", tune=True),
-            45,
-            "what does tuning give, and how does the masked share matter?",
-        ),
+        Line("3x3", _layers("3x3", "--masked", "0.6", "0.3", "0.75"), 30, "how does the masked share matter?"),
         Line(
             "encoders",
             _suite("test_encoder.py", "--encoders", "resnet18,resnet50", "--no-compile"),
-            45,
+            50,
             "are whole encoders twice as fast as dense, eager and captured?",
         ),
-        Line(
-            "step-graph",
-            _suite("test_step.py::test_graphs", "--encoders", "resnet18"),
-            35,
-            "what does a captured step give, and how much memory does it take?",
-        ),
-        Line(
-            "pretrain",
-            _module("training", "--out", "{rows}", "--python", "{python line}"),
-            35,
-            "does pretraining run, resume after a kill, and learn as dense-and-mask does?",
-        ),
-        Line("peers", _layers("peers", "--masked", "0.6"), 20, "how fast are other libraries at p8 C64 and p1 C512?"),
+        Line("step-graph", _suite("test_step.py::test_graphs", "--encoders", "resnet18"), 40, GRAPHS),
         Line(
             "images",
             _suite("test_step.py::test_images"),
-            20,
+            25,
             "how many images/s does a ResNet-50 at 224x224 train on?",
         ),
-        Line("depthwise", _layers("depthwise", "--masked", "0.6"), 10, "is 7x7 depthwise faster than dense?"),
-        Line("peers-right", PEERS_RIGHT, 5, "do the libraries that are installed agree with dense-and-mask?"),
+        Line(
+            "step",
+            _suite("test_step.py::test_step", "--encoders", "resnet18"),
+            40,
+            "how fast is a step kernel by kernel, and which of its parts takes how long?",
+        ),
+        Line("peers", _layers("peers", "--masked", "0.6"), 25, "how fast are other libraries at p8 C64 and p1 C512?"),
+        Line("depthwise", _layers("depthwise", "--masked", "0.6"), 12, "is 7x7 depthwise faster than dense?"),
+        Line("peers-right", PEERS_RIGHT, 8, "do the libraries that are installed agree with dense-and-mask?"),
+        Line(
+            "compiled",
+            _suite("test_step.py::test_compiled", "--encoders", "resnet18"),
+            60,
+            "how fast is a dense step when it is compiled?",
+        ),
     ),
 }
-PARTS = {1: 360.0, 2: 240.0}  # seconds of work
+PARTS = {part: sum(line.seconds for line in lines) for part, lines in SHORT.items()}  # seconds of work
 
 LONG = 3600.0  # of a line that may take all that is left
 EVERYTHING: tuple[Line, ...] = (
@@ -154,10 +162,5 @@ EVERYTHING: tuple[Line, ...] = (
     Line("memory", _suite("test_memory.py test_data.py", "{encoders}"), LONG, "peak memory, input pipeline"),
     Line("small", _suite("test_pool.py test_norm.py"), LONG, "pooling and norms"),
     Line("more-layers", _layers("stride2 depthwise stem densify", tune=True), LONG, "other layers"),
-    Line(
-        "pretrain",
-        _module("training", "--out", "{rows}", "--python", "{python line}"),
-        LONG,
-        "pretraining, killed and resumed",
-    ),
+    replace(PRETRAIN, seconds=LONG),
 )

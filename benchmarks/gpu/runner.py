@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,12 +57,18 @@ def signals_raise() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def pack(folder: Path, archive: Path) -> None:
-    """Write everything in a folder into one ``.tar.gz``; an archive that is there is replaced when the new is whole."""
+def pack(folder: Path, archive: Path, without: Container[str] = ()) -> None:
+    """Write a folder into one ``.tar.gz``; an archive that is there is replaced when the new is whole.
+
+    Args:
+        folder: what is packed.
+        archive: where to.
+        without: suffixes of files that are left out.
+    """
     archive.parent.mkdir(parents=True, exist_ok=True)
     fresh = archive.with_name(archive.name + ".new")
     with tarfile.open(fresh, "w:gz") as file:
-        file.add(folder, folder.name)
+        file.add(folder, folder.name, filter=lambda entry: None if Path(entry.name).suffix in without else entry)
     fresh.replace(archive)
 
 

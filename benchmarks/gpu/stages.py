@@ -1,9 +1,9 @@
 """All that a GPU can check and measure: ``python -m benchmarks gpu``, in calls of ten minutes.
 
 ``--plan all`` runs everything until ``--minutes`` are up and prints the command for what is left. ``--plan short`` runs
-one of two parts of 360 and 240 seconds, whose lines have limits of their own (``plan.py``). Rows of several calls fill
-the same tables. A kernel that a check finds wrong has no figures; all others are measured. However a call ends, there
-is one archive of all that it left, and the last lines it prints are a table.
+one of two parts, whose lines have limits of their own (``plan.py``). Rows of several calls fill the same tables. A
+kernel that a check finds wrong has no figures; all others are measured. However a call ends, there is one archive of
+all that it left, and the last lines it prints are a table.
 """
 
 from __future__ import annotations

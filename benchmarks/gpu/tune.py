@@ -99,15 +99,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.tune", description=__doc__)
     parser.add_argument("--out", type=Path, help="folder of the copy; default benchmarks/results/<device>")
     parser.add_argument("--minutes", type=float, default=9.0, help="measure for so long (default: 9)")
+    parser.add_argument("--copy-only", action="store_true", help="leave the table of the package as it is")
     options = parser.parse_args(argv)
     if not has_gpu():
         sys.stderr.write("python -m benchmarks.gpu.tune needs a CUDA device: a table of guesses helps nobody\n")
         return 2
-    copy = (options.out or RESULTS / folder_name()) / NAME
+    paths = [(options.out or RESULTS / folder_name()) / NAME, *([] if options.copy_only else [tuned.TABLE])]
+    found: dict[tuned.Kind, Sequence[tuning.Measured]] = {}
     with aside():
         for kind, measured in measure(60 * options.minutes, device().type):
             sys.stdout.write(said(kind, measured) + "\n")
-            keep({kind: measured}, tuned.TABLE, copy)
+            sys.stdout.flush()
+            found[kind] = measured
+            keep(found, *paths)
     return 0
 
 

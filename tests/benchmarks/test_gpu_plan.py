@@ -138,7 +138,7 @@ def test_a_call_that_is_stopped_packs_what_it_has(tmp_path: Path, signum: int) -
 
 def test_lines_have_limits_that_fit_their_part() -> None:
     for part, lines in SHORT.items():
-        assert sum(found.seconds for found in lines) <= PARTS[part]
+        assert sum(found.seconds for found in lines) == PARTS[part] <= 540  # a machine may be lent for ten minutes
         assert all(found.seconds >= 5 and found.answers.endswith("?") for found in lines)
     assert SHORT[1][0].name == "card"
     assert [found.name for found in SHORT[1][-2:]] == ["ncu", "sanitizer"]  # they fail on some machines
@@ -151,7 +151,7 @@ def test_lines_have_limits_that_fit_their_part() -> None:
 
 def test_what_a_line_leaves_goes_to_those_after_it() -> None:
     found = stages.lines_of(options("--plan", "short", "--part", "1"))
-    assert [end for _, end in found][:3] == [20, 80, 150]
+    assert [end for _, end in found][:3] == [25, 100, 145]
     assert len(stages.lines_of(options("--plan", "short"))) == len(SHORT[1]) + len(SHORT[2])
     with_wheels = stages.lines_of(options("--plan", "short", "--part", "2", "--wheels", "wheels"))
     assert with_wheels[0] == (plan.WHEELS, 10)

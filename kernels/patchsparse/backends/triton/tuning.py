@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,10 +111,11 @@ def _device_seconds(several: Callable[[], None]) -> float:
 
 
 # What was measured in this process, what is chosen for each kind of call that was met (None: the default; both are
-# memos), and whether calls in this context may measure.
+# memos), and the `tune` blocks that are open. These are of the process, not of a thread: on a GPU backward passes run
+# in threads of autograd.
 _tuner = Tuner()
 _chosen: dict[Hashable, Any] = {}
-_tuning: ContextVar[bool] = ContextVar("patchsparse_triton_tuning", default=False)
+_open: list[object] = []
 _UNMET = object()
 
 
@@ -128,11 +128,11 @@ def forget() -> None:
 
 @contextmanager
 def tune(repetitions: int = 5) -> Iterator[Tuner]:
-    """Measure every kind of call that is met inside the ``with`` block for the first time; later calls use the best.
+    """Measure every kind of call that is met while the block is open for the first time; later calls use the best.
 
-    Run one training step in it to warm up. What was found serves the whole process, also under CUDA graph capture,
-    where nothing is ever measured. Without it calls use the table of the package, and the defaults for what is not in
-    it.
+    That holds for all threads, since autograd's own run the backward pass on a GPU. Run one training step in it to
+    warm up. What was found serves the whole process, also under CUDA graph capture, where nothing is ever measured.
+    Without it calls use the table of the package, and the defaults for what is not in it.
 
     Yields:
         the process's :class:`Tuner`: ``found`` per kind of call, ``seconds`` spent.
@@ -144,11 +144,12 @@ def tune(repetitions: int = 5) -> Iterator[Tuner]:
         print(f"{len(tuner.found)} kinds of call measured in {tuner.seconds:.1f} s")
     """
     _tuner.repetitions = repetitions
-    token = _tuning.set(True)
+    block = object()
+    _open.append(block)
     try:
         yield _tuner
     finally:
-        _tuning.reset(token)
+        _open.remove(block)
 
 
 def best(kind: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Tensor:
@@ -157,14 +158,14 @@ def best(kind: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -
     A kind that was met before costs one lookup. Kinds other than :class:`~.tuned.Kind` are not in the table.
     """
     chosen = _chosen.get(kind, _UNMET)
-    if chosen is _UNMET or (_tuning.get() and kind not in _tuner.found):
+    if chosen is _UNMET or (_open and kind not in _tuner.found):
         chosen = _meet(kind, configs, run)
     return run(configs[0] if chosen is None else chosen)
 
 
 def _meet(kind: Hashable, configs: Sequence[Any], run: Callable[[Any], Tensor]) -> Any | None:
     """Measure a kind of call if that is wanted, or look it up; remember and return what is chosen."""
-    if _tuning.get() and not _capturing():
+    if _open and not _capturing():
         _tuner.measure(kind, configs, run)
         _chosen[kind] = _tuner.best(kind)
     elif kind not in _chosen:
