@@ -83,8 +83,6 @@ class DensifyLevel(nn.Module):
         self, features: Tensor, grid: PatchGrid, norm: nn.BatchNorm2d, momentum: float, backend: str
     ) -> Tensor:
         """Return ``unpack(norm(features), grid, mask_token)``, and count the batch as the module does."""
-        if norm.training and norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.add_(1)
         return patch_batch_norm_unpack(
             features,
             grid,
@@ -97,6 +95,7 @@ class DensifyLevel(nn.Module):
             momentum,
             norm.eps,
             backend,
+            batches=norm.num_batches_tracked,
         )
 
 

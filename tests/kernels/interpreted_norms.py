@@ -51,6 +51,23 @@ def test_moments_of_few_and_many_rows(rows):
         torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [True, False])
+def test_running_statistics_and_batches_in_one_start(dtype, counts):
+    """Of more channels than a program has; what is in gaps of memory is left to PyTorch."""
+    (x,) = normal(4, (6, 700, 1, 2))
+    gaps, batches = torch.full((1400,), 0.5)[::2], torch.tensor(41) if counts else None
+    states = [[torch.full((700,), 0.5, dtype=dtype) for _ in range(2)] for _ in range(2)]
+    for state, backend in zip(states, ("triton", "gather"), strict=True):
+        patch_batch_norm_act(x + 5, None, None, *state, True, 0.3, backend=backend, batches=batches)
+    patch_batch_norm_act(x + 5, None, None, gaps, gaps.clone(), True, 0.3, backend="triton", batches=batches)
+    for got, expected in zip(*states, strict=True):
+        torch.testing.assert_close(got, expected)
+        assert got._version == expected._version == 1
+    assert batches is None or batches.tolist() == 44
+    torch.testing.assert_close(gaps.to(dtype), states[1][0])
+
+
 def test_statistics_of_two_ranks():
     """What is sent, and what becomes of what comes back; ranks are threads, which the interpreter cannot have."""
     x, residual, weight, bias = normal(3, (40, 16, 2, 2), (40, 16, 2, 2), (16,), (16,))

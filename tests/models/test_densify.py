@@ -62,9 +62,9 @@ def test_the_backend_reaches_the_fused_operator(monkeypatch: pytest.MonkeyPatch)
     packed = torch.randn(6, 6, 2, 2)
     asked = []
 
-    def spy(*args: Any) -> torch.Tensor:
+    def spy(*args: Any, **counted: Any) -> torch.Tensor:
         asked.append(args[-1])
-        return patch_batch_norm_unpack(*args)
+        return patch_batch_norm_unpack(*args, **counted)
 
     monkeypatch.setattr(level, "_fuses", lambda _: True)
     monkeypatch.setattr(densify, "patch_batch_norm_unpack", spy)

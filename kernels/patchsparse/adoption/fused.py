@@ -79,10 +79,9 @@ class PatchNorm(PatchModule):
         training, momentum = norm.training, norm.momentum
         used = norm.track_running_stats or not training
         mean, var, batches = (norm.running_mean, norm.running_var, norm.num_batches_tracked) if used else (None,) * 3
-        if training and batches is not None:
+        if training and batches is not None and momentum is None:  # a cumulative average
             batches.add_(1)
-            if momentum is None:  # a cumulative average
-                momentum = 1.0 / float(batches)
+            momentum, batches = 1.0 / float(batches), None
         return patch_batch_norm_act(
             x,
             norm.weight,
@@ -97,6 +96,7 @@ class PatchNorm(PatchModule):
             residual,
             binding.backend,
             binding.all_gather,
+            batches,
         )
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backends import FUSED_NORMS, choose, engine
+from ..eager import is_traced
 from ..grid import PatchGrid
 from ..ops import norm, norm_unpack
+from ..ops.calls import norm_call
 from ..ops.joined_norm import AllGather, joined_batch_norm_act, joined_batch_norm_unpack
 from ..packing import check_packed, fill_values
 
@@ -29,6 +32,7 @@ def patch_batch_norm_act(
     residual: Tensor | None = None,
     backend: str = "auto",
     all_gather: AllGather | None = None,
+    batches: Tensor | None = None,
 ) -> Tensor:
     """Normalise over the active pixels, add a residual and apply an activation, in one pass over memory.
 
@@ -49,6 +53,7 @@ def patch_batch_norm_act(
             ``(processes, K)`` of all, such as `torch.distributed.all_gather_into_tensor`. Called once forward and once
             backward, also where there are no rows; numbers of rows may differ. Gradients at ``weight`` and ``bias``
             are those of the rows here. Eager only.
+        batches: ``()`` int64, counted up by one if ``training``, or None.
 
     Returns:
         ``(N, C, ph, pw)`` in channels_last memory. First derivatives only.
@@ -72,7 +77,9 @@ def patch_batch_norm_act(
     else:
         y, mean, var, count = joined_batch_norm_act(*operands, *options, all_gather)
     if training:
-        _update_running(running_mean, running_var, mean, var, count, momentum)
+        running = (running_mean, running_var, batches)
+        taker = choose(norm_call("batch_norm_act", packed, packed.shape[0]), backend)
+        _update_running(running, mean, var, count, momentum, taker)
     return y
 
 
@@ -89,6 +96,7 @@ def patch_batch_norm_unpack(
     eps: float = 1e-5,
     backend: str = "auto",
     all_gather: AllGather | None = None,
+    batches: Tensor | None = None,
 ) -> Tensor:
     """Normalise over the active pixels and lay the patches back into whole images, in one pass over memory.
 
@@ -109,6 +117,7 @@ def patch_batch_norm_unpack(
             ``(processes, K)`` of all, such as `torch.distributed.all_gather_into_tensor`. Called once forward and once
             backward, also where there are no rows; numbers of rows may differ. Gradients at ``weight`` and ``bias``
             are those of the rows here. Eager only.
+        batches: ``()`` int64, counted up by one if ``training``, or None.
 
     Returns:
         ``(B, C, Gh * ph, Gw * pw)`` in channels_last memory and the dtype of ``packed``. First derivatives only.
@@ -133,7 +142,9 @@ def patch_batch_norm_unpack(
     else:
         image, mean, var, count = joined_batch_norm_unpack(*operands, *maps, eps, backend, all_gather)
     if training:
-        _update_running(running_mean, running_var, mean, var, count, momentum)
+        running = (running_mean, running_var, batches)
+        taker = choose(norm_call("batch_norm_unpack", packed, grid.slot.numel()), backend)
+        _update_running(running, mean, var, count, momentum, taker)
     return image
 
 
@@ -166,25 +177,30 @@ def _rows(packed: Tensor) -> int:
 
 
 def _update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
     mean: Tensor,
     var: Tensor,
     count: int | Tensor,
     momentum: float,
+    taker: str,
 ) -> None:
     """Move the running statistics towards the batch's ``mean`` and biased ``var``, in place; no rows leave them.
 
-    The operators mark ``mean`` and ``var`` as not differentiable.
+    ``running`` is mean, variance and number of batches, ``taker`` the engine of the norm. The operators mark ``mean``
+    and ``var`` as not differentiable.
     """
-    if running_mean is None or running_var is None:
-        return
-    running = [running_mean, running_var]
-    if isinstance(count, Tensor):  # of all processes, on the device
-        weight = momentum * (count > 1).to(running_mean.dtype)
-        count = count.clamp(min=2)
-        for old, new in zip(running, (mean, var * (count / (count - 1))), strict=True):
-            old.lerp_(new.to(old.dtype), weight)
-    elif count > 1:
-        new = mean.to(running_mean.dtype), (var * (count / (count - 1))).to(running_var.dtype)
-        torch._foreach_lerp_(running, new, momentum)  # pyright: ignore[reportPrivateImportUsage]
+    old_mean, old_var, batches = running
+    if old_mean is not None and old_var is not None:
+        if isinstance(count, Tensor):  # of all processes, on the device
+            weight = momentum * (count > 1).to(old_mean.dtype)
+            count = count.clamp(min=2)
+            for old, new in ((old_mean, mean), (old_var, var * (count / (count - 1)))):
+                old.lerp_(new.to(old.dtype), weight)
+        elif count > 1:
+            if taker in FUSED_NORMS and not is_traced() and old_mean.is_contiguous() and old_var.is_contiguous():
+                engine(taker).move_running((old_mean, old_var, batches), mean, var, count, momentum)
+                return
+            new = mean.to(old_mean.dtype), (var * (count / (count - 1))).to(old_var.dtype)
+            torch._foreach_lerp_([old_mean, old_var], new, momentum)  # pyright: ignore[reportPrivateImportUsage]
+    if batches is not None:
+        batches.add_(1)

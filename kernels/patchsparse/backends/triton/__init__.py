@@ -13,7 +13,7 @@ from . import conv, depthwise_pool, stem
 from .conv_kernels import patch_conv2d_fwd_kernel
 from .depthwise_pool import max_pool2d, max_pool2d_grad
 from .launch import is_interpreted
-from .norm import batch_norm_act, batch_norm_act_grad, batch_norm_moments
+from .norm import batch_norm_act, batch_norm_act_grad, batch_norm_moments, move_running
 from .norm_unpack import batch_norm_unpack, batch_norm_unpack_grad
 from .tuned import tuned_for
 
@@ -29,6 +29,7 @@ __all__ = [
     "how",
     "max_pool2d",
     "max_pool2d_grad",
+    "move_running",
     "why_not",
     "why_unusable",
 ]

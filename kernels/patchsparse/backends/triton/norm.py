@@ -18,6 +18,7 @@ from .norm_kernels import (
     norm_grad_apply_kernel,
     norm_grad_sums_kernel,
     norm_moments_kernel,
+    norm_running_kernel,
     norm_total_kernel,
 )
 
@@ -31,6 +32,8 @@ __all__ = [
     "contiguous",
     "grad_apply_launch",
     "moments_launches",
+    "move_running",
+    "running_launch",
     "sums_launches",
     "tiles",
     "total_launch",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, var, weight, bias: (C,)
+Running = tuple[Tensor, Tensor, Tensor | None]  # mean, var: (C,) without gaps; batches: int64
 Options = tuple[float, str, float]  # eps, activation, slope
 
 MOST_SPLITS = 512  # one program holds the parts of all splits, for 8 channels: the sectors that memory is read by
@@ -92,6 +96,19 @@ def moments_launches(rows: Tensor, mean: Tensor, var: Tensor) -> list[Launch]:
     some = Launch(norm_moments_kernel, (splits, programs[1]), (rows, parts, count, splits, channels), block, 4, 1)
     arguments, over = (parts, mean, var, count, splits, channels), OVER_SPLITS | {"ROWS": block["BLOCK_M"]}
     return [some, Launch(norm_combine_kernel, (ceil(channels / OVER_SPLITS["BLOCK_C"]),), arguments, over, 4, 1)]
+
+
+def move_running(running: Running, mean: Tensor, var: Tensor, rows: int, momentum: float) -> None:
+    """Move the running statistics towards ``mean`` and biased ``var`` ``(C,)`` of ``rows`` rows; count the batch."""
+    running_launch(running, mean, var, rows, momentum).run()
+    torch.autograd.graph.increment_version([t for t in running if t is not None])
+
+
+def running_launch(running: Running, mean: Tensor, var: Tensor, rows: int, momentum: float) -> Launch:
+    """Return the launch of :func:`move_running`."""
+    channels, block = mean.shape[0], 512
+    arguments = (mean, var, *running, channels, float(momentum), rows / (rows - 1))
+    return Launch(norm_running_kernel, (ceil(channels / block),), arguments, {"BLOCK": block}, 4, 1)
 
 
 def used_statistics(rows: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:

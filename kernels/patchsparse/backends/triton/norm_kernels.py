@@ -16,6 +16,7 @@ __all__ = [
     "norm_grad_apply_kernel",
     "norm_grad_sums_kernel",
     "norm_moments_kernel",
+    "norm_running_kernel",
     "norm_total_kernel",
 ]
 
@@ -100,6 +101,23 @@ def norm_combine_kernel(
     m2 = tl.load(p_parts + splits * channels + at, mask=m_s, other=0.0)
     tl.store(p_mean + o_c, first + shift, mask=m_c)
     tl.store(p_var + o_c, tl.sum(m2 / count + away * away * share, 0), mask=m_c)
+
+
+@triton.jit
+def norm_running_kernel(
+    p_mean, p_var, p_running_mean, p_running_var, p_batches, channels, momentum, unbiased, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Move the running statistics to ``mean`` and ``unbiased * var`` by the share ``momentum``; count the batch."""
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_c = o_c < channels
+    mean = tl.load(p_running_mean + o_c, mask=m_c, other=0.0).to(tl.float32) * (1.0 - momentum)
+    var = tl.load(p_running_var + o_c, mask=m_c, other=0.0).to(tl.float32) * (1.0 - momentum)
+    mean += tl.load(p_mean + o_c, mask=m_c, other=0.0) * momentum
+    var += tl.load(p_var + o_c, mask=m_c, other=0.0) * unbiased * momentum
+    tl.store(p_running_mean + o_c, mean.to(p_running_mean.dtype.element_ty), mask=m_c)
+    tl.store(p_running_var + o_c, var.to(p_running_var.dtype.element_ty), mask=m_c)
+    if p_batches is not None:
+        tl.store(p_batches, tl.load(p_batches) + 1, mask=tl.program_id(0) == 0)
 
 
 @triton.jit
