@@ -1,6 +1,7 @@
 """Say which card this is, and measure both of its ceilings on random data: ``python -m benchmarks.gpu.identify``.
 
-Where they are far from what such cards do, the card is shared or throttled, and no other figure means anything.
+Where they are far from what such cards do, the card is shared or throttled, and no other figure means anything. What
+it costs the host to start a small kernel, by PyTorch and by Triton, bounds all that runs kernel by kernel.
 """
 
 from __future__ import annotations
@@ -8,17 +9,38 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..measure.ceilings import measure_ceilings
-from ..measure.device import aside, device, has_gpu
+from ..measure.device import aside, device, has_gpu, wait
 from ..measure.machine import RESULTS, folder_name, provenance
 from ..measure.scales import scale_of
 
 __all__ = ["main"]
+
+
+def starts(count: int = 1000, rounds: int = 5) -> dict[str, float]:
+    """Return microseconds of the host for the start of a small kernel: a PyTorch operator, and one by Triton."""
+    from patchsparse.backends.triton.conv import rounding_launch
+
+    x = torch.ones(1024, device=device())
+    launch = rounding_launch(x, torch.empty_like(x))
+    found = {}
+    for name, run in {"pytorch": lambda: x.add_(1), "triton": launch.run}.items():
+        seconds = []
+        for _ in range(rounds):
+            wait()
+            began = time.perf_counter()
+            for _ in range(count):
+                run()
+            wait()
+            seconds.append(time.perf_counter() - began)
+        found[name] = min(seconds) / count * 1e6
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = scale_of("quick")
     with aside():
         found = measure_ceilings(device(), sizes.copy_bytes, sizes.matrix_side, (torch.bfloat16,))
+    known |= {f"{name}_start_us": f"{us:.1f}" for name, us in starts().items()} if has_gpu() else {}
     known["copy_tb_per_s"] = f"{found.copy / 1e12:.2f}"
     known["bfloat16_tflop_per_s"] = f"{2 * found.rate[torch.bfloat16] / 1e12:.0f}"
     known["matrix_side"] = str(sizes.matrix_side)

@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,11 +52,12 @@ class Asked(NamedTuple):
         return name_of(self.what) if isinstance(self.what, Shape) else NORM_UNPACK
 
 
-def cases(groups: Sequence[str], masked: Sequence[float]) -> Iterator[Asked]:
-    """Yield what to time: all of it at the first masked share, then at the second."""
+def cases(groups: Sequence[str], masked: Sequence[float], once: Sequence[str] = ()) -> Iterator[Asked]:
+    """Yield what to time: all of it at the first masked share, then ``groups`` at the second, without ``once``."""
     every = {**GROUPS, "densify": LEVELS, "peers": PEERS}
-    for share, name in product(masked, groups):
-        yield from (Asked(name, share, what) for what in every[name])
+    for share in masked:
+        for name in (*groups, *(once if share == masked[0] else ())):
+            yield from (Asked(name, share, what) for what in every[name])
 
 
 def rows_of(asked: Asked, arguments: argparse.Namespace, told: set[str], device: str = "cuda") -> Iterator[Row]:
@@ -77,11 +78,11 @@ def rows_of(asked: Asked, arguments: argparse.Namespace, told: set[str], device:
 
 def measure(arguments: argparse.Namespace, folder: Path, began: float) -> None:
     """Time case after case until the time is up, and say what is left; what fails is left out with its reason."""
-    if "peers" in arguments.only:
+    if "peers" in (*arguments.only, *arguments.once):
         for peer in peers():
             sys.stdout.write(f"peer      {peer.name}: {peer.why_not() or peer.note}\n")
     told: set[str] = {reason for peer in peers() if (reason := peer.why_not()) is not None}
-    wrong, waiting = missed(folder), list(cases(arguments.only, arguments.masked))
+    wrong, waiting = missed(folder, "bfloat16"), list(cases(arguments.only, arguments.masked, arguments.once))
     while waiting:
         if time.monotonic() - began > arguments.minutes * 60:
             left = ", ".join(asked.name for asked in waiting)
@@ -114,6 +115,7 @@ def parser() -> argparse.ArgumentParser:
         "--masked", type=float, nargs="+", default=[0.6, 0.3, 0.5, 0.75], help="masked shares of the patches"
     )
     result.add_argument("--only", nargs="+", choices=groups, default=groups, help="groups to time; default all")
+    result.add_argument("--once", nargs="+", choices=groups, default=[], help="more groups, at the first share alone")
     result.add_argument("--minutes", type=float, default=7.5, help="start no further case after so long (default: 7.5)")
     result.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<device>")
     result.add_argument("--check-only", action="store_true", help="take no times")

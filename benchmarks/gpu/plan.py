@@ -77,9 +77,10 @@ TIMES = Line("kernel-times", _module("kernel_times", "--out", "{rows}"), 40, "wh
 PRETRAIN = Line(
     "pretrain",
     _module("training", "--out", "{rows}", "--python", "{python line}"),
-    45,
+    90,
     "does pretraining run, resume after a kill, and learn as dense-and-mask does?",
 )
+SHARES = ("--masked", "0.6", "0.3", "0.75")
 GRAPHS = "what does a captured step give over the published one, and how much memory does it take?"
 
 SHORT: Mapping[int, tuple[Line, ...]] = {
@@ -113,30 +114,27 @@ SHORT: Mapping[int, tuple[Line, ...]] = {
         ),
     ),
     2: (
-        Line("check", _kernels("--check-only", "--modes", "bfloat16"), 25, CHECK),
-        Line("3x3", _layers("3x3", "--masked", "0.6", "0.3", "0.75"), 30, "how does the masked share matter?"),
+        Line("check", _kernels("--check-only", "--modes", "bfloat16", "float32", "exact float32"), 45, CHECK),
+        PRETRAIN,
         Line(
-            "encoders",
-            _suite("test_encoder.py", "--encoders", "resnet18,resnet50", "--no-compile"),
-            50,
-            "are whole encoders twice as fast as dense, eager and captured?",
+            "layers",
+            _layers("3x3", *SHARES, "--once", "stride2", "stem", "densify", "peers", "depthwise"),
+            75,
+            "how fast are layers over dense cuDNN and over other libraries, and how does the masked share matter?",
         ),
-        Line("step-graph", _suite("test_step.py::test_graphs", "--encoders", "resnet18"), 40, GRAPHS),
+        # One process, which takes long to start; each of its benchmarks keeps its rows.
         Line(
-            "images",
-            _suite("test_step.py::test_images"),
-            25,
-            "how many images/s does a ResNet-50 at 224x224 train on?",
+            "suites",
+            _suite(
+                "test_encoder.py test_step.py::test_graphs[resnet18] test_step.py::test_images "
+                "test_step.py::test_step[resnet18]",
+                *("--encoders", "resnet18,resnet50", "--no-compile"),
+            ),
+            160,
+            "how fast are whole encoders and steps, eager and captured, and what memory do they take?",
         ),
-        Line(
-            "step",
-            _suite("test_step.py::test_step", "--encoders", "resnet18"),
-            40,
-            "how fast is a step kernel by kernel, and which of its parts takes how long?",
-        ),
-        Line("peers", _layers("peers", "--masked", "0.6"), 25, "how fast are other libraries at p8 C64 and p1 C512?"),
-        Line("depthwise", _layers("depthwise", "--masked", "0.6"), 12, "is 7x7 depthwise faster than dense?"),
-        Line("peers-right", PEERS_RIGHT, 8, "do the libraries that are installed agree with dense-and-mask?"),
+        replace(TIMES, command=(*TIMES.command, "--only", "step resnet18")),
+        Line("peers-right", PEERS_RIGHT, 20, "do the libraries that are installed agree with dense-and-mask?"),
         Line(
             "compiled",
             _suite("test_step.py::test_compiled", "--encoders", "resnet18"),

@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run()
     wait()
     with profiled():
-        for name, run in found:
-            result = run()[0]
-            wait()
-            sys.stdout.write(f"{name}: {'finite' if bool(torch.isfinite(result).all()) else 'NOT FINITE'}\n")
+        results = [(name, run()[0]) for name, run in found]
+        wait()
+    for name, result in results:
+        sys.stdout.write(f"{name}: {'finite' if bool(torch.isfinite(result).all()) else 'NOT FINITE'}\n")
     return 0
 
 

@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 
 from ..measure.machine import RESULTS, folder_name, provenance
 
@@ -81,16 +83,23 @@ def train(python: Sequence[str], run: Run, out: Path, more: Mapping[str, str]) -
         command += ["--resume"]
     log = out.with_suffix(".log")
     with log.open("a") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        status = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), check=False
+        ).returncode
     if status != 0:
         raise RuntimeError(f"exit code {status}: {' '.join(log.read_text().split())[-400:]}")
     return losses(out)
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment of a run, which shares the processor with all the others."""
+    return os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(RUNS)))}
+
+
 def _until_killed(command: Sequence[str], out: Path) -> None:
     """Start a training and kill it hard after some steps."""
     with out.with_suffix(".log").open("a") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=_environment())
         since = time.monotonic()
         while process.poll() is None and len(losses(out)) < KILLED_AFTER and time.monotonic() - since < PATIENCE:
             time.sleep(0.02)
@@ -130,6 +139,12 @@ def report(found: Mapping[str, list[float] | str]) -> tuple[str, bool]:
     return "\n".join(lines), right
 
 
+def _keep(found: Mapping[str, list[float] | str], folder: Path) -> None:
+    """Write the losses of the runs that have ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pretrain.json").write_text(json.dumps({"origin": provenance(), "losses": found}, indent=1))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all trainings, print and keep their losses; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", description=__doc__)
@@ -146,22 +161,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     more = dict(option.split("=", 1) for option in options.options)
     scratch = Path(tempfile.mkdtemp(prefix="pretrain-"))
 
-    def one(name: str) -> list[float] | str:
+    def one(name: str) -> None:
+        out, began = scratch / name.replace(", ", "-").replace(" ", "-"), time.monotonic()
         try:
-            return train(
-                shlex.split(options.python), RUNS[name], scratch / name.replace(", ", "-").replace(" ", "-"), more
-            )
+            ended = train(shlex.split(options.python), RUNS[name], out, more)
         except RuntimeError as error:
-            return str(error)
+            ended = str(error)
+        with lock:
+            found[name] = ended
+            _keep(found, folder)
+            sys.stdout.write(f"{name}: ended after {time.monotonic() - began:.0f} s\n")
+            sys.stdout.flush()
 
+    found: dict[str, list[float] | str] = {}
+    lock = Lock()
     try:
         with ThreadPoolExecutor(len(RUNS)) as pool:
-            found = dict(zip(RUNS, pool.map(one, RUNS), strict=True))
+            list(pool.map(one, RUNS))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    text, right = report(found)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pretrain.json").write_text(json.dumps({"origin": provenance(), "losses": found}, indent=1))
+    text, right = report({name: found[name] for name in RUNS})
     sys.stdout.write(text + "\n")
     return 0 if right else 1
 

@@ -24,7 +24,7 @@ __all__ = ["RESULTS", "command", "commit", "cpu", "device_name", "folder_name", 
 RESULTS = Path(__file__).parents[1] / "results"
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "timm", "numpy")
-COMMIT = "SPATSPARK_COMMIT"  # environment variable: the commit of a copy that has no history with it
+COMMIT = "SPATSPARK_COMMIT"  # environment variable: the commit of a copy
 VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
@@ -69,8 +69,10 @@ def folder_name(device: str | None = None) -> str:
 def commit() -> str:
     """Return the commit that is checked out, with a ``+`` if the tree differs from it.
 
-    A copy of the tree without ``.git`` cannot know: there ``SPATSPARK_COMMIT`` says it.
+    ``SPATSPARK_COMMIT`` says it where it is set: a copy of the tree has no history with it, or an older one.
     """
+    if asked := os.environ.get(COMMIT):
+        return asked
 
     def git(*arguments: str) -> str:
         try:
@@ -81,7 +83,7 @@ def commit() -> str:
 
     found = git("rev-parse", "--short", "HEAD") if (ROOT / ".git").exists() else ""
     if not found:
-        return os.environ.get(COMMIT) or "unknown"
+        return "unknown"
     return found + ("+" if git("status", "--porcelain", "--untracked-files=no", "kernels", "csrc") else "")
 
 

@@ -84,7 +84,7 @@ def scale_of(name: str, where: torch.device | None = None) -> Scale:
     found = Scale(where)
     if where.type == "cuda":
         found = replace(
-            found, layer_batch=128, layer_rounds=11, batch=128, rounds=11, step_rounds=7, sweep_rounds=7,
+            found, layer_batch=128, layer_rounds=11, batch=128, rounds=7, step_rounds=7, sweep_rounds=7,
             encoders=("resnet18", "resnet50", "convnext_base"), step_encoders=("resnet18", "resnet50", "convnext_base"),
             compiled=("dense",), images=("resnet50", 224, 3), copy_bytes=2**32, matrix_side=8192,
         )  # fmt: skip

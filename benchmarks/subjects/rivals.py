@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from inspect import signature
 from typing import cast
 
 import timm
@@ -81,7 +82,10 @@ class PublishedStep(Step):
         self.masks = masks
         self.position = 0
         groups = parameter_groups(model.named_parameters())
-        self.optimizer = TimmLamb(groups, betas=BETAS, max_grad_norm=None, foreach=False)
+        alone = (
+            {"foreach": False} if "foreach" in signature(TimmLamb).parameters else {}
+        )  # older versions know no other
+        self.optimizer = TimmLamb(groups, betas=BETAS, max_grad_norm=None, **alone)
         set_rates(self.optimizer.param_groups, *RATES)
 
     def loss(self, marks: Marks = no_mark) -> Tensor:

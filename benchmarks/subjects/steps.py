@@ -45,7 +45,7 @@ __all__ = [
 
 RATES = (2e-4, 0.04)  # learning rate and weight decay
 BETAS, CLIP = (0.9, 0.95), 5.0
-DRAWN = 8  # different windows of a batch
+DRAWN = 4  # different windows of a batch
 PARTS = ("data", "encoder", "decoder", "optimiser")  # backward passes included
 
 

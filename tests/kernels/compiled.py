@@ -223,6 +223,7 @@ def convolutions(architecture: int) -> Iterator[tuple[str, Launch]]:
     yield _named("fwd C17", tile), forward(tile, c=17)  # no wide copies
     tile = configs.wgrad_tiles(17, 17, 9, 2, True, 1.0, shared)[0]
     yield _named("wgrad C17", tile), weight_gradient(tile, c=17)
+    yield "rounding to TF32", conv.rounding_launch(_meta(4096, dtype=single), _meta(4096, dtype=single))
 
 
 def _precisely(launch: Launch, tensor_cores: bool) -> Launch:

@@ -88,6 +88,19 @@ def test_weight_gradient_is_deterministic_and_rows_permute():
     torch.testing.assert_close(permuted, straight[order], rtol=1e-5, atol=1e-5)
 
 
+def test_rounding_to_the_ten_bits_of_tf32():
+    ulp = 2.0**-10
+    x = torch.tensor([1 + 0.49 * ulp, 1 + 0.5 * ulp, -1 - 0.75 * ulp, 0.0, -0.0, 3.0e-39, float("inf"), -float("inf")])
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32)  # NaN, whose sums with a half would carry over
+    x, y = torch.cat([x, bits.view(torch.float32), normal(0, (2000,))[0]]), torch.empty(2011)
+    conv.rounding_launch(x, y).run()
+    assert y[:5].tolist() == [1, 1 + ulp, -1 - ulp, 0, 0]
+    assert torch.equal(y[6:8], x[6:8])
+    assert y[8:11].isnan().all()
+    assert torch.equal(y[11:].view(torch.int32) & 0x1FFF, torch.zeros(2000, dtype=torch.int32))
+    assert ((y[11:] - x[11:]).abs() <= x[11:].abs() * ulp / 2).all()
+
+
 @pytest.mark.rest
 def test_tuned_convolution_equals_the_default(monkeypatch):
     few = conv.conv_tiles

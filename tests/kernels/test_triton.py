@@ -117,6 +117,18 @@ def test_every_shape_finds_a_shipped_configuration():
                 assert all(configs.memory_of(t, itemsize, shared) <= shared for t in tiles)
 
 
+@pytest.mark.parametrize("shared", [configs.LARGE, 99 << 10])
+@pytest.mark.parametrize(("c_in", "c_out"), [(512, 512), (64, 64), (256, 1024), (64, 128)])
+def test_few_rows_take_small_tiles(c_in, c_out, shared):
+    """A tile of 256 x 128 for 1000 rows leaves most of a card idle: 0.065 in place of 0.022 ms on an H100."""
+    work = []
+    for rows in (1 << 20, 1 << 14, 1 << 10, 1 << 5):
+        tile = configs.conv_tiles(rows, c_in, c_out, 2, True, 0.6, shared)[0]
+        work.append(tile.m * tile.n)
+        assert tile.m * tile.n == 64 * 64 or rows * c_out >= 128 * tile.m * tile.n
+    assert work == sorted(work, reverse=True)
+
+
 @pytest.mark.parametrize(
     ("tiles", "slots", "largest", "splits"),
     [

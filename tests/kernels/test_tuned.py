@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -106,6 +107,17 @@ def test_what_this_process_measures_comes_first(table: Path) -> None:
     assert ran(kind, TILES) == TILES[2]
     tuning.forget()
     assert ran(kind, TILES) == TILES[2]
+
+
+def test_calls_of_other_threads_are_measured_too(table: Path) -> None:
+    """On a GPU, autograd runs the backward pass in a thread of its own."""
+    kind = KIND._replace(operation="conv2d_wgrad", groups=3)
+    with tuning.tune(repetitions=1) as tuner, ThreadPoolExecutor(1) as pool:
+        pool.submit(tuning.best, kind, TILES[:2], lambda tile: torch.ones(1)).result()
+    assert [measured.config for measured in tuner.found[kind]] == list(TILES[:2])
+    later = kind._replace(groups=4)
+    assert ran(later, TILES) == TILES[0]
+    assert later not in tuner.found  # the block has ended
 
 
 def test_the_table_is_small_readable_and_says_where_it_comes_from(table: Path) -> None:

@@ -98,7 +98,7 @@ WGRAD_SMALL = (
     Tile(64, 16, 64, 4, 4),
 )
 # Full float32 has no tensor cores: small tiles of plain multiply-adds, kept in registers.
-FULL = (Tile(64, 64, 16, 4, 3), Tile(32, 64, 16, 4, 3), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
+FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 3), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
 
 
 @lru_cache
@@ -165,9 +165,10 @@ def conv_tiles(
     tiles = _fitting(CONV if shared >= LARGE else CONV_SMALL, c_out, c_in, itemsize, True, shared)
     if itemsize > 2 or c_in <= 32:  # TF32 and short steps need more registers a product
         tiles = [t for t in tiles if t.m * t.n <= 128 * 64]
-    wide = [t for t in tiles if t.n == min(_power(c_out), 128)]
-    filling = [t for t in wide if rows * c_out >= 128 * t.m * t.n]  # one tile or more for each of 128 multiprocessors
-    first = (filling or wide[-1:])[0]
+    narrow, wide = min(_power(c_out), 64), min(_power(c_out), 128)
+    useful = [t for t in tiles if t.n == wide] + [t for t in tiles if t.n == narrow]
+    filling = [t for t in useful if rows * c_out >= 128 * t.m * t.n]  # one tile or more for 128 multiprocessors each
+    first = filling[0] if filling else min(useful, key=lambda t: t.m * t.n)
     return _in_order(tiles, (first.m, first.n), share, 2)
 
 

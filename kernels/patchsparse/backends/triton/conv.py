@@ -12,7 +12,12 @@ from torch import Tensor
 from ...geometry import Stencil
 from . import tuning
 from .configs import Tile, conv_tiles, programs_of, shared_memory, splits_of, wgrad_tiles
-from .conv_kernels import patch_conv2d_fwd_kernel, patch_conv2d_wgrad_kernel, sum_splits_kernel
+from .conv_kernels import (
+    patch_conv2d_fwd_kernel,
+    patch_conv2d_wgrad_kernel,
+    round_to_tf32_kernel,
+    sum_splits_kernel,
+)
 from .launch import Launch, as_rows, processors, rows_like
 from .row_tables import active_share, listed_rows, row_table, turned
 from .tuned import Kind, card_of
@@ -26,7 +31,9 @@ __all__ = [
     "forward_launch",
     "forward_weights",
     "kind_of",
+    "nearest",
     "precision_of",
+    "rounding_launch",
     "sum_launch",
     "transposed_weights",
     "wgrad_launches",
@@ -45,6 +52,25 @@ def precision_of(x: Tensor) -> str:
     conv = getattr(torch.backends.cudnn, "conv", None)
     allowed = torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
+
+
+def nearest(x: Tensor) -> Tensor:
+    """Return ``x`` as tensor cores should read it: in float32 rounded to the 10 bits of mantissa that TF32 has.
+
+    They cut off the other bits, which makes every product smaller: by 7e-4 on average if both operands are cut, as
+    measured on an H100, and twice as far off as cuDNN, which rounds. One operand of each product is rounded here: the
+    weight, and in its own gradient that of the output.
+    """
+    if precision_of(x) != "tf32":
+        return x
+    y = torch.empty_like(x)
+    rounding_launch(x, y).run()
+    return y
+
+
+def rounding_launch(x: Tensor, y: Tensor) -> Launch:
+    """Return the launch that fills ``y`` from contiguous ``x``, both float32."""
+    return Launch(round_to_tf32_kernel, (ceil(x.numel() / 1024),), (x, y, x.numel()), {"BLOCK": 1024}, 4, 1)
 
 
 def _density(slot: Tensor, coords: Tensor) -> float:
@@ -76,14 +102,14 @@ class Weights(NamedTuple):
 
 def forward_weights(weight: Tensor, groups: int) -> Weights:
     """Return ``weight`` ``(C_out, C_in / groups, kh, kw)`` for a convolution."""
-    taps = as_rows(weight)
+    taps = nearest(as_rows(weight))
     c_out, c_in, number = taps.shape[0] // groups, taps.shape[3], taps.shape[1] * taps.shape[2]
     return Weights(taps, (c_in, c_out), groups, (c_out * number * c_in, 0, number * c_in, c_in, 1))
 
 
 def transposed_weights(weight: Tensor, groups: int, turned_round: bool) -> Weights:
     """Return ``weight`` ``(C_out, C_in / groups, kh, kw)`` for the input gradient, the last tap first if so wanted."""
-    taps = as_rows(weight)
+    taps = nearest(as_rows(weight))
     c_out, c_in, number = taps.shape[0] // groups, taps.shape[3], taps.shape[1] * taps.shape[2]
     first, tap = ((number - 1) * c_in, -c_in) if turned_round else (0, c_in)
     return Weights(taps, (c_out, c_in), groups, (c_out * number * c_in, first, 1, tap, number * c_in))
@@ -173,7 +199,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
     share, shared = active_share(size, stencil, density), shared_memory(x.device)
     tiles = wgrad_tiles(*channels, stencil.taps, x.element_size(), tensor_cores, share, shared)
-    operands = (as_rows(x), as_rows(grad))
+    operands = (as_rows(x), nearest(as_rows(grad)))
 
     def run(tile: Tile) -> Tensor:
         weight = rows_like(x, grad.shape[1], stencil.kernel, channels[0])

@@ -19,7 +19,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["multiply", "patch_conv2d_fwd_kernel", "patch_conv2d_wgrad_kernel", "sum_splits_kernel"]
+__all__ = [
+    "multiply",
+    "patch_conv2d_fwd_kernel",
+    "patch_conv2d_wgrad_kernel",
+    "round_to_tf32_kernel",
+    "sum_splits_kernel",
+]
 
 
 @triton.jit
@@ -29,11 +35,25 @@ def _either(a, b):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """Return ``acc + a @ b`` on tensor cores; ``"widened"`` is for Triton's interpreter, which misreads bfloat16."""
+    """Return ``acc + a @ b`` on tensor cores; ``"widened"`` is for Triton's interpreter, which misreads bfloat16.
+
+    Exact float32 has none. Its products of a step are summed apart: a long sum one by one loses two more bits.
+    """
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "ieee" and a.dtype == tl.float32:
+        return acc + tl.dot(a, b, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def round_to_tf32_kernel(p_x, p_y, count, BLOCK: tl.constexpr):
+    """Compute ``y[i]`` = ``x[i]`` to the nearest value with 10 bits of mantissa, ties away from 0; NaN stays NaN."""
+    o_i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(p_x + o_i, mask=o_i < count, other=0.0)
+    nearest = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    tl.store(p_y + o_i, tl.where(x == x, nearest.to(tl.float32, bitcast=True), x), mask=o_i < count)
 
 
 @triton.jit

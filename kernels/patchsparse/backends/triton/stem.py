@@ -18,7 +18,7 @@ from ...eager import once
 from ...geometry import Stencil
 from . import conv, tuning
 from .configs import Tile, programs_of, shared_memory, splits_of
-from .conv import kind_of, precision_of
+from .conv import kind_of, nearest, precision_of
 from .launch import Launch, as_rows, processors, row_major, rows_like
 from .stem_configs import stem_tiles, stem_wgrad_tiles
 from .stem_kernels import (
@@ -125,7 +125,7 @@ def cells_of(size: Size, stencil: Stencil, channels: int, itemsize: int) -> Cell
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in, kh, kw)``."""
     layout = cells_of((x.shape[2], x.shape[3]), stencil, x.shape[1], x.element_size())
-    cells, taps = _as_cells(x, slot, coords, layout), _cell_weight(weight, layout)
+    cells, taps = _as_cells(x, slot, coords, layout), nearest(_cell_weight(weight, layout))
     bias = None if bias is None else bias.contiguous()
     tiles = stem_tiles(weight.shape[0], layout.total, x.element_size(), _tensor_cores(x))
 
@@ -153,7 +153,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     Cells are written again: keeping them from the forward pass would take more memory than the patches themselves.
     """
     layout = cells_of((x.shape[2], x.shape[3]), stencil, x.shape[1], x.element_size())
-    cells, rows = _as_cells(x, slot, coords, layout), as_rows(grad)
+    cells, rows = _as_cells(x, slot, coords, layout), nearest(as_rows(grad))
     tiles = stem_wgrad_tiles(layout.total, x.element_size(), _tensor_cores(x))
 
     def run(tile: Tile) -> Tensor:
