@@ -115,9 +115,9 @@ def _memory(rows: Rows) -> Iterator[tuple[str, float, str]]:
 
 
 def _images(rows: Rows) -> Iterator[tuple[str, float, str]]:
-    for row in _of(rows, "images"):
-        if row["case"].startswith("resnet50 224x224x3"):
-            yield row["way"], float(row["value"]), " images/s"
+    found = {row["way"]: row for row in _of(rows, "images") if row["case"].startswith("resnet50 224x224x3")}
+    for way, row in found.items():
+        yield way, float(row["value"]), " images/s"
 
 
 GOALS = (

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import test_step as suite
 from benchmarks.measure.scales import scale_of
+from benchmarks.subjects import step_ways
 from benchmarks.subjects.captured_steps import WARM, GraphStep
 from benchmarks.subjects.step_ways import check_equal, make_step
 from benchmarks.subjects.steps import OurStep
@@ -43,9 +44,26 @@ def test_a_captured_step_is_the_step(way: str) -> None:
     assert graph.captured.replayed == WARM - 2 - 1 + 3
 
 
+def test_a_way_that_trains_another_model_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    close, apart = ("exact: loss", 1e-6, 1e-4), ("light: gradient", 0.1, 1e-3)
+    monkeypatch.setattr(step_ways, "_differences", lambda *_: [close, apart])
+    record = Noted()
+    assert list(suite.steps_of(record, ("published", "exact", "light", "light graph"), "test_resnet", SCALE)) == [
+        "published",
+        "exact",
+    ]
+    assert [(row["way"], row["reason"]) for row in record] == [
+        (way, "light: gradient differs by 1.00e-01 (limit 1e-03); no figure is given")
+        for way in ("light", "light graph")
+    ]
+    monkeypatch.setattr(step_ways, "_differences", lambda *_: [("exact: loss", float("nan"), 1e-4)])
+    with pytest.raises(AssertionError, match="exact: loss differs by nan"):
+        suite.steps_of(record, ("published",), "test_resnet", SCALE)
+
+
 def test_what_is_not_captured_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     record = Noted()
-    check_equal("test_resnet", SCALE)
+    assert not check_equal("test_resnet", SCALE)
     good = GraphStep(ours("exact"), RecordedGraphs())
     bad = ours("light")
     run = bad.run
