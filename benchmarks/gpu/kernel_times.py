@@ -30,7 +30,7 @@ from ..measure.machine import RESULTS, folder_name, provenance
 from ..measure.scales import MASKED, Scale, scale_of
 from ..subjects.step_ways import make_step
 
-__all__ = ["Found", "main", "measured", "subjects", "table"]
+__all__ = ["Found", "keep", "main", "measured", "subjects", "table"]
 
 STEPS, WARM = 3, 4  # that are profiled, and before that
 TIMED = 7
@@ -141,6 +141,13 @@ def table(found: Found) -> str:
     return "\n".join([head, *rows])
 
 
+def keep(found: Found, path: Path) -> None:
+    """Write what a step takes into a file, with where it comes from; what else is there stays."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[found.name] = asdict(found) | {"origin": provenance()}
+    path.write_text(json.dumps(known, indent=1))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print and keep where the time goes; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.kernel_times", description=__doc__)
@@ -154,20 +161,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    kept, right = [], True
+    right = True
     with aside():
         for name, build in subjects(scale_of("quick")):
             if options.only not in name:
                 continue
             try:
-                kept.append(measured(name, build()))
-                sys.stdout.write(table(kept[-1]) + "\n")
+                found = measured(name, build())
+                keep(found, folder / NAME)
+                sys.stdout.write(table(found) + "\n")
             except Exception as error:  # one of them must not cost the others
                 right = False
                 sys.stdout.write(f"{name}: FAILED, {type(error).__name__}: {str(error)[:300]}\n")
             sys.stdout.flush()
-            content = {"origin": provenance(), "steps": [asdict(found) for found in kept]}
-            (folder / NAME).write_text(json.dumps(content, indent=1))
             torch.cuda.empty_cache()
     return 0 if right else 1
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import test_encoder as encoder_suite
-from benchmarks.gpu import training
+from benchmarks.gpu import kernel_times, training
 from benchmarks.measure import machine, timing
 from benchmarks.measure.device import aside, has_gpu
 from benchmarks.measure.rows import COLUMNS, merge
@@ -244,10 +244,35 @@ def test_models_of_equal_weights_share_none() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("name", ["kernels", "small", "tune"])
+@pytest.mark.parametrize("name", ["kernel_times", "kernels", "small", "tune"])
 def test_what_needs_a_gpu_says_so_in_one_sentence(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert import_module(f"benchmarks.gpu.{name}").main([]) == 2
     said = capsys.readouterr()
     assert not said.out
     assert said.err.startswith(f"python -m benchmarks.gpu.{name} needs a CUDA device")
     assert said.err.count("\n") == 1
+
+
+def test_times_of_kernels_are_kept_by_what_runs(tmp_path: Path) -> None:
+    path = tmp_path / kernel_times.NAME
+    found = kernel_times.measured("nothing", lambda: None)
+    assert (found.gpu_ms, found.started) == (0, 0)
+    one = kernel_times.Found("encoder", 35.0, 5.9, (("patch_conv2d_fwd_kernel", 32.0, 1.3), ("copy", 1.5, 0.2)))
+    for each in (found, one, replace(one, clock_ms=20.0)):
+        kernel_times.keep(each, path)
+    kept = json.loads(path.read_text())
+    assert list(kept) == ["nothing", "encoder"]
+    assert kept["encoder"]["clock_ms"] == 20.0
+    assert kept["encoder"]["origin"]["commit"]
+    assert kernel_times.table(one).splitlines() == [
+        "encoder: 35.00 ms by the clock, 5.90 ms of kernels, 34 started",
+        "     1.300 ms     32  patch_conv2d_fwd_kernel",
+        "     0.200 ms      2  copy",
+    ]
+    names = [name for name, _ in kernel_times.subjects(scale_of("tiny", torch.device("cpu")))]
+    assert "step resnet18, exact" in names
+
+
+def test_the_name_of_a_kernel_is_cut_to_what_tells_it_from_others() -> None:
+    name = "void at::native::(anonymous namespace)::gather<c10::BFloat16, 4>(int, T1, T2)"
+    assert kernel_times._short(name) == "gather<c10::BFloat16, 4>"
