@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchsparse import PatchGrid, bind, sparsify
-from patchsparse.backends.triton.launch import Launch
+from patchsparse.backends.triton.launch import Start
 
 from .fake import fake_gpu
 
@@ -72,15 +72,15 @@ def _size(x: Tensor) -> int:
 
 def traffic(model: nn.Module, x: Tensor, grid: PatchGrid) -> Traffic:
     """Return what a training step of a sparsified ``model`` on packed ``x`` does for its norms, on the fake card."""
-    seen, run = Traffic(), Launch.run
+    seen, run = Traffic(), Start.__call__
 
-    def watched(launch: Launch) -> None:
-        if launch.kernel.fn.__name__.startswith("norm_"):
-            seen.launches[launch.kernel.fn.__name__] += 1
-            seen.moved += sum(_size(a) for a in launch.arguments if isinstance(a, Tensor) and a.dim() == 4)
-        run(launch)
+    def watched(start: Start, *tensors: Tensor | None) -> None:
+        if start.kernel.fn.__name__.startswith("norm_"):
+            seen.launches[start.kernel.fn.__name__] += 1
+            seen.moved += sum(_size(t) for t in tensors if t is not None and t.dim() == 4)
+        run(start, *tensors)
 
-    with mock.patch.object(Launch, "run", watched), _Watching(seen), bind(model, grid):
+    with mock.patch.object(Start, "__call__", watched), _Watching(seen), bind(model, grid):
         torch.stack([f.sum() for f in model(x)]).sum().backward()
     return seen
 

@@ -166,31 +166,46 @@ def depthwise(p: int, c: int, k: int = 7, dtype: torch.dtype = torch.bfloat16) -
 
 def norms(c: int = 256, p: int = 4) -> Iterator[tuple[str, Launch]]:
     """Yield the launches of fused batch normalisation, with residual and ReLU."""
-    x, single = _meta(4096, p, p, c), torch.float32
-    y = rows_like(x, 4096, (p, p), c)
-    statistics = (_meta(c, dtype=single), _meta(c, dtype=single), _meta(c), _meta(c))
-    moments = norm.moments_launches(x, *statistics[:2])
-    sums, options = (_meta(c, dtype=single), _meta(c, dtype=single)), (1e-5, "relu", 0.01)
-    grads = norm.sums_launches(x, x, x, (y, *sums), statistics, options)
-    apply = norm.apply_launch(x, x, y, statistics, (1e-5, "silu", 0.01))
-    alone, residual = (norm.grad_apply_launch(x, x, gr, sums, y, statistics, options, True) for gr in (None, x))
-    for launch in (*moments, apply, *grads, alone, residual):
-        kind = " of a residual" if launch is residual else ""
-        yield f"{launch.kernel.__name__}{kind} C{c}", launch
+    x = rows_like(_meta(4096, p, p, c), 4096, (p, p), c)
+    mean, var, *sums = (_meta(c, dtype=torch.float32) for _ in range(4))
+    statistics = (mean, var, _meta(c), _meta(c))
+    types, options = norm.types_of(x, x, *statistics), (1e-5, "relu", 0.01)
+    moments = norm.moments_starts(x.shape, x.device, x.dtype)
+    parts = _meta(2, moments.splits, c, dtype=torch.float32)
+    running = norm.running_start(c, x.device, norm.types_of(mean, var, *sums, None), 1.1, 0.1)
+    grads = norm.grad_starts(x.shape, x.device, (x.dtype, *types), options, True)
+    apply = norm.apply_start(x.shape, x.device, types, (1e-5, "silu", 0.01))
+    sums_parts = _meta(2, grads.splits, c, dtype=torch.float32)
+    for launch in (
+        moments.some.launch(x, parts),
+        moments.combine.launch(parts, mean, var),
+        running.launch(mean, var, *sums, _meta(dtype=torch.int64)),
+        apply.launch(x, x, x, *statistics),
+        grads.sums.launch(x, x, x, x, sums_parts, *statistics),
+        grads.total.launch(sums_parts, *sums, sums[1]),
+        grads.apply.launch(x, x, None, x, *sums, *statistics),
+    ):
+        yield f"{launch.kernel.__name__} C{c}", launch
+    yield f"norm_grad_apply_kernel of a residual C{c}", grads.apply.launch(x, None, x, x, *sums, *statistics)
 
 
 def unpacks(dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4) -> Iterator[tuple[str, Launch]]:
     """Yield the launches of batch normalisation fused with ``unpack``; 40 % of 128 images of 9x9 patches are active."""
-    single = torch.float32
-    x, images = _meta(4096, p, p, c, dtype=dtype), _meta(128, 9 * p, 9 * p, c, dtype=dtype)
-    mean, rstd, weight, bias = (_meta(c, dtype=single) for _ in range(4))
-    statistics = (mean, rstd, weight, bias)
-    token, *sums = (_meta(c, dtype=single) for _ in range(4))
-    forward = image.unpack_norm_launch(x, token, images.permute(0, 3, 1, 2), GRID, statistics, 1e-5)
-    gx, sums = rows_like(x, 4096, (p, p), c), (sums[0], sums[1], sums[2])
-    grads = image.unpack_norm_sums_launches(images, x, sums, GRID, statistics, 1e-5)
-    apply = image.unpack_norm_grad_launch(images, x, sums[:2], gx, GRID, statistics, 1e-5, True)
-    for launch in (forward, *grads, apply):
+    x = rows_like(_meta(4096, p, p, c, dtype=dtype), 4096, (p, p), c)
+    images = rows_like(x, 128, (9 * p, 9 * p), c)
+    mean, var, weight, bias, token, *sums = (_meta(c, dtype=torch.float32) for _ in range(8))
+    slot, coords = GRID
+    types = norm.types_of(x, token, mean, var, weight, bias)
+    forward = image.unpack_start(x.shape, slot.shape, x.device, types, 1e-5)
+    types = norm.types_of(images, x, mean, var, weight)
+    grads = image.unpack_grad_starts(x.shape, slot.shape, x.device, types, 1e-5, True)
+    parts = _meta(3, grads.splits, c, dtype=torch.float32)
+    for launch in (
+        forward.launch(x, token, images, slot, mean, var, weight, bias),
+        grads.sums.launch(images, x, slot, parts, mean, var),
+        grads.total.launch(parts, *sums),
+        grads.apply.launch(images, x, x, coords, *sums[:2], mean, var, weight),
+    ):
         yield f"{launch.kernel.__name__} {str(dtype).removeprefix('torch.')} C{c}", launch
 
 

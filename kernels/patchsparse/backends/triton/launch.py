@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from ...layout import packed_empty
 
-__all__ = ["Launch", "as_rows", "is_interpreted", "processors", "row_major", "rows_like"]
+__all__ = ["Launch", "Start", "as_rows", "is_interpreted", "processors", "row_major", "rows_like"]
 
 # Versions whose compiled kernels are known to take all arguments of their function in order, constants among them. For
 # AMD's cards Triton also compiles for the size of tensors, which is not among the keys here.
@@ -52,24 +52,26 @@ class Launch:
     warps: int = 4
     stages: int = 3
 
-    def run(self) -> None:
+    def run(self) -> Any | None:
         """Start the kernel on the device of its first argument, on the current stream of that device.
 
-        On meta tensors nothing is computed, as in PyTorch.
+        On meta tensors nothing is computed, as in PyTorch. Return the compiled kernel, if that device is the current
+        one and later starts may go straight to it.
         """
         device = self.arguments[0].device
         if device.type == "meta":
-            return
+            return None
         if is_interpreted(self.kernel):
             self.kernel[self.grid](*self.arguments, **self.constants)
-        elif device.type == "cuda" and device.index != torch.cuda.current_device():
+            return None
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self._start()
-        else:
-            self._start()
+            return None
+        return self._start()
 
-    def _start(self) -> None:
-        """Start the kernel on the current stream of the current device."""
+    def _start(self) -> Any | None:
+        """Start the kernel on the current stream of the current device; return it if it is remembered."""
         active: Any = driver.active
         device = active.get_current_device()
         kinds = [
@@ -86,14 +88,75 @@ class Launch:
             else:
                 about = (compiled.function, compiled.packed_metadata, None, None, None)  # and no hooks
                 compiled.run(*grid, stream, *about, *self.arguments, *constants)
-            return
+            return compiled
         options = {"num_warps": self.warps, "num_stages": self.stages}
         compiled = self.kernel[self.grid](*self.arguments, **self.constants, **options)
-        if _DIRECT and isinstance(compiled, CompiledKernel):
-            names = self.kernel.arg_names[len(self.arguments) :]
-            if len(_compiled) >= MOST_STARTS:
-                _compiled.clear()
-            _compiled[key] = compiled, tuple(self.constants[name] for name in names)
+        if not (_DIRECT and isinstance(compiled, CompiledKernel)):
+            return None
+        if len(_compiled) >= MOST_STARTS:
+            _compiled.clear()
+        _compiled[key] = compiled, _in_order(self)
+        return compiled
+
+
+def _in_order(launch: Launch) -> tuple[Any, ...]:
+    """Return the values of a kernel's constants in the kernel's order."""
+    return tuple(launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :])
+
+
+class Start:
+    """A kernel with all that it is started with but its tensors, which come first: for calls that differ in no more.
+
+    Who keeps one answers for it that its tensors are always of the same types and on the same device, and that always
+    the same ones of them are None. Their alignment and the current device are looked at in every start. Addresses are
+    handed over as numbers, so that Triton's launcher need not ask each tensor, and the driver for each address.
+
+    Args:
+        kernel: as in :class:`Launch`, and so are ``grid``, ``constants``, ``warps`` and ``stages``.
+        numbers: the arguments after the tensors.
+    """
+
+    __slots__ = ("_found", "_grid", "_last", "_more", "_numbers", "kernel")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        constants: dict[str, Any],
+        warps: int = 4,
+        stages: int = 1,
+    ):
+        self.kernel = kernel
+        self._numbers, self._more = numbers, (constants, warps, stages)
+        self._grid = (*grid, 1, 1)[:3]
+        self._last: tuple[Any, ...] = ()
+        self._found: dict[Any, Any] = {}  # the compiled kernel of each device, for addresses divisible by 16
+
+    def launch(self, *tensors: Tensor | None) -> Launch:
+        """Return the start with these tensors."""
+        return Launch(self.kernel, self._grid, (*tensors, *self._numbers), *self._more)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Do as :meth:`Launch.run` does."""
+        found, together, addresses = self._found, 0, []
+        for tensor in tensors:
+            address = None if tensor is None else tensor.data_ptr()
+            together |= address or 0
+            addresses.append(address)
+        if together & 15 == 0 and found:
+            active: Any = driver.active
+            device = active.get_current_device()
+            compiled = found.get(device)
+            if compiled is not None and not _is_watched():
+                about = (compiled.function, compiled.packed_metadata, None, None, None)  # and no hooks
+                compiled.run(*self._grid, active.get_current_stream(device), *about, *addresses, *self._last)
+                return
+        launch = self.launch(*tensors)
+        compiled = launch.run()
+        if compiled is not None and together & 15 == 0:
+            self._last = *self._numbers, *_in_order(launch)
+            found[driver.active.get_current_device()] = compiled
 
 
 def _is_watched() -> bool:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ...eager import once
+from ...layout import packed_empty, packed_like
 from ...precision import wide
-from .launch import Launch, as_rows, processors, rows_like
+from .launch import Start, processors
 from .norm_kernels import (
     norm_apply_kernel,
     norm_combine_kernel,
@@ -25,22 +26,25 @@ from .norm_kernels import (
 __all__ = [
     "Statistics",
     "Tiles",
-    "apply_launch",
+    "apply_start",
     "batch_norm_act",
     "batch_norm_act_grad",
     "batch_norm_moments",
     "contiguous",
-    "grad_apply_launch",
-    "moments_launches",
+    "grad_starts",
+    "moments_starts",
     "move_running",
-    "running_launch",
-    "sums_launches",
+    "rows_and_channels",
+    "running_start",
     "tiles",
-    "total_launch",
+    "total_start",
+    "types_of",
     "used_statistics",
 ]
 
 Statistics = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # mean, var, weight, bias: (C,)
+Shape = tuple[int, ...]  # of a packed tensor (N, C, ph, pw)
+Types = tuple[torch.dtype | None, ...]
 Running = tuple[Tensor, Tensor, Tensor | None]  # mean, var: (C,) without gaps; batches: int64
 Options = tuple[float, str, float]  # eps, activation, slope
 
@@ -82,48 +86,61 @@ def contiguous(statistics: Statistics) -> Statistics:
     return mean.contiguous(), var.contiguous(), weight, bias
 
 
+def types_of(*tensors: Tensor | None) -> Types:
+    """Return the types of tensors; with shape and device all that a remembered :class:`Start` depends on."""
+    return tuple([None if t is None else t.dtype for t in tensors])
+
+
 def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance ``(C,)`` float32 of packed ``x`` over all its pixels."""
-    return used_statistics(as_rows(x), None, None)
+    return used_statistics(packed_like(x), None, None)
 
 
-def moments_launches(rows: Tensor, mean: Tensor, var: Tensor) -> list[Launch]:
-    """Return the launches that fill ``mean`` and ``var`` from ``rows`` ``(N, ph, pw, C)``."""
-    channels = rows.shape[-1]
-    count = rows.numel() // channels
-    programs, splits, block = tiles(count, channels, rows.device)
-    parts = rows.new_empty(2, splits, channels, dtype=torch.float32)
-    some = Launch(norm_moments_kernel, (splits, programs[1]), (rows, parts, count, splits, channels), block, 4, 1)
-    arguments, over = (parts, mean, var, count, splits, channels), OVER_SPLITS | {"ROWS": block["BLOCK_M"]}
-    return [some, Launch(norm_combine_kernel, (ceil(channels / OVER_SPLITS["BLOCK_C"]),), arguments, over, 4, 1)]
+class MomentsStarts(NamedTuple):
+    """The kernels that compute mean and variance: of ``splits`` shares of the rows, and all together."""
+
+    splits: int
+    some: Start
+    combine: Start
+
+
+@once
+def moments_starts(shape: Shape, device: torch.device, dtype: torch.dtype) -> MomentsStarts:
+    """Return the starts for packed tensors of ``shape``; tensors: x, parts; parts, mean, var."""
+    count, channels = rows_and_channels(shape)
+    programs, splits, block = tiles(count, channels, device)
+    numbers, over = (count, splits, channels), OVER_SPLITS | {"ROWS": block["BLOCK_M"]}
+    some = Start(norm_moments_kernel, (splits, programs[1]), numbers, block)
+    combined = ceil(channels / OVER_SPLITS["BLOCK_C"])
+    return MomentsStarts(splits, some, Start(norm_combine_kernel, (combined,), numbers, over))
 
 
 def move_running(running: Running, mean: Tensor, var: Tensor, rows: int, momentum: float) -> None:
     """Move the running statistics towards ``mean`` and biased ``var`` ``(C,)`` of ``rows`` rows; count the batch."""
-    running_launch(running, mean, var, rows, momentum).run()
+    types = types_of(mean, var, *running)
+    running_start(mean.shape[0], mean.device, types, rows / (rows - 1), float(momentum))(mean, var, *running)
     torch.autograd.graph.increment_version([t for t in running if t is not None])
 
 
-def running_launch(running: Running, mean: Tensor, var: Tensor, rows: int, momentum: float) -> Launch:
-    """Return the launch of :func:`move_running`."""
-    channels, block = mean.shape[0], 512
-    arguments = (mean, var, *running, channels, float(momentum), rows / (rows - 1))
-    return Launch(norm_running_kernel, (ceil(channels / block),), arguments, {"BLOCK": block}, 4, 1)
+@once
+def running_start(channels: int, device: torch.device, types: Types, unbiased: float, momentum: float) -> Start:
+    """Return the start of :func:`move_running`; tensors: mean, var, running mean and variance, batches."""
+    block = 512
+    numbers = (channels, momentum, unbiased)
+    return Start(norm_running_kernel, (ceil(channels / block),), numbers, {"BLOCK": block})
 
 
-def used_statistics(rows: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return views of the given mean and variance, or those of ``rows`` ``(N, ph, pw, C)``."""
+def used_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return views of the given mean and variance, or those of ``x`` ``(N, C, ph, pw)`` in channels_last memory."""
     if mean is not None and var is not None:
         return wide(mean).detach(), wide(var).detach()
-    mean, var = _vectors(rows, 2)
-    for launch in moments_launches(rows, mean, var):
-        launch.run()
+    channels = x.shape[1]
+    starts = moments_starts(x.shape, x.device, x.dtype)
+    parts = x.new_empty((2, starts.splits, channels), dtype=torch.float32)
+    mean, var = x.new_empty(channels, dtype=torch.float32), x.new_empty(channels, dtype=torch.float32)
+    starts.some(x, parts)
+    starts.combine(parts, mean, var)
     return mean, var
-
-
-def _vectors(x: Tensor, number: int) -> tuple[Tensor, ...]:
-    """Return uninitialised vectors of the channels of ``x`` ``(N, ph, pw, C)``, float32."""
-    return tuple(x.new_empty(x.shape[3], dtype=torch.float32) for _ in range(number))
 
 
 def batch_norm_act(
@@ -138,22 +155,23 @@ def batch_norm_act(
     slope: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``act((x - mean) * rstd * weight + bias + residual)`` and the mean and biased variance used."""
-    rows = as_rows(x)
-    mean, var = used_statistics(rows, mean, var)
-    y = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
-    other = None if residual is None else as_rows(residual)
-    apply_launch(rows, other, y, contiguous((mean, var, weight, bias)), (eps, activation, slope)).run()
+    x, residual = packed_like(x), None if residual is None else packed_like(residual)
+    mean, var = used_statistics(x, mean, var)
+    statistics = contiguous((mean, var, weight, bias))
+    y = packed_empty(x, *x.shape)
+    start = apply_start(x.shape, x.device, types_of(x, residual, *statistics), (eps, activation, slope))
+    start(x, residual, y, *statistics)
     return y, mean, var
 
 
-def apply_launch(rows: Tensor, residual: Tensor | None, y: Tensor, statistics: Statistics, options: Options) -> Launch:
-    """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` and ``residual`` ``(N, ph, pw, C)``."""
+@once
+def apply_start(shape: Shape, device: torch.device, types: Types, options: Options) -> Start:
+    """Return the start of the forward pass; tensors: x, residual, y, mean, var, weight, bias."""
     eps, activation, slope = options
-    channels = rows.shape[-1]
-    count = rows.numel() // channels
-    programs, _, block = tiles(count, channels, rows.device)
-    arguments = (rows, residual, y, *statistics, count, channels, eps, slope)
-    return Launch(norm_apply_kernel, programs, arguments, {"ACT": activation, **block}, 4, 1)
+    count, channels = rows_and_channels(shape)
+    programs, _, block = tiles(count, channels, device)
+    numbers = (count, channels, float(eps), float(slope))
+    return Start(norm_apply_kernel, programs, numbers, {"ACT": activation, **block})
 
 
 def batch_norm_act_grad(
@@ -171,71 +189,65 @@ def batch_norm_act_grad(
     join: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Return the gradients at x, residual, weight and bias; see ``gather`` for ``batch`` and ``join``."""
-    statistics, options = contiguous((mean, var, weight, bias)), (eps, activation, slope)
-    size = (x.shape[2], x.shape[3])
-    gx, gr = rows_like(x, x.shape[0], size, x.shape[1]), None
+    g, x, residual = packed_like(g), packed_like(x), None if residual is None else packed_like(residual)
+    statistics, shape = contiguous((mean, var, weight, bias)), x.shape
+    types = types_of(g, x, residual, *statistics)
+    starts = grad_starts(shape, x.device, types, (eps, activation, slope), batch)
+    gx, gr = packed_empty(x, *shape), None
     if residual is not None:
         finer = x if torch.finfo(x.dtype).eps <= torch.finfo(residual.dtype).eps else residual  # gx is made of gr
-        gr = rows_like(finer, x.shape[0], size, x.shape[1])
-    inputs = (as_rows(g), as_rows(x))
-    gb, gw = _vectors(inputs[1], 2)
-    other = None if residual is None else as_rows(residual)
-    for launch in sums_launches(*inputs, other, (gr, gb, gw), statistics, options):
-        launch.run()
-    sums = (gb, gw) if join is None else tuple(join(torch.stack((gb, gw))).unbind())
-    grad_apply_launch(*inputs, gr, sums, gx, statistics, options, batch).run()
+        gr = packed_empty(finer, *shape)
+    parts = x.new_empty((2, starts.splits, shape[1]), dtype=torch.float32)
+    gb, gw = x.new_empty(shape[1], dtype=torch.float32), x.new_empty(shape[1], dtype=torch.float32)
+    starts.sums(g, x, residual, gr, parts, *statistics)
+    starts.total(parts, gb, gw, gw)
+    maps = (x, g if gr is None else None, gr, gx)
+    if join is None:
+        starts.apply(*maps, gb, gw, *statistics)
+    else:  # nobody knows of which type they come back
+        starts.apply.launch(*maps, *join(torch.stack((gb, gw))).unbind(), *statistics).run()
     return gx, None if gr is None or residual is None else gr.to(residual.dtype), gw, gb
 
 
-def sums_launches(
-    g: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    outputs: tuple[Tensor | None, Tensor, Tensor],
-    statistics: Statistics,
-    options: Options,
-) -> list[Launch]:
-    """Return the launches that fill ``outputs`` = (gr, sum d, sum d u) from tensors ``(N, ph, pw, C)``."""
+class GradStarts(NamedTuple):
+    """The kernels of the backward pass: sums over ``splits`` shares of the rows, over all, and gx."""
+
+    splits: int
+    sums: Start
+    total: Start
+    apply: Start
+
+
+@once
+def grad_starts(shape: Shape, device: torch.device, types: Types, options: Options, batch: bool) -> GradStarts:
+    """Return the starts of the backward pass.
+
+    Tensors: g, x, residual, gr, parts, then mean, var, weight and bias; those of :func:`total_start`; x, g, gr, gx, sum
+    of d, sum of d u, then mean, var, weight and bias. Where there is ``gr``, the last is not given g.
+    """
     eps, activation, slope = options
-    gr, *sums = outputs
-    channels = x.shape[-1]
-    count = x.numel() // channels
+    count, channels = rows_and_channels(shape)
     # Two sums a thread: whole tiles would leave registers for three programs on a processor.
-    programs, splits, block = tiles(count, channels, x.device, 2)
-    parts = x.new_empty(2, splits, channels, dtype=torch.float32)
-    arguments = (g, x, residual, gr, parts, *statistics, count, splits, channels, eps, slope)
-    some = Launch(norm_grad_sums_kernel, (splits, programs[1]), arguments, {"ACT": activation, **block}, 4, 1)
-    return [some, total_launch(parts, tuple(sums))]
+    programs, splits, block = tiles(count, channels, device, 2)
+    more = (channels, float(eps), float(slope))
+    sums = Start(norm_grad_sums_kernel, (splits, programs[1]), (count, splits, *more), {"ACT": activation, **block})
+    programs, _, block = tiles(count, channels, device)
+    constants = {"ACT": activation, "BATCH": batch, **block}
+    apply = Start(norm_grad_apply_kernel, programs, (count, *more), constants)
+    return GradStarts(splits, sums, total_start(2, splits, channels, device), apply)
 
 
-def total_launch(parts: Tensor, totals: tuple[Tensor, ...]) -> Launch:
-    """Return the launch that adds ``parts`` ``(n, splits, C)`` over the splits, into n ``totals``, at most three."""
-    number, splits, channels = parts.shape
-    three = (*totals, totals[-1])[:3]
+@once
+def total_start(number: int, splits: int, channels: int, device: torch.device) -> Start:
+    """Return the start that adds ``parts`` ``(number, splits, C)`` over the splits, into as many totals, at most three.
+
+    Tensors: parts, then three totals, the last one again where there are two.
+    """
     programs = (ceil(channels / OVER_SPLITS["BLOCK_C"]), number)
-    return Launch(norm_total_kernel, programs, (parts, *three, splits, channels), OVER_SPLITS, 4, 1)
+    return Start(norm_total_kernel, programs, (splits, channels), OVER_SPLITS)
 
 
-def grad_apply_launch(
-    g: Tensor,
-    x: Tensor,
-    gr: Tensor | None,
-    sums: tuple[Tensor, ...],
-    gx: Tensor,
-    statistics: Statistics,
-    options: Options,
-    batch: bool,
-) -> Launch:
-    """Return the launch that fills ``gx`` ``(N, C, ph, pw)`` from ``gr`` or ``g``, and from ``sums`` if ``batch``."""
-    eps, activation, slope = options
-    channels = x.shape[-1]
-    count = x.numel() // channels
-    programs, _, block = tiles(count, channels, x.device)
-    return Launch(
-        norm_grad_apply_kernel,
-        programs,
-        (x, g if gr is None else None, gr, gx, *sums, *statistics, count, channels, eps, slope),
-        {"ACT": activation, "BATCH": batch, **block},
-        4,
-        1,
-    )
+def rows_and_channels(shape: Shape) -> tuple[int, int]:
+    """Return the number of rows and of channels of packed tensors ``(N, C, ph, pw)``."""
+    patches, channels, height, width = shape
+    return patches * height * width, channels

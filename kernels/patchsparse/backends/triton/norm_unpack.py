@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import Launch, as_rows, row_major, rows_like
-from .norm import Statistics, contiguous, tiles, total_launch, used_statistics
+from ...eager import once
+from ...layout import packed_empty, packed_like
+from .launch import Start, row_major
+from .norm import Shape, Types, contiguous, rows_and_channels, tiles, total_start, types_of, used_statistics
 from .norm_unpack_kernels import unpack_norm_fwd_kernel, unpack_norm_grad_apply_kernel, unpack_norm_grad_sums_kernel
 
-__all__ = [
-    "batch_norm_unpack",
-    "batch_norm_unpack_grad",
-    "unpack_norm_grad_launch",
-    "unpack_norm_launch",
-    "unpack_norm_sums_launches",
-]
-
-Maps = tuple[Tensor, Tensor]  # slot, coords
+__all__ = ["batch_norm_unpack", "batch_norm_unpack_grad", "unpack_grad_starts", "unpack_start"]
 
 
 def batch_norm_unpack(
@@ -37,30 +32,26 @@ def batch_norm_unpack(
 
     Inactive patches hold ``fill`` ``(C,)`` or 0.
     """
-    packed = as_rows(x)
-    mean, var = used_statistics(packed, mean, var)
+    x = packed_like(x)
+    mean, var = used_statistics(x, mean, var)
     batch, rows, columns = slot.shape
-    y = rows_like(x, batch, (rows * x.shape[2], columns * x.shape[3]), x.shape[1])
+    y = packed_empty(x, batch, x.shape[1], rows * x.shape[2], columns * x.shape[3])
     fill = None if fill is None else fill.contiguous()
-    unpack_norm_launch(packed, fill, y, row_major(slot, coords), contiguous((mean, var, weight, bias)), eps).run()
+    statistics, (slot, _) = contiguous((mean, var, weight, bias)), row_major(slot, coords)
+    start = unpack_start(x.shape, slot.shape, x.device, types_of(x, fill, *statistics), eps)
+    start(x, fill, y, slot, *statistics)
     return y, mean, var
 
 
-def unpack_norm_launch(
-    rows: Tensor, fill: Tensor | None, y: Tensor, maps: Maps, statistics: Statistics, eps: float
-) -> Launch:
-    """Return the launch that fills ``y`` ``(B, C, H, W)`` from ``rows`` ``(N, ph, pw, C)``."""
-    _, height, width, channels = rows.shape
-    count = y.shape[0] * y.shape[2] * y.shape[3]
-    programs, _, block = tiles(count, channels, rows.device)
-    return Launch(
-        unpack_norm_fwd_kernel,
-        programs,
-        (rows, fill, y, maps[0], *statistics, count, maps[0].shape[2], channels, eps),
-        {"HEIGHT": height, "WIDTH": width, **block},
-        4,
-        1,
-    )
+@once
+def unpack_start(shape: Shape, grid: Shape, device: torch.device, types: Types, eps: float) -> Start:
+    """Return the start of the forward pass; tensors: x, fill, y, slot, mean, var, weight, bias."""
+    _, channels, height, width = shape
+    batch, rows, columns = grid
+    count = batch * rows * height * columns * width
+    programs, _, block = tiles(count, channels, device)
+    constants = {"HEIGHT": height, "WIDTH": width, **block}
+    return Start(unpack_norm_fwd_kernel, programs, (count, columns, channels, float(eps)), constants)
 
 
 def batch_norm_unpack_grad(
@@ -76,54 +67,51 @@ def batch_norm_unpack_grad(
     join: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients at x, weight, bias and fill; see ``gather`` for ``batch`` and ``join``."""
-    statistics = contiguous((mean, var, weight, None))
-    gx = rows_like(x, x.shape[0], (x.shape[2], x.shape[3]), x.shape[1])
-    gb, gw, gf = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(3))
-    operands, maps = (as_rows(g), as_rows(x)), row_major(slot, coords)
-    for launch in unpack_norm_sums_launches(*operands, (gb, gw, gf), maps, statistics, eps):
-        launch.run()
-    sums = (gb, gw) if join is None else tuple(join(torch.stack((gb, gw))).unbind())
-    unpack_norm_grad_launch(*operands, sums, gx, maps, statistics, eps, batch).run()
+    g, x, (slot, coords) = packed_like(g), packed_like(x), row_major(slot, coords)
+    mean, var, weight, _ = contiguous((mean, var, weight, None))
+    channels = x.shape[1]
+    starts = unpack_grad_starts(x.shape, slot.shape, x.device, types_of(g, x, mean, var, weight), eps, batch)
+    gx = packed_empty(x, *x.shape)
+    parts = x.new_empty((3, starts.splits, channels), dtype=torch.float32)
+    gb, gw, gf = (x.new_empty(channels, dtype=torch.float32) for _ in range(3))
+    starts.sums(g, x, slot, parts, mean, var)
+    starts.total(parts, gb, gw, gf)
+    if join is None:
+        starts.apply(g, x, gx, coords, gb, gw, mean, var, weight)
+    else:  # nobody knows of which type they come back
+        sums = join(torch.stack((gb, gw))).unbind()
+        starts.apply.launch(g, x, gx, coords, *sums, mean, var, weight).run()
     return gx, gw, gb, gf
 
 
-def unpack_norm_sums_launches(
-    g: Tensor, x: Tensor, sums: tuple[Tensor, Tensor, Tensor], maps: Maps, statistics: Statistics, eps: float
-) -> list[Launch]:
-    """Return the launches that fill ``sums`` = of d, of d u and of the fill's d, from g ``(B, H, W, C)``."""
-    slot, _ = maps
-    _, height, width, channels = x.shape
-    pixels = g.numel() // channels
+class GradStarts(NamedTuple):
+    """The kernels of the backward pass: sums over ``splits`` shares of the pixels, over all, and gx."""
+
+    splits: int
+    sums: Start
+    total: Start
+    apply: Start
+
+
+@once
+def unpack_grad_starts(
+    shape: Shape, grid: Shape, device: torch.device, types: Types, eps: float, batch: bool
+) -> GradStarts:
+    """Return the starts of the backward pass.
+
+    Tensors: g, x, slot, parts, mean, var; those of `total_start`; g, x, gx, coords, sum of d, sum of d u, mean, var,
+    weight.
+    """
+    _, channels, height, width = shape
+    images, rows, columns = grid
+    pixels = images * rows * height * columns * width
     # Three sums a thread: whole tiles would leave registers for one program less.
-    programs, splits, block = tiles(pixels, channels, x.device, 2)
-    parts = x.new_empty(3, splits, channels, dtype=torch.float32)
-    arguments = (g, x, slot, parts, *statistics[:2], pixels, splits, slot.shape[2], channels, eps)
-    constants = {"HEIGHT": height, "WIDTH": width, **block}
-    some = Launch(unpack_norm_grad_sums_kernel, (splits, programs[1]), arguments, constants, 4, 1)
-    return [some, total_launch(parts, sums)]
-
-
-def unpack_norm_grad_launch(
-    g: Tensor,
-    x: Tensor,
-    sums: tuple[Tensor, ...],
-    gx: Tensor,
-    maps: Maps,
-    statistics: Statistics,
-    eps: float,
-    batch: bool,
-) -> Launch:
-    """Return the launch that fills ``gx`` from g ``(B, H, W, C)``, and from ``sums`` if ``batch``."""
-    slot, coords = maps
-    _, height, width, channels = x.shape
-    count = x.numel() // channels
-    programs, _, block = tiles(count, channels, x.device)
-    mean, var, weight, _ = statistics
-    return Launch(
-        unpack_norm_grad_apply_kernel,
-        programs,
-        (g, x, gx, coords, *sums, mean, var, weight, count, slot.shape[1], slot.shape[2], channels, eps),
-        {"HEIGHT": height, "WIDTH": width, "BATCH": batch, **block},
-        4,
-        1,
-    )
+    programs, splits, block = tiles(pixels, channels, device, 2)
+    patch = {"HEIGHT": height, "WIDTH": width}
+    numbers = (pixels, splits, columns, channels, float(eps))
+    sums = Start(unpack_norm_grad_sums_kernel, (splits, programs[1]), numbers, patch | block)
+    count, _ = rows_and_channels(shape)
+    programs, _, block = tiles(count, channels, device)
+    numbers = (count, rows, columns, channels, float(eps))
+    apply = Start(unpack_norm_grad_apply_kernel, programs, numbers, patch | {"BATCH": batch} | block)
+    return GradStarts(splits, sums, total_start(3, splits, channels, device), apply)
