@@ -77,9 +77,7 @@ def patch_batch_norm_act(
     else:
         y, mean, var, count = joined_batch_norm_act(*operands, *options, all_gather)
     if training:
-        running = (running_mean, running_var, batches)
-        taker = choose(norm_call("batch_norm_act", packed, packed.shape[0]), backend)
-        _update_running(running, mean, var, count, momentum, taker)
+        _update_running((running_mean, running_var, batches), mean, var, count, momentum, packed, backend)
     return y
 
 
@@ -142,9 +140,7 @@ def patch_batch_norm_unpack(
     else:
         image, mean, var, count = joined_batch_norm_unpack(*operands, *maps, eps, backend, all_gather)
     if training:
-        running = (running_mean, running_var, batches)
-        taker = choose(norm_call("batch_norm_unpack", packed, grid.slot.numel()), backend)
-        _update_running(running, mean, var, count, momentum, taker)
+        _update_running((running_mean, running_var, batches), mean, var, count, momentum, packed, backend)
     return image
 
 
@@ -182,12 +178,13 @@ def _update_running(
     var: Tensor,
     count: int | Tensor,
     momentum: float,
-    taker: str,
+    packed: Tensor,
+    backend: str,
 ) -> None:
     """Move the running statistics towards the batch's ``mean`` and biased ``var``, in place; no rows leave them.
 
-    ``running`` is mean, variance and number of batches, ``taker`` the engine of the norm. The operators mark ``mean``
-    and ``var`` as not differentiable.
+    ``running`` is mean, variance and number of batches. An engine with norms of its own takes them all at once. The
+    operators mark ``mean`` and ``var`` as not differentiable.
     """
     old_mean, old_var, batches = running
     if old_mean is not None and old_var is not None:
@@ -197,6 +194,7 @@ def _update_running(
             for old, new in ((old_mean, mean), (old_var, var * (count / (count - 1)))):
                 old.lerp_(new.to(old.dtype), weight)
         elif count > 1:
+            taker = choose(norm_call("batch_norm_act", packed, packed.shape[0]), backend)
             if taker in FUSED_NORMS and not is_traced() and old_mean.is_contiguous() and old_var.is_contiguous():
                 engine(taker).move_running((old_mean, old_var, batches), mean, var, count, momentum)
                 return
