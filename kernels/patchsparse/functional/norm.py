@@ -50,9 +50,8 @@ def patch_batch_norm_act(
         residual: ``(N, C, ph, pw)``, added before the activation, or None.
         backend: ``"auto"`` or the name of an engine; ``triton`` has kernels for it, else ``gather`` serves.
         all_gather: for statistics of a batch that several processes share: maps the ``(K,)`` of this process to the
-            ``(processes, K)`` of all, such as `torch.distributed.all_gather_into_tensor`. Called once forward and once
-            backward, also where there are no rows; numbers of rows may differ. Gradients at ``weight`` and ``bias``
-            are those of the rows here. Eager only.
+            ``(processes, K)`` of all, as `torch.distributed.all_gather_into_tensor` does. Called once in each pass, by
+            any number of rows, also none. Gradients at ``weight`` and ``bias`` are those of the rows here. Eager only.
         batches: ``()`` int64, counted up by one if ``training``, or None.
 
     Returns:
@@ -72,8 +71,7 @@ def patch_batch_norm_act(
     given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
     operands, options = (packed, residual, weight, bias), (eps, activation, slope, backend)
     if all_gather is None or given[0] is not None:
-        y, mean, var = norm.batch_norm_act(*operands, *given, *options)
-        count = _rows(packed)
+        (y, mean, var), count = norm.batch_norm_act(*operands, *given, *options), _rows(packed)
     else:
         y, mean, var, count = joined_batch_norm_act(*operands, *options, all_gather)
     if training:
@@ -112,9 +110,8 @@ def patch_batch_norm_unpack(
         eps: added to the variance.
         backend: ``"auto"`` or the name of an engine; ``triton`` has kernels for it, else ``gather`` serves.
         all_gather: for statistics of a batch that several processes share: maps the ``(K,)`` of this process to the
-            ``(processes, K)`` of all, such as `torch.distributed.all_gather_into_tensor`. Called once forward and once
-            backward, also where there are no rows; numbers of rows may differ. Gradients at ``weight`` and ``bias``
-            are those of the rows here. Eager only.
+            ``(processes, K)`` of all, as `torch.distributed.all_gather_into_tensor` does. Called once in each pass, by
+            any number of rows, also none. Gradients at ``weight`` and ``bias`` are those of the rows here. Eager only.
         batches: ``()`` int64, counted up by one if ``training``, or None.
 
     Returns:
@@ -135,8 +132,7 @@ def patch_batch_norm_unpack(
     operands = (packed, fill_values(fill, packed), weight, bias)
     maps = (grid.slot, grid.coords)
     if all_gather is None or given[0] is not None:
-        image, mean, var = norm_unpack.batch_norm_unpack(*operands, *given, *maps, eps, backend)
-        count = _rows(packed)
+        (image, mean, var), count = norm_unpack.batch_norm_unpack(*operands, *given, *maps, eps, backend), _rows(packed)
     else:
         image, mean, var, count = joined_batch_norm_unpack(*operands, *maps, eps, backend, all_gather)
     if training:
