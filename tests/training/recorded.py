@@ -1,4 +1,4 @@
-"""A graph for machines without a GPU: it records the operators of a step with their tensors, and runs them again.
+"""Graphs for machines without a GPU: they record operators with their tensors, and run them again.
 
 As in a CUDA graph nothing is computed by a capture (what it moved is put back), tensors keep their place, and what
 reads a value into Python, brings data of the host into the step, or makes shapes from values ends the capture.
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from spatspark_fast.training.captured import Taken
 
-__all__ = ["ForbiddenError", "RecordedGraphs"]
+__all__ = ["ForbiddenError", "RecordedGraphs", "Recording"]
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero", "item")
 HOST = ("lift_fresh", "_pin_memory")  # how numbers of Python enter a tensor
@@ -39,7 +39,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class _Recording(TorchDispatchMode):
+class Recording(TorchDispatchMode):
     """Record operators; keep what tensors from before the capture held before it."""
 
     def __init__(self) -> None:
@@ -69,6 +69,25 @@ class _Recording(TorchDispatchMode):
         if _memory(tensor) not in self._made | self.before.keys():
             whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())  # type: ignore[call-overload]
             self.before[_memory(tensor)] = (whole, whole.clone())
+
+    def undo(self) -> None:
+        """Put back what was moved, and spoil all results: a replay that reads what it has not computed would show."""
+        for whole, values in self.before.values():
+            whole.copy_(values)
+        for call in self.calls:
+            for place in call.results:
+                if place.is_floating_point():
+                    place.data.fill_(torch.nan)  # autograd does not count this as a change
+
+    def replay(self) -> None:
+        """Run all operators again, in the same memory."""
+        for operator, args, kwargs, grad, places in self.calls:
+            with torch.set_grad_enabled(grad), torch._C._AutoDispatchBelowAutograd():
+                results = operator(*args, **kwargs)
+            own = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            fresh = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and _memory(leaf) not in own]
+            for place, result in zip(places, fresh, strict=True):
+                place.data.copy_(result)
 
 
 def refuse(func: Any, args: Any) -> None:
@@ -101,32 +120,21 @@ class RecordedGraphs:
         yield
 
     def capture(self, run: Callable[[], Taken]) -> tuple[Callable[[], None], Taken]:
-        recording = _Recording()
+        recording = Recording()
         state = torch.get_rng_state()
         try:
             with recording:
                 taken = run()
         finally:
-            for whole, values in recording.before.values():
-                whole.copy_(values)
+            recording.undo()
             torch.set_rng_state(state)
         self.captures += 1
         self.launches.append(len(recording.calls))
 
         def replay() -> None:
             self.replays += 1
-            for operator, args, kwargs, grad, places in recording.calls:
-                with torch.set_grad_enabled(grad), torch._C._AutoDispatchBelowAutograd():
-                    results = operator(*args, **kwargs)
-                own = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-                fresh = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor) and _memory(leaf) not in own]
-                for place, result in zip(places, fresh, strict=True):
-                    place.copy_(result)
+            recording.replay()
 
-        for call in recording.calls:  # a replay that reads what it has not computed would show
-            for place in call.results:
-                if place.is_floating_point():
-                    place.fill_(torch.nan)
         return replay, taken
 
     def send(self, numbers: Tensor, place: Tensor) -> None:
