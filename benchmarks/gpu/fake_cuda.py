@@ -158,5 +158,6 @@ def fake_cuda(card: Card) -> dict[str, Any]:
     names |= {"Stream": Stream, "Event": Event, "CUDAGraph": CUDAGraph, "graph": graph}
     names |= {"stream": stream, "profiler": SimpleNamespace(start=nothing, stop=nothing)}
     names |= {"get_rng_state": lambda *args: torch.get_rng_state()}
+    names |= {"default_generators": (SimpleNamespace(clone_state=nothing, graphsafe_set_state=nothing),)}
     names |= {"is_current_stream_capturing": lambda: _now.capturing}
     return names

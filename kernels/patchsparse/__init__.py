@@ -5,6 +5,7 @@ See ``kernels/README.md`` for the layout and a ten-line use in a timm model.
 
 from .adoption.adopt import UnsupportedModuleError
 from .adoption.binding import bind, join_statistics
+from .adoption.graphed import graphed
 from .adoption.sparsify import sparsify
 from .explanation import available_backends, explain, why_unavailable
 from .functional import (
@@ -25,6 +26,7 @@ __all__ = [
     "available_backends",
     "bind",
     "explain",
+    "graphed",
     "image_conv2d",
     "image_conv_transpose2d",
     "image_engine",
