@@ -1,11 +1,13 @@
 """Whole encoders, forward + backward: packed against plain dense and dense-and-mask (`subjects/encoders.py`).
 
-On a GPU also as replayed CUDA graphs, and against plain dense compiled.
+On a GPU also as replayed CUDA graphs, by `patchsparse.graphed` with another mask in every call, and against plain dense
+compiled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from .measure.rows import left_out
 from .measure.scales import MASKED
@@ -32,20 +34,31 @@ def test_encoder(benchmark, record, scale, encoder, masked):
 
 
 def _replayed(record, ways: Encoders, masked: float, limit: float, floor: float) -> None:
-    """Record steps without any time of the host; dense-and-mask keeps it, since it asks the host what is visible."""
+    """Record steps without any time of the host; dense-and-mask keeps it, since it asks the host what is visible.
+
+    A step by `patchsparse.graphed`, called as in a loop of one's own, has some of it.
+    """
     found: dict[str, Callable[[], object]] = {}
-    for way in ("auto", DENSE):
+    makers = {f"{way} graph": partial(ways.captured, way) for way in ("auto", DENSE)}
+    makers["auto graphed"] = partial(ways.graphed, "auto")
+    for way, make in makers.items():
         try:
-            found[f"{way} graph"] = ways.captured(way)
+            found[way] = make()
         except (RuntimeError, AssertionError) as error:
-            record.row(left_out(ways.case, f"{way} graph", str(error), masked))
+            record.row(left_out(ways.case, way, str(error), masked))
             ways.check()  # a replay that differs closed the gate for the others, too
     found[DENSE_AND_MASK] = ways.steps[DENSE_AND_MASK]
     if DENSE in ways.scale.compiled:
-        found[f"{DENSE} compiled"] = ways.compiled(DENSE)
-    own = "auto graph" if "auto graph" in found else "auto"
-    timing = in_turn({own: ways.steps["auto"], **found}, ways.scale.rounds, warmup=2)
-    for rival in (way for way in found if way != own):
-        bound = limit if rival.startswith(f"{DENSE} ") else None
-        compared = timing.compare(own, rival)
-        record("encoder", ways.case, own, rival, *compared, masked=masked, limit=bound, floor=floor)
+        found[f"{DENSE} compiled"] = ways.compiled(DENSE)  # from now on it is no other way
+    else:
+        found[DENSE] = ways.steps[DENSE]
+    own = [way for way in found if way.startswith("auto")]
+    if not own:
+        found["auto"] = ways.steps["auto"]
+        own = ["auto"]
+    timing = in_turn(found, ways.scale.rounds, warmup=2)
+    for way in own:
+        for rival in (rival for rival in found if rival not in own):
+            bound = limit if rival.startswith(DENSE) and rival != DENSE_AND_MASK else None
+            compared = timing.compare(way, rival)
+            record("encoder", ways.case, way, rival, *compared, masked=masked, limit=bound, floor=floor)

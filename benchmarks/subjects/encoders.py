@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from patchsparse import PatchGrid, bind, pack, sparsify, unpack
+from patchsparse import PatchGrid, bind, graphed, pack, sparsify, unpack
+from patchsparse.adoption.graphed import Run
 from patchsparse.testing import DenseAndMask
 
 from ..measure.ceilings import ceilings
@@ -27,6 +30,7 @@ from ..measure.work import counted
 __all__ = ["DENSE", "DENSE_AND_MASK", "FEATURES", "GRADIENTS", "Encoders", "encoders"]
 
 PATCH = 32
+MASKS = 8  # that steps by `patchsparse.graphed` take in turn
 DENSE, DENSE_AND_MASK = "dense", "dense-and-mask"
 CHECKED = 8  # images of a batch that are compared, at most
 FEATURES = 1e-4  # relative difference up to which features in float32 count as the same
@@ -45,6 +49,8 @@ class Encoders:
         check: compare all engines with dense-and-mask, which opens the gate.
         scale: sizes of the batch.
         models: what the steps run, by the same names.
+        graphed: a step by `patchsparse.graphed` of an engine asked for, with another grid in every call, after its
+            gradients were compared with those of the step; raises as `captured` does.
     """
 
     case: str
@@ -52,6 +58,7 @@ class Encoders:
     check: Callable[[], None]
     scale: Scale
     models: dict[str, nn.Module]
+    graphed: Callable[[str], Callable[[], object]]
 
     def bounds(self, way: str) -> tuple[float, float]:
         """Return how many times fewer products ``way`` has than plain dense, and its floor in seconds."""
@@ -112,9 +119,12 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
     images = [unpack(d, grid).contiguous() for d in directions]  # gradients in the layout of the features
     noise = [torch.randn_like(image, memory_format=torch.channels_last) for image in images]  # no zeros that save power
 
+    def precision() -> torch.autocast:
+        return torch.autocast(device.type, dtype=scale.precision, enabled=scale.precision != torch.float32)
+
     def timed(run: Callable[[], Sequence[Tensor]], directions: Sequence[Tensor]) -> Callable[[], None]:
         def step() -> None:
-            with torch.autocast(device.type, dtype=scale.precision, enabled=scale.precision != torch.float32):
+            with precision():
                 features = run()
             _backward(features, [d.to(f.dtype) for d, f in zip(directions, features, strict=True)])
 
@@ -124,18 +134,52 @@ def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) ->
         with exact_float32():
             _compare(name, ours, plain, frames[:CHECKED], PatchGrid.from_active(grid.active[:CHECKED]))
 
+    def replayed(way: str) -> Callable[[], object]:
+        drawn = [PatchGrid.random(scale.batch, (side, side), 1 - masked, generator=generator) for _ in range(MASKS)]
+        masks, model = [grid, *(mask.to(device) for mask in drawn)], copy.deepcopy(ours[way])
+        with precision():
+            run = graphed(model, last, grid)
+        return _graphed(f"{name} batch {scale.batch} {way}", run, last, masks, lambda each: timed(each, directions))
+
     steps: dict[str, Callable[[], object]] = {
         **{b: timed(lambda model=model: _packed(model, last, grid), directions) for b, model in ours.items()},
         DENSE: timed(lambda: plain(last), noise),
         DENSE_AND_MASK: timed(lambda: masking(frames), images),
     }
     models = {**ours, DENSE: plain, DENSE_AND_MASK: masking}
-    return Encoders(f"{name} batch {scale.batch}", steps, check, scale, models)
+    return Encoders(f"{name} batch {scale.batch}", steps, check, scale, models, replayed)
 
 
 def _packed(model: nn.Module, frames: Tensor, grid: PatchGrid) -> list[Tensor]:
     with bind(model, grid):
         return model(pack(frames, grid))
+
+
+def _graphed(
+    case: str, run: Run, frames: Tensor, masks: Sequence[PatchGrid], timed: Callable[[Callable], Callable[[], object]]
+) -> Callable[[], object]:
+    """Return a step that replays on other masks in turn, after two of them were compared with the eager step."""
+    if not run.captured:
+        raise RuntimeError(run.reason)
+    model = run.model
+    for mask in masks[1:3]:
+        eager, replayed = timed(lambda mask=mask: _packed(model, frames, mask)), timed(partial(run, frames, mask))
+        check_parity(f"{case} graphed", _accumulated(model, replayed), _accumulated(model, eager), GRADIENTS)
+    turns = cycle(masks)
+    step = timed(lambda: run(frames, next(turns)))
+
+    def fresh() -> None:  # as in a loop that forgets the gradients of the step before
+        model.zero_grad()
+        step()
+
+    return fresh
+
+
+def _accumulated(model: nn.Module, step: Callable[[], object]) -> Tensor:
+    """Return the gradients that a step leaves in a model, as one vector."""
+    model.zero_grad()
+    step()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def _directions(features: Sequence[Tensor]) -> list[Tensor]:

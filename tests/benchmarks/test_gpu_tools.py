@@ -19,8 +19,11 @@ from benchmarks.measure.rows import COLUMNS, merge
 from benchmarks.measure.scales import scale_of
 from benchmarks.subjects import encoders
 from benchmarks.subjects.steps import DRAWN, build, windows, windows_on
+from patchsparse import PatchGrid
+from patchsparse.adoption.graphed import Run
 from spatspark_fast.data.augment import Augmentation
 
+from ..kernels.recorded_cuda import recorded_gpu
 from .test_gate import Noted
 
 TINY = {
@@ -214,9 +217,11 @@ def test_encoders_are_replayed_beside_dense_ones_that_are_compiled(monkeypatch: 
     encoder_suite._replayed(record, ways, 0.6, 2.6, 0.01)
     assert compiled == [ways.models["dense"]]
     assert [(row["way"], row["against"]) for row in record] == [
-        ("auto graph", rival) for rival in ("dense graph", "dense-and-mask", "dense compiled")
+        ("auto graphed", ""),
+        *(("auto graph", rival) for rival in ("dense graph", "dense-and-mask", "dense compiled")),
     ]
-    assert [row["limit"] for row in record] == ["2.6", "", "2.6"]
+    assert record[0]["reason"] == "a CUDA graph needs a GPU, and the images are on cpu"
+    assert [row["limit"] for row in record] == ["", "2.6", "", "2.6"]
 
     def refuses(run):
         run()
@@ -228,12 +233,42 @@ def test_encoders_are_replayed_beside_dense_ones_that_are_compiled(monkeypatch: 
     assert [(row["suite"], row["way"], row["against"]) for row in record] == [
         ("left_out", "auto graph", ""),
         ("left_out", "dense graph", ""),
+        ("left_out", "auto graphed", ""),
         ("encoder", "auto", "dense-and-mask"),
+        ("encoder", "auto", "dense"),
     ]
     monkeypatch.setattr(encoders, "capture", lambda run: (lambda: None, run()))  # a replay that computes nothing
     record.clear()
     encoder_suite._replayed(record, replace(ways, scale=replace(scale, compiled=())), 0.6, 2.6, 0.01)
     assert "replayed differs by" in record[0]["reason"]
+
+
+def test_an_encoder_by_graphed_is_replayed_on_other_masks_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    with recorded_gpu():
+        scale = scale_of("tiny", torch.device("cuda"))
+        ways = encoders.encoders("test_resnet", ("gather",), 0.6, scale)
+        step = ways.graphed("gather")
+        monkeypatch.setattr(encoders, "_packed", None)  # what is compared with is not what is timed
+        step()
+        step()
+    assert all(p.grad is None for p in ways.models["gather"].parameters())  # graphs read places of their own
+    monkeypatch.undo()
+    monkeypatch.setattr(encoders, "graphed", lambda model, frames, grid: Stuck(model, frames, grid))
+    with recorded_gpu(), pytest.raises(AssertionError, match="test_resnet batch 2 gather graphed differs"):
+        ways.graphed("gather")
+
+
+class Stuck(Run):
+    """A replay that does not see another mask."""
+
+    captured = True
+
+    def __init__(self, model: torch.nn.Module, frames: torch.Tensor, grid: PatchGrid):
+        super().__init__(model, "")
+        self.grid = grid
+
+    def __call__(self, images: torch.Tensor, grid: PatchGrid) -> list[torch.Tensor]:
+        return super().__call__(images, self.grid)
 
 
 def test_models_of_equal_weights_share_none() -> None:
