@@ -161,7 +161,7 @@ def _graphed(
     """Return a step that replays on other masks in turn, after two of them were compared with the eager step."""
     if not run.captured:
         raise RuntimeError(run.reason)
-    model = run.model
+    model, parameters = run.model, [*run.model.parameters()]
     for mask in masks[1:3]:
         eager, replayed = timed(lambda mask=mask: _packed(model, frames, mask)), timed(partial(run, frames, mask))
         check_parity(f"{case} graphed", _accumulated(model, replayed), _accumulated(model, eager), GRADIENTS)
@@ -169,7 +169,8 @@ def _graphed(
     step = timed(lambda: run(frames, next(turns)))
 
     def fresh() -> None:  # as in a loop that forgets the gradients of the step before
-        model.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         step()
 
     return fresh

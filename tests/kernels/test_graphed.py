@@ -19,6 +19,7 @@ from benchmarks.gpu.fake import fake_gpu
 from patchsparse import PatchGrid, bind, graphed, join_statistics, pack, sparsify
 from patchsparse.adoption.graphed import Run, computation
 
+from .dispatched import Dispatched
 from .recorded_cuda import recorded_gpu
 from .sparsify_cases import as_list, encoder, loss_of
 
@@ -250,11 +251,19 @@ def test_tables_of_the_grid_are_built_in_the_capture(monkeypatch: pytest.MonkeyP
         run = graphed(model, frames(dtype=torch.float32), one)
         assert dict(seen.launches) == {name: 4 * count for name, count in once.items()}
         seen.launches.clear()
-        loss_of(run(frames(dtype=torch.float32), two)).backward()
+        model.zero_grad()
+        features = run(frames(dtype=torch.float32), two)
+        directions = [torch.ones_like(feature) for feature in features]
+        with Dispatched() as started:  # gradients come in the layout of their weights, or each would be copied again
+            torch.autograd.backward(features, directions)
         assert not seen.launches
+        assert set(started.names) == {"copy_", "detach", "_foreach_mul"}
+        assert started.names.count("copy_") == len(features)
+        assert started.names.count("_foreach_mul") == 1
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("default")  # those of a card's libraries are not what is tested
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 def test_on_a_gpu_replays_are_the_steps_of_other_masks(name: str, half: bool) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -158,6 +159,9 @@ class _Replayed(Run):
 
         with torch.inference_mode(False), torch.enable_grad(), _nothing_moved(self.model, images.device):
             parameters = [p.detach().requires_grad_(p.requires_grad) for p in self._parameters]
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    parameter.register_hook(partial(_laid_out, parameter.shape, parameter.stride()))
             places = [t.detach().clone() for t in (images, grid.active, grid.coords, grid.slot)]
             places[0].requires_grad_(gradient)
             try:
@@ -221,6 +225,14 @@ class _Apart(torch.autograd.Function):
         places = [gradient for gradient in gradients if gradient is not None]
         own = iter(_torch._foreach_mul(places, 1.0) if places else ())  # a copy of all by few kernels
         return None, None, *(None if gradient is None else next(own) for gradient in gradients)
+
+
+def _laid_out(shape: Sequence[int], strides: Sequence[int], gradient: Tensor) -> Tensor:
+    """Return a gradient in the memory layout of its parameter, so that autograd takes it without a copy."""
+    axes = zip(shape, strides, gradient.stride(), strict=True)
+    if all(size == 1 or wanted == found for size, wanted, found in axes):
+        return gradient
+    return gradient.new_empty_strided(shape, strides).copy_(gradient)
 
 
 def _warm_up(forward: Any, inputs: Sequence[Tensor]) -> None:
