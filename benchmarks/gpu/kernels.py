@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,11 +53,10 @@ class Asked(NamedTuple):
 
 
 def cases(groups: Sequence[str], masked: Sequence[float], once: Sequence[str] = ()) -> Iterator[Asked]:
-    """Yield what to time: all of it at the first masked share, then ``groups`` at the second, without ``once``."""
+    """Yield what to time: groups at the first masked share, then at the second; then ``once`` at the first alone."""
     every = {**GROUPS, "densify": LEVELS, "peers": PEERS}
-    for share in masked:
-        for name in (*groups, *(once if share == masked[0] else ())):
-            yield from (Asked(name, share, what) for what in every[name])
+    for share, name in (*product(masked, groups), *product(masked[:1], once)):
+        yield from (Asked(name, share, what) for what in every[name])
 
 
 def rows_of(asked: Asked, arguments: argparse.Namespace, told: set[str], device: str = "cuda") -> Iterator[Row]:

@@ -77,7 +77,7 @@ TIMES = Line("kernel-times", _module("kernel_times", "--out", "{rows}"), 40, "wh
 PRETRAIN = Line(
     "pretrain",
     _module("training", "--out", "{rows}", "--python", "{python line}"),
-    90,
+    80,
     "does pretraining run, resume after a kill, and learn as dense-and-mask does?",
 )
 SHARES = ("--masked", "0.6", "0.3", "0.75")
@@ -118,8 +118,8 @@ SHORT: Mapping[int, tuple[Line, ...]] = {
         PRETRAIN,
         Line(
             "layers",
-            _layers("3x3", *SHARES, "--once", "stride2", "stem", "densify", "peers", "depthwise"),
-            75,
+            _layers("3x3", *SHARES, "--once", "stride2", "stem", "densify", "depthwise", "peers"),
+            85,
             "how fast are layers over dense cuDNN and over other libraries, and how does the masked share matter?",
         ),
         # One process, which takes long to start; each of its benchmarks keeps its rows.
@@ -130,7 +130,7 @@ SHORT: Mapping[int, tuple[Line, ...]] = {
                 "test_step.py::test_step[resnet18]",
                 *("--encoders", "resnet18,resnet50", "--no-compile"),
             ),
-            160,
+            175,
             "how fast are whole encoders and steps, eager and captured, and what memory do they take?",
         ),
         replace(TIMES, command=(*TIMES.command, "--only", "step resnet18")),
