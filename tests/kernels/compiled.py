@@ -19,6 +19,7 @@ from patchsparse.backends.triton import configs, conv, norm
 from patchsparse.backends.triton import depthwise_pool as pool
 from patchsparse.backends.triton import norm_unpack as image
 from patchsparse.backends.triton.launch import Launch, rows_like
+from patchsparse.backends.triton.row_tables import listed_rows, row_table
 from patchsparse.geometry import Stencil
 
 from .compiled_row_tables import row_table_launches
@@ -119,27 +120,33 @@ STRIDED = Stencil((3, 3), (2, 2), (1, 1), (1, 1))
 
 def forward(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 2) -> Launch:
     """Return the launch of a 3x3 convolution of ``c`` channels."""
-    x, y = _meta(4096, p, p, c, dtype=dtype), rows_like(_meta(1, dtype=dtype), 4096, (p, p), c)
-    weights = conv.forward_weights(_meta(c, c, 3, 3, dtype=dtype), 1)
-    return conv.forward_launch(x, weights, _meta(c, dtype=dtype), y, *GRID, (p, p), SAME3, False, tile)
+    x, w = rows_like(_meta(1, dtype=dtype), 4096, (p, p), c), _meta(c, c, 3, 3, dtype=dtype)
+    start = conv.forward_start(4096 * p * p, conv.forward_weights(w.shape, 1), 9, conv.precision_of(x), tile)
+    return start.launch(x, w, _meta(c, dtype=dtype), x, *row_table(*GRID, (p, p), SAME3, False, tile.sorted))
 
 
 def input_gradient(
     tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 4, stencil: Stencil = STRIDED
 ) -> Launch:
     """Return the launch of the input gradient, at stride 2 with the transposed table."""
-    out, straight = stencil.output_size((p, p)), stencil.stride == (1, 1)
-    g, y = _meta(4096, *out, c, dtype=dtype), rows_like(_meta(1, dtype=dtype), 4096, (p, p), c)
-    weights = conv.transposed_weights(_meta(c, c, 3, 3, dtype=dtype), 1, straight)
-    return conv.forward_launch(g, weights, None, y, *GRID, (p, p), stencil, not straight, tile)
+    straight, one = stencil.stride == (1, 1), _meta(1, dtype=dtype)
+    g, y = rows_like(one, 4096, stencil.output_size((p, p)), c), rows_like(one, 4096, (p, p), c)
+    w = _meta(c, c, 3, 3, dtype=dtype)
+    weights = conv.transposed_weights(w.shape, 1, straight)
+    start = conv.forward_start(4096 * p * p, weights, 9, conv.precision_of(g), tile)
+    return start.launch(g, w, None, y, *row_table(*GRID, (p, p), stencil, not straight, tile.sorted))
 
 
 def weight_gradient(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 2) -> Launch:
     """Return the launch of the weight gradient of a 3x3 (of four taps at once: 4x4) convolution of ``c`` channels."""
     k = 3 if 9 % tile.taps == 0 else 4
     stencil = Stencil((k, k), (1, 1), (k // 2, k // 2), (1, 1))
-    x, w = _meta(4096, p, p, c, dtype=dtype), _meta(c, c, k, k, dtype=dtype)
-    return conv.wgrad_launches(x, x, w, *GRID, stencil, 1, tile)[0]
+    x, w = rows_like(_meta(1, dtype=dtype), 4096, (p, p), c), _meta(c, c, k, k, dtype=dtype)
+    splits, partial, _ = conv.wgrad_starts(conv.Operand.of(x, GRID[0]), x.shape, stencil, 1, tile)
+    parts = w if splits == 1 else _meta(splits, w.numel(), dtype=torch.float32)
+    maps = (*GRID, (p, p), stencil)
+    rows = listed_rows(*maps, tile.taps) if tile.sorted else (row_table(*maps).sources, None, None)
+    return partial.launch(x, x, parts, *rows)
 
 
 def memory_bound(c: int = 128, p: int = 8) -> Iterator[tuple[str, Launch]]:
@@ -238,7 +245,7 @@ def convolutions(architecture: int) -> Iterator[tuple[str, Launch]]:
     yield _named("fwd C17", tile), forward(tile, c=17)  # no wide copies
     tile = configs.wgrad_tiles(17, 17, 9, 2, True, 1.0, shared)[0]
     yield _named("wgrad C17", tile), weight_gradient(tile, c=17)
-    yield "rounding to TF32", conv.rounding_launch(_meta(4096, dtype=single), _meta(4096, dtype=single))
+    yield "rounding to TF32", conv.rounding_start(4096, torch.device("meta")).launch(*[_meta(4096, dtype=single)] * 2)
 
 
 def _precisely(launch: Launch, tensor_cores: bool) -> Launch:

@@ -9,7 +9,9 @@ from patchsparse import PatchGrid, patch_conv2d
 from patchsparse.backends import gather, triton
 from patchsparse.backends.triton import conv, stem, tuning
 from patchsparse.backends.triton.configs import CONV, CONV_SMALL, WGRAD, WGRAD_SMALL, Tile
+from patchsparse.backends.triton.row_tables import listed_rows, row_table
 from patchsparse.geometry import Stencil
+from patchsparse.layout import packed_like
 
 from ..matrix import rest_but
 from .interpreted_triton import _poison, check, normal  # noqa: F401  the fixture works where it is imported
@@ -28,8 +30,9 @@ def test_every_forward_tile(number):
     tile, ordered = (CONV + CONV_SMALL)[number], number % 2 == 0
     grid, x, w, _ = problem(2, 32)
     y = torch.empty_like(x).contiguous(memory_format=torch.channels_last)
-    maps = (grid.slot, grid.coords, (2, 2), SAME, False, replace(tile, sorted=ordered))
-    conv.forward_launch(conv.as_rows(x), conv.forward_weights(w, 1), None, y, *maps).run()
+    table = row_table(grid.slot, grid.coords, (2, 2), SAME, False, ordered)
+    start = conv.forward_start(x.shape[0] * 4, conv.forward_weights(w.shape, 1), 9, conv.precision_of(x), tile)
+    start(packed_like(x), packed_like(w), None, y, *table)
     expected = gather.conv2d(x.float(), w.float(), None, grid.slot, grid.coords, SAME, 1)
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().amax().item())
 
@@ -41,9 +44,12 @@ def test_every_weight_gradient_tile(number):
     grid, x, w, g = problem(2, 16, k=k)
     stencil = Stencil((k, k), padding=(k // 2, k // 2))
     out = torch.empty_like(w).contiguous(memory_format=torch.channels_last)
-    rows, tile = (conv.as_rows(x), conv.as_rows(g)), replace(tile, sorted=listed)
-    for launch in conv.wgrad_launches(*rows, out, grid.slot, grid.coords, stencil, 1, tile, splits=2):
-        launch.run()
+    starts = conv.wgrad_starts(conv.Operand.of(x, grid.slot), g.shape, stencil, 1, tile, splits=2)
+    maps = (grid.slot, grid.coords, (2, 2), stencil)
+    rows = listed_rows(*maps, tile.taps) if listed else (row_table(*maps).sources, None, None)
+    parts = torch.empty(2, out.numel())
+    starts.partial(packed_like(x), packed_like(g), parts, *rows)
+    starts.total(parts, out)
     expected = gather.conv2d_wgrad(x.float(), g.float(), grid.slot, grid.coords, stencil, 1)
     torch.testing.assert_close(out.float(), expected, rtol=1e-2, atol=1e-2 * expected.abs().amax().item())
 
@@ -93,7 +99,7 @@ def test_rounding_to_the_ten_bits_of_tf32():
     x = torch.tensor([1 + 0.49 * ulp, 1 + 0.5 * ulp, -1 - 0.75 * ulp, 0.0, -0.0, 3.0e-39, float("inf"), -float("inf")])
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32)  # NaN, whose sums with a half would carry over
     x, y = torch.cat([x, bits.view(torch.float32), normal(0, (2000,))[0]]), torch.empty(2011)
-    conv.rounding_launch(x, y).run()
+    conv.rounding_start(2011, x.device)(x, y)
     assert y[:5].tolist() == [1, 1 + ulp, -1 - ulp, 0, 0]
     assert torch.equal(y[6:8], x[6:8])
     assert y[8:11].isnan().all()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from patchsparse import PatchGrid, explain, pack, patch_conv2d, patch_conv_transpose2d, unpack
 from patchsparse.backends import gather, triton
-from patchsparse.backends.triton import conv, stem
+from patchsparse.backends.triton import stem
+from patchsparse.backends.triton.launch import as_rows
 from patchsparse.backends.triton.stem_configs import STEM, STEM_WGRAD
 from patchsparse.geometry import Stencil
 
@@ -121,7 +122,7 @@ def test_every_forward_tile(number):
     grid, layout = grid_of(), stem.cells_of((8, 8), RESNET, 3, 2)
     x, weight, bias = (t.half() for t in normal(1, (grid.num_active, 3, 8, 8), (40, 3, 7, 7), (40,)))
     cells, taps = x.new_empty(grid.num_active, *layout.halo, layout.cell), x.new_empty(40, 4, 4, layout.cell)
-    stem.cells_launch(conv.as_rows(x), cells, grid.slot, grid.coords, layout).run()
+    stem.cells_launch(as_rows(x), cells, grid.slot, grid.coords, layout).run()
     stem.weight_launch(weight, taps, layout).run()
     y = x.new_empty(grid.num_active, 4, 4, 40).permute(0, 3, 1, 2)
     stem.forward_launch(cells, taps, bias, y, layout, STEM[number]).run()
@@ -134,9 +135,9 @@ def test_every_weight_gradient_tile(number):
     grid, layout = grid_of(1.0), stem.cells_of((8, 8), RESNET, 3, 2)
     x, g = (t.half() for t in normal(2, (12, 3, 8, 8), (12, 40, 4, 4)))
     cells = x.new_empty(12, *layout.halo, layout.cell)
-    stem.cells_launch(conv.as_rows(x), cells, grid.slot, grid.coords, layout).run()
+    stem.cells_launch(as_rows(x), cells, grid.slot, grid.coords, layout).run()
     out = x.new_empty(40, 7, 7, 3).permute(0, 3, 1, 2)
-    for launch in stem.wgrad_launches(cells, conv.as_rows(g), out, layout, STEM_WGRAD[number]):
+    for launch in stem.wgrad_launches(cells, as_rows(g), out, layout, STEM_WGRAD[number]):
         launch.run()
     expected = gather.conv2d_wgrad(x.float(), g.float(), grid.slot, grid.coords, RESNET, 1)
     torch.testing.assert_close(out.float(), expected, rtol=2e-3, atol=2e-3 * expected.abs().amax().item())

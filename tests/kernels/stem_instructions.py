@@ -9,6 +9,7 @@ import torch
 
 from patchsparse.backends.triton import configs, conv, stem, stem_configs
 from patchsparse.backends.triton.launch import Launch, rows_like
+from patchsparse.backends.triton.row_tables import listed_rows, row_table
 from patchsparse.geometry import Stencil
 
 from .compiled import compile_launch
@@ -45,14 +46,19 @@ def by_rows(channels: int, stencil: Stencil) -> tuple[float, float]:
 
     grid = (meta(128, 9, 9, dtype=torch.int32), meta(PATCHES, 3, dtype=torch.int32))
     size, share = stencil.output_size((PIXELS, PIXELS)), conv.active_share((PIXELS, PIXELS), stencil, ACTIVE)
-    x, weight = meta(PATCHES, PIXELS, PIXELS, channels), meta(OUT, channels, *stencil.kernel)
+    x, weight = rows_like(meta(1), PATCHES, (PIXELS, PIXELS), channels), meta(OUT, channels, *stencil.kernel)
     y = rows_like(x, PATCHES, size, OUT)
     tile = configs.conv_tiles(PATCHES * size[0] * size[1], channels, OUT, 2, True, share)[0]
-    weights = conv.forward_weights(weight, 1)
-    launch = conv.forward_launch(x, weights, None, y, *grid, (PIXELS, PIXELS), stencil, False, tile)
+    weights = conv.forward_weights(weight.shape, 1)
+    start = conv.forward_start(PATCHES * size[0] * size[1], weights, stencil.taps, "ieee", tile)
+    launch = start.launch(x, weight, None, y, *row_table(*grid, (PIXELS, PIXELS), stencil, False, tile.sorted))
     ahead = executed(launch, stencil.taps * -(-channels // tile.k)) / tile.m
     tile = configs.wgrad_tiles(channels, OUT, stencil.taps, 2, True, share)[0]
-    loop = compile_launch(conv.wgrad_launches(x, y.permute(0, 2, 3, 1), weight, *grid, stencil, 1, tile)[0], 90).loop
+    starts = conv.wgrad_starts(conv.Operand.of(x, grid[0]), y.shape, stencil, 1, tile)
+    parts = meta(starts.splits, weight.numel(), dtype=torch.float32)
+    maps = (*grid, (PIXELS, PIXELS), stencil)
+    rows = listed_rows(*maps, tile.taps) if tile.sorted else (row_table(*maps).sources, None, None)
+    loop = compile_launch(starts.partial.launch(x, y, parts, *rows), 90).loop
     passes = stencil.taps // tile.taps * -(-channels // tile.n)
     return ahead, 0 if loop is None else loop.total * tile.warps / tile.k * passes
 

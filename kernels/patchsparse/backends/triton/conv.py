@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...eager import once
 from ...geometry import Stencil
+from ...layout import packed_like
 from . import tuning
 from .configs import Tile, conv_tiles, programs_of, shared_memory, splits_of, wgrad_tiles
 from .conv_kernels import (
@@ -18,25 +19,26 @@ from .conv_kernels import (
     round_to_tf32_kernel,
     sum_splits_kernel,
 )
-from .launch import Launch, as_rows, processors, rows_like
+from .launch import Start, processors
 from .row_tables import active_share, listed_rows, row_table, turned
 from .tuned import Kind, card_of
 
 __all__ = [
     "MOST_TAPS",
+    "Operand",
     "Weights",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
-    "forward_launch",
+    "forward_start",
     "forward_weights",
     "kind_of",
     "nearest",
     "precision_of",
-    "rounding_launch",
-    "sum_launch",
+    "rounding_start",
+    "sum_start",
     "transposed_weights",
-    "wgrad_launches",
+    "wgrad_starts",
 ]
 
 Size = tuple[int, int]
@@ -64,63 +66,121 @@ def nearest(x: Tensor) -> Tensor:
     if precision_of(x) != "tf32":
         return x
     y = torch.empty_like(x)
-    rounding_launch(x, y).run()
+    rounding_start(x.numel(), x.device)(x, y)
     return y
 
 
-def rounding_launch(x: Tensor, y: Tensor) -> Launch:
-    """Return the launch that fills ``y`` from contiguous ``x``, both float32."""
-    return Launch(round_to_tf32_kernel, (ceil(x.numel() / 1024),), (x, y, x.numel()), {"BLOCK": 1024}, 4, 1)
+@once
+def rounding_start(values: int, device: torch.device) -> Start:
+    """Return the start that rounds float32 ``values`` without gaps in memory; tensors: those, and where they go."""
+    return Start(round_to_tf32_kernel, (ceil(values / 1024),), (values,), {"BLOCK": 1024})
 
 
-def _density(slot: Tensor, coords: Tensor) -> float:
-    return coords.shape[0] / max(1, slot.numel())
+class Operand(NamedTuple):
+    """What the choice of configurations knows of the packed tensor ``(N, C, ph, pw)`` that is read.
+
+    Attributes:
+        shape: of the tensor.
+        device: where it is.
+        dtype: of its values.
+        precision: of products, see :func:`precision_of`.
+        patches: of the grid, visible or not.
+    """
+
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    precision: str
+    patches: int
+
+    @classmethod
+    def of(cls, x: Tensor, slot: Tensor) -> Operand:
+        """Describe ``x`` on the grid of ``slot``."""
+        return cls(x.shape, x.device, x.dtype, precision_of(x), slot.numel())
+
+    @property
+    def size(self) -> Size:
+        """Pixels of a patch."""
+        return self.shape[2], self.shape[3]
+
+    @property
+    def density(self) -> float:
+        """Visible share of the patches."""
+        return self.shape[0] / max(1, self.patches)
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether products run on them."""
+        return self.dtype != torch.float32 or self.precision == "tf32"
 
 
-def kind_of(name: str, x: Tensor, size: Size, stencil: Stencil, channels: Size, groups: int, density: float) -> Kind:
+def kind_of(name: str, x: Operand, stencil: Stencil, channels: Size, groups: int) -> Kind:
     """Return what tuned configurations are remembered by; density and rows in coarse steps."""
-    rows = (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
-    card, eighths = card_of(x.device), round(density * 8)
-    return Kind(name, card, x.dtype, precision_of(x), size, stencil, channels, groups, rows, eighths)
+    rows, eighths = (x.shape[0] * x.shape[2] * x.shape[3]).bit_length(), round(x.density * 8)
+    return Kind(name, card_of(x.device), x.dtype, x.precision, x.size, stencil, channels, groups, rows, eighths)
 
 
 class Weights(NamedTuple):
-    """Weights as a kernel reads them.
+    """Weights ``(C_out, kh, kw, C_in / groups)`` in memory, as a kernel reads them.
 
     Attributes:
-        taps: ``(C_out, kh, kw, C_in / groups)``.
         channels: per group, those summed over and those written.
         groups: of the convolution.
         strides: of a group, of the first tap (an offset), of a written channel, of a tap, of a channel summed over.
     """
 
-    taps: Tensor
     channels: Size
     groups: int
     strides: tuple[int, int, int, int, int]
 
 
-def forward_weights(weight: Tensor, groups: int) -> Weights:
-    """Return ``weight`` ``(C_out, C_in / groups, kh, kw)`` for a convolution."""
-    taps = nearest(as_rows(weight))
-    c_out, c_in, number = taps.shape[0] // groups, taps.shape[3], taps.shape[1] * taps.shape[2]
-    return Weights(taps, (c_in, c_out), groups, (c_out * number * c_in, 0, number * c_in, c_in, 1))
+def forward_weights(shape: tuple[int, ...], groups: int) -> Weights:
+    """Return how weights of ``shape`` ``(C_out, C_in / groups, kh, kw)`` are read for a convolution."""
+    c_out, c_in, number = shape[0] // groups, shape[1], shape[2] * shape[3]
+    return Weights((c_in, c_out), groups, (c_out * number * c_in, 0, number * c_in, c_in, 1))
 
 
-def transposed_weights(weight: Tensor, groups: int, turned_round: bool) -> Weights:
-    """Return ``weight`` ``(C_out, C_in / groups, kh, kw)`` for the input gradient, the last tap first if so wanted."""
-    taps = nearest(as_rows(weight))
-    c_out, c_in, number = taps.shape[0] // groups, taps.shape[3], taps.shape[1] * taps.shape[2]
+def transposed_weights(shape: tuple[int, ...], groups: int, turned_round: bool) -> Weights:
+    """Return how they are read for the input gradient, the last tap first if so wanted."""
+    c_out, c_in, number = shape[0] // groups, shape[1], shape[2] * shape[3]
     first, tap = ((number - 1) * c_in, -c_in) if turned_round else (0, c_in)
-    return Weights(taps, (c_out, c_in), groups, (c_out * number * c_in, first, 1, tap, number * c_in))
+    return Weights((c_out, c_in), groups, (c_out * number * c_in, first, 1, tap, number * c_in))
+
+
+class _Plan(NamedTuple):
+    """What is the same in all calls of the same shapes, types, device and options.
+
+    Attributes:
+        kind: of call, by which a configuration is chosen.
+        tiles: that it is chosen from.
+        shape: of the result; in channels_last memory.
+        strides: of the result.
+        starts: by configuration, those that were met.
+        stencil: of the row table.
+        transposed: whether the table is that of the input gradient at a stride.
+        weights: how they are read; None for their own gradient.
+    """
+
+    kind: Kind
+    tiles: tuple[Tile, ...]
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    starts: dict[Tile, Any]
+    stencil: Stencil
+    transposed: bool = False
+    weights: Weights | None = None
+
+
+def _last(channels: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Return the strides of channels_last memory."""
+    return height * width * channels, 1, width * channels, channels
 
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
-    weights, size = forward_weights(weight, groups), (x.shape[2], x.shape[3])
-    return _run_forward("conv2d", x, weights, bias, slot, coords, size, stencil, False)
+    return _run_forward("conv2d", x, weight, bias, slot, coords, (x.shape[2], x.shape[3]), stencil, groups)
 
 
 def conv2d_dgrad(
@@ -131,144 +191,155 @@ def conv2d_dgrad(
     At stride 1 this is the forward kernel with the weights read in the other direction; else each input pixel asks
     the outputs that read it. No atomics.
     """
-    straight = stencil.stride == (1, 1)
-    weights = transposed_weights(weight, groups, turned_round=straight)
-    stencil = turned(stencil) if straight else stencil
-    return _run_forward("conv2d_dgrad", grad, weights, None, slot, coords, size, stencil, not straight)
+    return _run_forward("conv2d_dgrad", grad, weight, None, slot, coords, size, stencil, groups)
 
 
 def _run_forward(
     name: str,
     x: Tensor,
-    weights: Weights,
+    weight: Tensor,
     bias: Tensor | None,
     slot: Tensor,
     coords: Tensor,
     size: Size,
     stencil: Stencil,
-    transposed: bool,
+    groups: int,
 ) -> Tensor:
-    """Choose a configuration and run; ``size`` and ``stencil`` are those of the row table."""
-    density, precision = _density(slot, coords), precision_of(x)
-    target = size if transposed else stencil.output_size(size)
-    tensor_cores = x.dtype != torch.float32 or precision == "tf32"
-    count, share = x.shape[0] * target[0] * target[1], active_share(size, stencil, density)
-    tiles = conv_tiles(count, *weights.channels, x.element_size(), tensor_cores, share, shared_memory(x.device))
-    rows = as_rows(x)
+    """Choose a configuration and run; ``size`` is that of the input of the convolution, also in its gradient."""
+    x, weight = packed_like(x), nearest(packed_like(weight))
     bias = None if bias is None else bias.contiguous()
+    types = (weight.dtype, None if bias is None else bias.dtype)
+    plan = _forward_plan(name, Operand.of(x, slot), weight.shape, types, size, stencil, groups)
 
     def run(tile: Tile) -> Tensor:
-        y = rows_like(x, x.shape[0], target, weights.groups * weights.channels[1])
-        forward_launch(rows, weights, bias, y, slot, coords, size, stencil, transposed, tile).run()
+        start = plan.starts.get(tile)
+        if start is None:
+            count = plan.shape[0] * plan.shape[2] * plan.shape[3]
+            start = plan.starts[tile] = forward_start(count, plan.weights, stencil.taps, plan.kind.precision, tile)
+        y = x.new_empty_strided(plan.shape, plan.strides)
+        start(x, weight, bias, y, *row_table(slot, coords, size, plan.stencil, plan.transposed, tile.sorted))
         return y
 
-    source = (x.shape[2], x.shape[3])
-    return tuning.best(kind_of(name, x, source, stencil, weights.channels, weights.groups, density), tiles, run)
+    return tuning.best(plan.kind, plan.tiles, run)
 
 
-def forward_launch(
-    rows: Tensor,
-    weights: Weights,
-    bias: Tensor | None,
-    y: Tensor,
-    slot: Tensor,
-    coords: Tensor,
+@once
+def _forward_plan(
+    name: str,
+    x: Operand,
+    weight: tuple[int, ...],
+    types: tuple[torch.dtype | None, ...],
     size: Size,
     stencil: Stencil,
-    transposed: bool,
-    tile: Tile,
-) -> Launch:
-    """Return the launch that fills ``y`` ``(N, C, ph, pw)`` from ``rows`` ``(N, ph, pw, C)``; see :func:`row_table`."""
-    table = row_table(slot, coords, size, stencil, transposed, tile.sorted)
-    count, (c_in, c_out) = y.shape[0] * y.shape[2] * y.shape[3], weights.channels
-    return Launch(
-        patch_conv2d_fwd_kernel,
-        (ceil(count / tile.m) * ceil(c_out / tile.n), weights.groups),
-        (rows, weights.taps, bias, y, *table, count),
-        {"C_IN": c_in, "C_OUT": c_out, "GROUPS": weights.groups, "TAPS": stencil.taps, "W": weights.strides}
-        | {"PRECISION": precision_of(rows), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
-        tile.warps,
-        tile.stages,
-    )
+    groups: int,
+) -> _Plan:
+    """Return the plan of a convolution or of its input gradient; ``types`` are the weight's and the bias's."""
+    straight, transposed = stencil.stride == (1, 1), False
+    if name == "conv2d":
+        weights, target = forward_weights(weight, groups), stencil.output_size(size)
+    else:
+        weights, target, transposed = transposed_weights(weight, groups, straight), size, not straight
+        stencil = turned(stencil) if straight else stencil
+    count, share = x.shape[0] * target[0] * target[1], active_share(size, stencil, x.density)
+    shared = shared_memory(x.device)
+    tiles = conv_tiles(count, *weights.channels, x.dtype.itemsize, x.tensor_cores, share, shared)
+    kind, channels = kind_of(name, x, stencil, weights.channels, groups), groups * weights.channels[1]
+    shape, strides = (x.shape[0], channels, *target), _last(channels, *target)
+    return _Plan(kind, tiles, shape, strides, {}, stencil, transposed, weights)
+
+
+def forward_start(rows: int, weights: Weights, taps: int, precision: str, tile: Tile) -> Start:
+    """Return the start that computes ``rows`` of a result.
+
+    Tensors: x ``(N, ph, pw, C)`` and weights ``(C_out, kh, kw, C_in / groups)`` in memory, bias, y, then those of
+    :func:`row_table`.
+    """
+    c_in, c_out = weights.channels
+    programs = ceil(rows / tile.m) * ceil(c_out / tile.n)
+    constants = {"C_IN": c_in, "C_OUT": c_out, "GROUPS": weights.groups, "TAPS": taps, "W": weights.strides}
+    constants |= {"PRECISION": precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    return Start(patch_conv2d_fwd_kernel, (programs, weights.groups), (rows,), constants, tile.warps, tile.stages)
 
 
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
     """Return the weight gradient ``(C_out, C_in / groups, kh, kw)``, summed in an order that never changes."""
-    size, density = (x.shape[2], x.shape[3]), _density(slot, coords)
-    channels = (x.shape[1] // groups, grad.shape[1] // groups)
-    tensor_cores = x.dtype != torch.float32 or precision_of(x) == "tf32"
-    share, shared = active_share(size, stencil, density), shared_memory(x.device)
-    tiles = wgrad_tiles(*channels, stencil.taps, x.element_size(), tensor_cores, share, shared)
-    operands = (as_rows(x), nearest(as_rows(grad)))
+    x, grad = packed_like(x), nearest(packed_like(grad))
+    described = Operand.of(x, slot)
+    plan = _wgrad_plan(described, grad.shape, grad.dtype, stencil, groups)
 
     def run(tile: Tile) -> Tensor:
-        weight = rows_like(x, grad.shape[1], stencil.kernel, channels[0])
-        for launch in wgrad_launches(*operands, weight, slot, coords, stencil, groups, tile):
-            launch.run()
+        starts = plan.starts.get(tile)
+        if starts is None:
+            starts = plan.starts[tile] = wgrad_starts(described, grad.shape, stencil, groups, tile)
+        weight = x.new_empty_strided(plan.shape, plan.strides)
+        splits, partial, total = starts
+        parts = weight if splits == 1 else x.new_empty((splits, weight.numel()), dtype=torch.float32)
+        if tile.sorted:
+            partial(x, grad, parts, *listed_rows(slot, coords, plan.kind.size, stencil, tile.taps))
+        else:
+            partial(x, grad, parts, row_table(slot, coords, plan.kind.size, stencil).sources, None, None)
+        if splits > 1:
+            total(parts, weight)
         return weight
 
-    return tuning.best(kind_of("conv2d_wgrad", x, size, stencil, channels, groups, density), tiles, run)
+    return tuning.best(plan.kind, plan.tiles, run)
 
 
-@lru_cache(maxsize=4096)
-def _splits(
-    device: torch.device, itemsize: int, rows: int, programs: int, values: int, weights: int, tile: Tile
-) -> int:
+@once
+def _wgrad_plan(x: Operand, grad: tuple[int, ...], dtype: torch.dtype, stencil: Stencil, groups: int) -> _Plan:
+    """Return the plan of the weight gradient; ``grad`` is the shape of the output's gradient, ``dtype`` its type."""
+    channels = (x.shape[1] // groups, grad[1] // groups)
+    share, shared = active_share(x.size, stencil, x.density), shared_memory(x.device)
+    tiles = wgrad_tiles(*channels, stencil.taps, x.dtype.itemsize, x.tensor_cores, share, shared)
+    kind = kind_of("conv2d_wgrad", x, stencil, channels, groups)
+    shape, strides = (grad[1], channels[0], *stencil.kernel), _last(channels[0], *stencil.kernel)
+    return _Plan(kind, tiles, shape, strides, {}, stencil)
+
+
+class WgradStarts(NamedTuple):
+    """The kernels of the weight gradient: of ``splits`` shares of the rows, and their sum, if there are several."""
+
+    splits: int
+    partial: Start
+    total: Start
+
+
+def wgrad_starts(
+    x: Operand, grad: tuple[int, ...], stencil: Stencil, groups: int, tile: Tile, splits: int | None = None
+) -> WgradStarts:
+    """Return the starts of the weight gradient from x and from the output's gradient of shape ``grad``.
+
+    Tensors: x, the gradient, parts ``(splits, values)`` float32, or the weight's gradient itself if there is one, then
+    a table without its order, or :func:`listed_rows`; those of :func:`sum_start`. ``splits`` is how many parts there
+    are; by default what fills the device.
+    """
+    patches, channels, height, width = grad
+    c_in, c_out, rows = x.shape[1] // groups, channels // groups, patches * height * width
+    programs = stencil.taps // tile.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
+    weights = channels * c_in * stencil.taps
+    if splits is None:
+        splits = _splits(x, rows, programs * groups, rows * channels, weights, tile)
+    constants = {"C_IN": c_in, "C_OUT": c_out, "GROUPS": groups, "TAPS": stencil.taps, "TOGETHER": tile.taps}
+    constants |= {"PRECISION": x.precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k}
+    grid, numbers = (programs * splits, groups), (rows, splits)
+    partial = Start(patch_conv2d_wgrad_kernel, grid, numbers, constants, tile.warps, tile.stages)
+    return WgradStarts(splits, partial, sum_start(splits, weights))
+
+
+def _splits(x: Operand, rows: int, programs: int, values: int, weights: int, tile: Tile) -> int:
     """Return into how many parts rows are split: no part is under four steps, all together no more than operands.
 
-    These have ``values`` of ``itemsize`` bytes; a part has ``weights`` of four bytes.
+    The output's gradient has ``values``; a part has ``weights`` of four bytes.
     """
-    slots = processors(device) * programs_of(tile, itemsize, shared_memory(device))
-    return splits_of(programs, slots, max(1, min(rows // (4 * tile.k), values * itemsize // max(1, 4 * weights))))
+    itemsize = x.dtype.itemsize
+    read = (x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3] + values) * itemsize
+    slots = processors(x.device) * programs_of(tile, itemsize, shared_memory(x.device))
+    return splits_of(programs, slots, max(1, min(rows // (4 * tile.k), read // max(1, 4 * weights))))
 
 
-def wgrad_launches(
-    x: Tensor,
-    grad: Tensor,
-    weight: Tensor,
-    slot: Tensor,
-    coords: Tensor,
-    stencil: Stencil,
-    groups: int,
-    tile: Tile,
-    splits: int | None = None,
-) -> list[Launch]:
-    """Return the launches that fill ``weight`` from ``x`` and ``grad``, both ``(N, ph, pw, C)``.
-
-    One part is written into ``weight`` itself. ``splits`` is how many there are; by default what fills the device.
-    """
-    patches, height, width, channels = grad.shape
-    size, c_in, c_out, count = (
-        (x.shape[1], x.shape[2]),
-        x.shape[3] // groups,
-        channels // groups,
-        patches * height * width,
-    )
-    programs = stencil.taps // tile.taps * ceil(c_out / tile.m) * ceil(c_in / tile.n)
-    if splits is None:
-        values = x.numel() + grad.numel()
-        splits = _splits(x.device, x.element_size(), count, programs * groups, values, weight.numel(), tile)
-    parts = weight if splits == 1 else x.new_empty(splits, weight.numel(), dtype=torch.float32)
-    if tile.sorted:
-        rows = listed_rows(slot, coords, size, stencil, tile.taps)
-    else:
-        rows = (row_table(slot, coords, size, stencil).sources, None, None)
-    partial = Launch(
-        patch_conv2d_wgrad_kernel,
-        (programs * splits, groups),
-        (x, grad, parts, *rows, count, splits),
-        {"C_IN": c_in, "C_OUT": c_out, "GROUPS": groups, "TAPS": stencil.taps, "TOGETHER": tile.taps}
-        | {"PRECISION": precision_of(x), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k},
-        tile.warps,
-        tile.stages,
-    )
-    return [partial] if splits == 1 else [partial, sum_launch(parts, weight)]
-
-
-def sum_launch(parts: Tensor, weight: Tensor) -> Launch:
-    """Return the launch that sums ``parts`` ``(splits, weight.numel())`` into ``weight``."""
-    at_once = min(32, 1 << (parts.shape[0] - 1).bit_length())
+def sum_start(splits: int, values: int) -> Start:
+    """Return the start that sums parts ``(splits, values)`` float32; tensors: parts, and the sum."""
+    at_once = min(32, 1 << (splits - 1).bit_length())
     block = 4096 // at_once
-    arguments = (parts, weight, weight.numel(), parts.shape[0])
     constants = {"BLOCK": block, "AT_ONCE": at_once}
-    return Launch(sum_splits_kernel, (ceil(weight.numel() / block),), arguments, constants, 8, 1)
+    return Start(sum_splits_kernel, (ceil(values / block),), (values, splits), constants, 8)

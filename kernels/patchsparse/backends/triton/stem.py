@@ -18,7 +18,7 @@ from ...eager import once
 from ...geometry import Stencil
 from . import conv, tuning
 from .configs import Tile, programs_of, shared_memory, splits_of
-from .conv import kind_of, nearest, precision_of
+from .conv import Operand, kind_of, nearest, precision_of
 from .launch import Launch, as_rows, processors, row_major, rows_like
 from .stem_configs import stem_tiles, stem_wgrad_tiles
 from .stem_kernels import (
@@ -170,8 +170,7 @@ def _tensor_cores(x: Tensor) -> bool:
 
 
 def _kind(name: str, x: Tensor, stencil: Stencil, c_out: int, slot: Tensor) -> Kind:
-    density = x.shape[0] / max(1, slot.numel())
-    return kind_of(name, x, (x.shape[2], x.shape[3]), stencil, (x.shape[1], c_out), 1, density)
+    return kind_of(name, Operand.of(x, slot), stencil, (x.shape[1], c_out), 1)
 
 
 def _as_cells(x: Tensor, slot: Tensor, coords: Tensor, layout: Cells) -> Tensor:
