@@ -18,6 +18,7 @@ _REPLAY_HELP = (
     "a sparsified module was recomputed during backward, outside of bind(), and the grid of its forward pass is "
     "not known. Enter bind(model, grid, checkpointing=True) when you use torch.utils.checkpoint yourself"
 )
+_RECOMPUTED = ("grad_checkpointing", "gradient_checkpointing")  # attributes of modules that recompute in backward
 
 
 class Binding:
@@ -97,8 +98,31 @@ class Binding:
 
 def bindings_of(model: nn.Module) -> list[Binding]:
     """Return every distinct Binding in ``model``, in module order."""
-    found = (getattr(module, "patch_binding", None) for module in model.modules())
-    return list({id(binding): binding for binding in found if isinstance(binding, Binding)}.values())
+    return _held_by(model)[0]
+
+
+def _held_by(model: nn.Module) -> tuple[list[Binding], bool]:
+    """Return every distinct Binding in ``model``, in module order, and whether a module says that it is recomputed.
+
+    Each step asks, so that this is one walk that never asks a module for an attribute it does not have, which it would
+    look for in vain among its parameters.
+    """
+    found: dict[int, Binding] = {}
+    seen, left, recomputed = set(), [model], False
+    while left:
+        module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        own, kind = module.__dict__, type(module)
+        binding = own.get("patch_binding")
+        if isinstance(binding, Binding):
+            found[id(binding)] = binding
+        for name in _RECOMPUTED:
+            if (name in own or hasattr(kind, name)) and getattr(module, name) is True:
+                recomputed = True
+        left += [child for child in reversed(own["_modules"].values()) if child is not None]
+    return list(found.values()), recomputed
 
 
 def join_statistics(model: nn.Module, all_gather: AllGather | None) -> None:
@@ -114,12 +138,11 @@ def join_statistics(model: nn.Module, all_gather: AllGather | None) -> None:
     Raises:
         ValueError: if no part of ``model`` has been sparsified.
     """
-    for binding in _some_bindings_of(model):
+    for binding in _some_of(bindings_of(model), model):
         binding.all_gather = all_gather
 
 
-def _some_bindings_of(model: nn.Module) -> list[Binding]:
-    bindings = bindings_of(model)
+def _some_of(bindings: list[Binding], model: nn.Module) -> list[Binding]:
     if not bindings:
         raise ValueError(f"no part of {type(model).__name__} is sparsified; call sparsify(model) first")
     return bindings
@@ -147,8 +170,8 @@ def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None
     """
     if grid is not None and not isinstance(grid, PatchGrid):
         raise TypeError(f"grid must be a PatchGrid or None, got {type(grid).__name__}; see PatchGrid.from_active")
-    bindings = _some_bindings_of(model)
-    replayable = _uses_checkpointing(model) if checkpointing is None else checkpointing
+    bindings, recomputed = _held_by(model)
+    bindings, replayable = _some_of(bindings, model), recomputed if checkpointing is None else checkpointing
     before = [binding.enter(grid, replayable) for binding in bindings]
     try:
         with _remember(bindings, grid) if replayable else nullcontext():
@@ -156,11 +179,6 @@ def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None
     finally:
         for binding, previous in zip(bindings, before, strict=True):
             binding.grid = previous
-
-
-def _uses_checkpointing(model: nn.Module) -> bool:
-    names = ("grad_checkpointing", "gradient_checkpointing")
-    return any(getattr(module, name, False) is True for module in model.modules() for name in names)
 
 
 def _remember(bindings: list[Binding], grid: PatchGrid | None) -> torch.autograd.graph.saved_tensors_hooks:

@@ -167,7 +167,7 @@ def autocast(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     dtype = torch.get_autocast_dtype(device)
 
     def cast(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.to(dtype)
+        return x if x.dtype == dtype or x.dtype == torch.float64 else x.to(dtype)
 
     return cast(packed), cast(weight), None if bias is None else cast(bias)
 
