@@ -250,6 +250,7 @@ def _warm_up(forward: Any, inputs: Sequence[Tensor]) -> None:
                 needed = [tensor for tensor in inputs if tensor.requires_grad]
                 torch.autograd.grad(outputs, needed, [torch.zeros_like(o) for o in outputs], allow_unused=True)
     current.wait_stream(side)
+    gc.collect()  # what is left in circles would die in the capture
 
 
 def _refuse(model: nn.Module) -> None:
@@ -318,7 +319,6 @@ def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 def _undisturbed(device: torch.device) -> Iterator[None]:
     """Let no garbage be collected in a capture, and leave device, stream and generator usable if one breaks."""
     collects = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
