@@ -61,7 +61,13 @@ def _suite(files: str, *more: str) -> tuple[str, ...]:
 
 INSTALL = ("{python}", "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", "{site}")
 CHECK = "do all kernels agree with float64, and do replayed graphs?"
-PEERS_RIGHT = _pytest("-o", "addopts=", "tests/benchmarks/test_peers.py", "-k", "installed")
+TESTS = Line(
+    "tests",
+    _pytest("-o", "addopts=", "tests/benchmarks/test_peers.py", "tests/kernels/test_graphed.py", "-k",
+            "installed or on_a_gpu"),
+    40,
+    "do the tests that need a card pass: `graphed`, and the libraries that are installed?",
+)  # fmt: skip
 WHEELS = Line("wheels", (*INSTALL, "{wheels}"), 10, "can the libraries be installed?", "wheels")
 CARD = Line("card", _module("identify", "--out", "{rows}"), 25, "is the card as fast as it should be?")
 NCU = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--section", "SpeedOfLight", "--section",
@@ -115,6 +121,7 @@ SHORT: Mapping[int, tuple[Line, ...]] = {
     ),
     2: (
         Line("check", _kernels("--check-only", "--modes", "bfloat16", "float32", "exact float32"), 45, CHECK),
+        TESTS,
         PRETRAIN,
         Line(
             "layers",
@@ -134,7 +141,6 @@ SHORT: Mapping[int, tuple[Line, ...]] = {
             "how fast are whole encoders and steps, eager and captured, and what memory do they take?",
         ),
         replace(TIMES, command=(*TIMES.command, "--only", "step resnet18")),
-        Line("peers-right", PEERS_RIGHT, 20, "do the libraries that are installed agree with dense-and-mask?"),
         Line(
             "compiled",
             _suite("test_step.py::test_compiled", "--encoders", "resnet18"),
@@ -152,7 +158,7 @@ EVERYTHING: tuple[Line, ...] = (
     Line("minkowski", ("{python}", "scripts/install_minkowski.py"), LONG, "MinkowskiEngine", asked=True),
     CARD,
     Line("check", _kernels("--check-only"), LONG, CHECK),
-    Line("peers-right", PEERS_RIGHT, LONG, "do the libraries that are installed agree with dense-and-mask?"),
+    replace(TESTS, seconds=LONG),
     Line("layers", _layers("3x3", tune=True), LONG, "3x3 layers over dense cuDNN, default and tuned"),
     Line("step", _suite("test_step.py", "{encoders}"), LONG, "whole training steps"),
     Line("encoder", _suite("test_encoder.py test_mask_sweep.py", "{encoders}"), LONG, "whole encoders"),
