@@ -13,11 +13,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PLAIN", "forget", "is_traced", "is_transformed", "once"]
+__all__ = ["PLAIN", "forget", "is_traced", "is_transformed", "known", "once"]
 
 T = TypeVar("T")
 PLAIN = (Tensor, nn.Parameter)  # types of tensors that are no subclasses
-_memos: list[Callable[[], None]] = []  # what empties the memo of each function of `once`
+_memos: list[Callable[[], None]] = []  # what empties the memo of each function of `known` and `once`
 
 
 def is_traced() -> bool:
@@ -36,10 +36,16 @@ def is_transformed() -> bool:
     return transforms and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
-def once(function: Callable[..., T]) -> Callable[..., T]:
-    """Remember the results of a pure function of hashable arguments; symbolic sizes and traced calls go past that."""
+def known(function: Callable[..., T]) -> Callable[..., T]:
+    """Remember the results of a pure function of hashable arguments, in bodies of operators, which nobody traces."""
     remembered = lru_cache(maxsize=4096)(function)
     _memos.append(remembered.cache_clear)
+    return remembered
+
+
+def once(function: Callable[..., T]) -> Callable[..., T]:
+    """Do as `known` does where calls may be traced; those, and symbolic sizes, go past what is remembered."""
+    remembered = known(function)
 
     @wraps(function)
     def call(*arguments: object) -> T:
@@ -54,6 +60,6 @@ def once(function: Callable[..., T]) -> Callable[..., T]:
 
 
 def forget() -> None:
-    """Empty what `once` remembers, as a test must that puts another function in place of one it calls."""
+    """Empty what `known` and `once` remember, as a test must that puts another function in place of one it calls."""
     for clear in _memos:
         clear()

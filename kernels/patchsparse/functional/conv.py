@@ -160,16 +160,20 @@ def _enlarging_stencil(
 
 
 def autocast(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast float32 and half operands to the autocast dtype, as ``F.conv2d`` does; without autocast return them."""
+    """Cast float32 and half operands to the autocast dtype, as ``F.conv2d`` does; without autocast return them.
+
+    On a GPU weights ``(C_out, C_in, kh, kw)`` are laid out as kernels read them by the same copy.
+    """
     device = packed.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return packed, weight, bias
     dtype = torch.get_autocast_dtype(device)
+    layout = torch.channels_last if device == "cuda" and weight.dim() == 4 else torch.preserve_format
 
-    def cast(x: Tensor) -> Tensor:
-        return x if x.dtype == dtype or x.dtype == torch.float64 else x.to(dtype)
+    def cast(x: Tensor, layout: torch.memory_format = torch.preserve_format) -> Tensor:
+        return x if x.dtype == dtype or x.dtype == torch.float64 else x.to(dtype, memory_format=layout)
 
-    return cast(packed), cast(weight), None if bias is None else cast(bias)
+    return cast(packed), cast(weight, layout), None if bias is None else cast(bias)
 
 
 def _check_weight(packed: Tensor, weight: Tensor, bias: Tensor | None, expected: int, out: int, groups: int) -> None:

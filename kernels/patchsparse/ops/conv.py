@@ -132,7 +132,7 @@ def _conv2d_backward(ctx, grad):
         grad_x = conv2d_dgrad(grad, weight, *grid, *ctx.options) if wants_x else None
         grad_weight = conv2d_wgrad(x, grad, *grid, kernel, *ctx.options) if wants_weight else None
     grad_bias = grad.sum((0, 2, 3)) if wants_bias else None
-    return grad_x, grad_weight, grad_bias, None, None, *(None for _ in ctx.options)
+    return grad_x, grad_weight, grad_bias, None, None, *[None] * len(ctx.options)
 
 
 def _dgrad_context(ctx, inputs, output):
@@ -146,7 +146,7 @@ def _dgrad_backward(ctx, x):
     grid, kernel = (slot, coords), weight.shape[2:]
     grad_grad = conv2d(x, weight, None, *grid, *ctx.options) if wants_grad else None
     grad_weight = conv2d_wgrad(x, grad, *grid, kernel, *ctx.options) if wants_weight else None
-    return grad_grad, grad_weight, None, None, *(None for _ in ctx.options)
+    return grad_grad, grad_weight, None, None, *[None] * len(ctx.options)
 
 
 def _wgrad_context(ctx, inputs, output):
@@ -159,7 +159,7 @@ def _wgrad_backward(ctx, weight):
     wants_x, wants_grad = ctx.needs_input_grad[:2]
     grad_x = conv2d_dgrad(grad, weight, slot, coords, *ctx.options) if wants_x else None
     grad_grad = conv2d(x, weight, None, slot, coords, *ctx.options) if wants_grad else None
-    return grad_x, grad_grad, None, None, None, *(None for _ in ctx.options)
+    return grad_x, grad_grad, None, None, None, *[None] * len(ctx.options)
 
 
 def _gradients_context(ctx, inputs, output):
@@ -180,7 +180,7 @@ def _gradients_backward(ctx, grad_x, grad_weight):
         to_x = conv2d_dgrad(grad, grad_weight, *grid, *options)
     if wants_weight:
         to_weight = conv2d_wgrad(grad_x, grad, *grid, kernel, *options)
-    return to_grad, to_x, to_weight, *(None for _ in range(7))
+    return to_grad, to_x, to_weight, *[None] * 7
 
 
 conv2d.differentiable(_conv2d_context, _conv2d_backward)

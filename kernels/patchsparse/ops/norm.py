@@ -82,7 +82,7 @@ def _backward(ctx, grad, _mean, _var):
     gx, gr, gw, gb = batch_norm_act_grad(grad, x, residual, weight, bias, mean, var, *options, ctx.batch, backend)
     gw = None if weight is None else gw.to(weight.dtype)
     gb = None if bias is None else gb.to(bias.dtype)
-    return gx, None if residual is None else gr, gw, gb, None, None, *(None for _ in ctx.options)
+    return gx, None if residual is None else gr, gw, gb, None, None, *[None] * len(ctx.options)
 
 
 batch_norm_act.differentiable(_context, _backward)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...eager import once
+from ...eager import known
 from ...geometry import Stencil
 from ...layout import packed_like
 from . import tuning
@@ -70,7 +70,7 @@ def nearest(x: Tensor) -> Tensor:
     return y
 
 
-@once
+@known
 def rounding_start(values: int, device: torch.device) -> Start:
     """Return the start that rounds float32 ``values`` without gaps in memory; tensors: those, and where they go."""
     return Start(round_to_tf32_kernel, (ceil(values / 1024),), (values,), {"BLOCK": 1024})
@@ -223,7 +223,7 @@ def _run_forward(
     return tuning.best(plan.kind, plan.tiles, run)
 
 
-@once
+@known
 def _forward_plan(
     name: str,
     x: Operand,
@@ -285,7 +285,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
     return tuning.best(plan.kind, plan.tiles, run)
 
 
-@once
+@known
 def _wgrad_plan(x: Operand, grad: tuple[int, ...], dtype: torch.dtype, stencil: Stencil, groups: int) -> _Plan:
     """Return the plan of the weight gradient; ``grad`` is the shape of the output's gradient, ``dtype`` its type."""
     channels = (x.shape[1] // groups, grad[1] // groups)

@@ -131,7 +131,7 @@ class Start:
         self._numbers, self._more = numbers, (constants, warps, stages)
         self._grid = (*grid, 1, 1)[:3]
         self._last: tuple[Any, ...] = ()
-        self._found: dict[Any, Any] = {}  # the compiled kernel of each device, for addresses divisible by 16
+        self._found: dict[Any, Any] = {}  # how to start it on each device, for addresses divisible by 16
 
     def launch(self, *tensors: Tensor | None) -> Launch:
         """Return the start with these tensors."""
@@ -147,16 +147,17 @@ class Start:
         if together & 15 == 0 and found:
             active: Any = driver.active
             device = active.get_current_device()
-            compiled = found.get(device)
-            if compiled is not None and not _is_watched():
-                about = (compiled.function, compiled.packed_metadata, None, None, None)  # and no hooks
-                compiled.run(*self._grid, active.get_current_stream(device), *about, *addresses, *self._last)
+            ready = found.get(device)
+            if ready is not None and not _is_watched():
+                run, *about = ready
+                run(*self._grid, active.get_current_stream(device), *about, *addresses, *self._last)
                 return
         launch = self.launch(*tensors)
         compiled = launch.run()
         if compiled is not None and together & 15 == 0:
             self._last = *self._numbers, *_in_order(launch)
-            found[driver.active.get_current_device()] = compiled
+            about = (compiled.function, compiled.packed_metadata, None, None, None)  # and no hooks
+            found[driver.active.get_current_device()] = compiled.run, *about
 
 
 def _is_watched() -> bool:

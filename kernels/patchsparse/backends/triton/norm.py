@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...eager import once
+from ...eager import known
 from ...layout import packed_empty, packed_like
 from ...precision import wide
 from .launch import Start, processors
@@ -66,7 +66,7 @@ class Tiles(NamedTuple):
     block: dict[str, int]
 
 
-@once
+@known
 def tiles(rows: int, channels: int, device: torch.device, halves: int = 1) -> Tiles:
     """Return tiles of 4096 values and at most 64 channels, divided by ``halves``; half if loads are of single values.
 
@@ -104,7 +104,7 @@ class MomentsStarts(NamedTuple):
     combine: Start
 
 
-@once
+@known
 def moments_starts(shape: Shape, device: torch.device, dtype: torch.dtype) -> MomentsStarts:
     """Return the starts for packed tensors of ``shape``; tensors: x, parts; parts, mean, var."""
     count, channels = rows_and_channels(shape)
@@ -122,7 +122,7 @@ def move_running(running: Running, mean: Tensor, var: Tensor, rows: int, momentu
     torch.autograd.graph.increment_version([t for t in running if t is not None])
 
 
-@once
+@known
 def running_start(channels: int, device: torch.device, types: Types, unbiased: float, momentum: float) -> Start:
     """Return the start of :func:`move_running`; tensors: mean, var, running mean and variance, batches."""
     block = 512
@@ -164,7 +164,7 @@ def batch_norm_act(
     return y, mean, var
 
 
-@once
+@known
 def apply_start(shape: Shape, device: torch.device, types: Types, options: Options) -> Start:
     """Return the start of the forward pass; tensors: x, residual, y, mean, var, weight, bias."""
     eps, activation, slope = options
@@ -218,7 +218,7 @@ class GradStarts(NamedTuple):
     apply: Start
 
 
-@once
+@known
 def grad_starts(shape: Shape, device: torch.device, types: Types, options: Options, batch: bool) -> GradStarts:
     """Return the starts of the backward pass.
 
@@ -237,7 +237,7 @@ def grad_starts(shape: Shape, device: torch.device, types: Types, options: Optio
     return GradStarts(splits, sums, total_start(2, splits, channels, device), apply)
 
 
-@once
+@known
 def total_start(number: int, splits: int, channels: int, device: torch.device) -> Start:
     """Return the start that adds ``parts`` ``(number, splits, C)`` over the splits, into as many totals, at most three.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...eager import once
+from ...eager import known
 from ...layout import packed_empty, packed_like
 from .launch import Start, row_major
 from .norm import Shape, Types, contiguous, rows_and_channels, tiles, total_start, types_of, used_statistics
@@ -43,7 +43,7 @@ def batch_norm_unpack(
     return y, mean, var
 
 
-@once
+@known
 def unpack_start(shape: Shape, grid: Shape, device: torch.device, types: Types, eps: float) -> Start:
     """Return the start of the forward pass; tensors: x, fill, y, slot, mean, var, weight, bias."""
     _, channels, height, width = shape
@@ -93,7 +93,7 @@ class GradStarts(NamedTuple):
     apply: Start
 
 
-@once
+@known
 def unpack_grad_starts(
     shape: Shape, grid: Shape, device: torch.device, types: Types, eps: float, batch: bool
 ) -> GradStarts:
