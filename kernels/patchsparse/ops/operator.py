@@ -18,6 +18,7 @@ from torch.library import custom_op, infer_schema
 from ..eager import PLAIN, is_traced, is_transformed
 
 __all__ = ["Operator", "operator"]
+_NO_TENSOR = (type(None), bool, int, float, str, tuple, list)  # which need not be asked whether they are one
 
 
 class Operator:
@@ -39,9 +40,13 @@ class Operator:
         """Compute the operator."""
         plain, differentiable = not is_traced(), False
         for argument in arguments:
-            if isinstance(argument, Tensor):
-                plain = plain and type(argument) in PLAIN and not argument.is_meta
-                differentiable = differentiable or argument.requires_grad
+            if type(argument) in PLAIN:
+                if argument.requires_grad:
+                    differentiable = True
+                if argument.is_meta:
+                    plain = False
+            elif type(argument) not in _NO_TENSOR and isinstance(argument, Tensor):  # a subclass
+                plain = False
         if not plain:
             return self._transformable.apply(*arguments) if is_transformed() else self.registered(*arguments)
         if differentiable and torch.is_grad_enabled():
