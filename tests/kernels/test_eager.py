@@ -117,6 +117,19 @@ def test_function_transforms_differentiate():
     assert torch.func.grad(lambda w: jacobian(w).sum())(weight.detach()).isfinite().all()
 
 
+def test_a_tensor_that_a_transform_left_behind():
+    x, weight = leaves()
+    left = []
+
+    def leave(y):
+        left.append(y)
+        return y.sum()
+
+    torch.func.grad(leave)(x.detach())
+    found = torch.autograd.grad(conv(left[0], weight).square().sum(), weight)
+    assert torch.equal(found[0], torch.autograd.grad(conv(x.detach(), weight).square().sum(), weight)[0])
+
+
 class Wrapped(Tensor):
     """A subclass, which follows its tensors through registered operators."""
 
