@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +97,22 @@ class _Step:
         self.package.unpack(self.package.pack(self.images, self.grid), self.grid)
 
 
+def _encoder(package: ModuleType, fuse: bool | None) -> Callable[[], None]:
+    """Return two passes of a sparsified narrow ResNet-18 under autocast, with float32 weights, a grid bound anew."""
+    model = timm.create_model("resnet18", in_chans=12, features_only=True, channels=(16, 32, 32, 32))
+    model = package.sparsify(model.to(memory_format=torch.channels_last).train(), fuse=fuse)
+    grid = package.PatchGrid.random(2, (2, 2), keep=2, generator=torch.Generator().manual_seed(0))
+    packed = _random(grid.num_active, 12, 32, 32)
+
+    def run() -> None:
+        with torch.autocast("cuda", torch.bfloat16), package.bind(model, grid):
+            features = model(packed)
+        torch.autograd.backward(features, [torch.ones_like(feature) for feature in features])
+        model.zero_grad()
+
+    return run
+
+
 def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
@@ -116,6 +133,8 @@ def calls(package: ModuleType, channels: int = 256, p: int = 2) -> dict[str, Cal
         "norm + residual + ReLU, two passes": step.norm_act,
         "norm + unpack, two passes": step.norm_unpack,
         "pack, then unpack": step.pack,
+        "narrow ResNet-18 under autocast, two passes": _encoder(package, None),
+        "the same, its norms PyTorch's": _encoder(package, False),
     }
 
 

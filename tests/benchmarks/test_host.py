@@ -52,7 +52,7 @@ def test_the_table_of_two_checkouts(capsys, monkeypatch):
     monkeypatch.setattr(host, "ROUNDS", 1)
     assert host.main(["--against", str(ROOT)]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert len(rows) == 6
+    assert len(rows) == 8
     for row in rows:
         _, _, _, calls, _ = row.split("|")
         before, after = map(int, calls.split("->"))

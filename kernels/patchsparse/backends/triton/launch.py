@@ -74,10 +74,14 @@ class Launch:
         """Start the kernel on the current stream of the current device; return it if it is remembered."""
         active: Any = driver.active
         device = active.get_current_device()
-        kinds = [
-            (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else a if type(a) is int else type(a)
-            for a in self.arguments
-        ]
+        kinds, given = [], []
+        for argument in self.arguments:
+            if isinstance(argument, Tensor):
+                given.append(argument.data_ptr())
+                kinds.append((argument.dtype, given[-1] % 16))
+            else:
+                given.append(argument)
+                kinds.append(argument if type(argument) is int else type(argument))
         key = (self.kernel.fn, device, self.warps, self.stages, *self.constants.items(), *kinds)
         found = _compiled.get(key)
         if found is not None:
@@ -87,7 +91,7 @@ class Launch:
                 compiled[grid](*self.arguments, *constants, stream=stream)
             else:
                 about = (compiled.function, compiled.packed_metadata, None, None, None)  # and no hooks
-                compiled.run(*grid, stream, *about, *self.arguments, *constants)
+                compiled.run(*grid, stream, *about, *given, *constants)
             return compiled
         options = {"num_warps": self.warps, "num_stages": self.stages}
         compiled = self.kernel[self.grid](*self.arguments, **self.constants, **options)
