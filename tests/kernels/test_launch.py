@@ -13,7 +13,7 @@ from triton.runtime.driver import driver
 
 from benchmarks.gpu.fake import fake_gpu
 from patchsparse.backends.triton import launch
-from patchsparse.backends.triton.launch import Launch
+from patchsparse.backends.triton.launch import Launch, Start
 
 
 @triton.jit
@@ -107,6 +107,26 @@ def test_another_device_has_kernels_of_its_own(started):
         each.run()
     assert dict(other.launches) == {"scaled_kernel": 2}
     assert len(started) == 1
+
+
+def test_a_start_of_tensors_elsewhere_makes_their_device_the_current_one(started, monkeypatch):
+    """A program may use a second card without making it the current one."""
+    x, y = torch.ones(64, device="cuda"), torch.empty(64, device="cuda")
+    start = Start(scaled_kernel, (1,), (64, 2.0), {"FLAG": False, "BLOCK": 64}, 4, 1)
+    entered: list[torch.device] = []
+    inside: Any = torch.cuda.device
+
+    def entering(device):
+        entered.append(device)
+        return inside(device)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(driver.active, "get_current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", entering)
+    for _ in range(3):
+        start(x, None, y)
+    assert entered == [x.device] * 3
+    assert len(started) == 3
 
 
 def test_hooks_of_profilers_are_called(started, monkeypatch):
