@@ -13,7 +13,7 @@ import torch
 from .measure.ceilings import ceilings, optimiser_seconds
 from .measure.rows import left_out
 from .measure.scales import MASKED
-from .measure.timing import Ratio, Timing, in_turn
+from .measure.timing import Ratio, Timing, in_turn, said
 from .measure.work import counted
 from .subjects.captured_steps import GraphStep
 from .subjects.step_ways import OURS, RIVALS, WAYS, case_of, check_equal, make_step
@@ -31,8 +31,9 @@ def steps_of(record, ways: Iterable[str], encoder: str, scale) -> dict[str, Step
             record.row(left_out(case_of(encoder, scale), way, reason, MASKED))
             continue
         try:
-            step = make_step(way, encoder, scale)
-            assert math.isfinite(float(step())), way
+            with said(f"built and stepped: {way}"):
+                step = make_step(way, encoder, scale)
+                assert math.isfinite(float(step())), way
             found[way] = step
         except torch.OutOfMemoryError as error:
             record.row(left_out(case_of(encoder, scale), way, str(error), MASKED))

@@ -25,12 +25,11 @@ __all__ = ["main"]
 
 def starts(count: int = 1000, rounds: int = 5) -> dict[str, float]:
     """Return microseconds of the host for the start of a small kernel: a PyTorch operator, and one by Triton."""
-    from patchsparse.backends.triton.conv import rounding_launch
+    from patchsparse.backends.triton.conv import rounding_start
 
     x = torch.ones(1024, device=device())
-    launch = rounding_launch(x, torch.empty_like(x))
-    found = {}
-    for name, run in {"pytorch": lambda: x.add_(1), "triton": launch.run}.items():
+    start, y, found = rounding_start(x.numel(), x.device), torch.empty_like(x), {}
+    for name, run in {"pytorch": lambda: x.add_(1), "triton": lambda: start(x, y)}.items():
         seconds = []
         for _ in range(rounds):
             wait()

@@ -28,6 +28,7 @@ from patchsparse import PatchGrid, bind, pack, sparsify
 from ..measure.device import aside, has_gpu, wait
 from ..measure.machine import RESULTS, folder_name, provenance
 from ..measure.scales import MASKED, Scale, scale_of
+from ..measure.timing import said
 from ..subjects.step_ways import make_step
 
 __all__ = ["Found", "keep", "main", "measured", "subjects", "table"]
@@ -35,6 +36,7 @@ __all__ = ["Found", "keep", "main", "measured", "subjects", "table"]
 STEPS, WARM = 3, 4  # that are profiled, and before that
 TIMED = 7
 PRINTED = 14  # kernels of each subject
+KEPT = 0.005  # milliseconds of a kernel in a step, from which on it is written down
 NAME = "kernel_times.json"
 ENCODERS = {"resnet18": ("ours", "ours, not fused", "dense"), "resnet50": ("ours", "dense")}
 WAYS = ("dense", "exact", "sparse", "light")
@@ -142,10 +144,11 @@ def table(found: Found) -> str:
 
 
 def keep(found: Found, path: Path) -> None:
-    """Write what a step takes into a file, with where it comes from; what else is there stays."""
+    """Write what a step takes into a file, without its shortest kernels, and where it comes from; the rest stays."""
     known = json.loads(path.read_text()) if path.exists() else {}
-    known[found.name] = asdict(found) | {"origin": provenance()}
-    path.write_text(json.dumps(known, indent=1))
+    kernels = [kernel for kernel in found.kernels if kernel[2] >= KEPT]
+    known[found.name] = asdict(found) | {"kernels": kernels, "origin": provenance()}
+    path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.only not in name:
                 continue
             try:
-                found = measured(name, build())
+                with said(name):
+                    found = measured(name, build())
                 keep(found, folder / NAME)
                 sys.stdout.write(table(found) + "\n")
             except Exception as error:  # one of them must not cost the others

@@ -56,7 +56,7 @@ def _pytest(*arguments: str) -> tuple[str, ...]:
 
 def _suite(files: str, *more: str) -> tuple[str, ...]:
     paths = (f"benchmarks/{name}" for name in files.split())
-    return _pytest(*paths, "--scale", "{scale}", "--results", "{rows}", *more)
+    return _pytest("-s", *paths, "--scale", "{scale}", "--results", "{rows}", *more)
 
 
 INSTALL = ("{python}", "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", "{site}")
@@ -65,7 +65,7 @@ TESTS = Line(
     "tests",
     _pytest("-o", "addopts=", "tests/benchmarks/test_peers.py", "tests/kernels/test_graphed.py", "-k",
             "installed or on_a_gpu"),
-    40,
+    90,
     "do the tests that need a card pass: `graphed`, and the libraries that are installed?",
 )  # fmt: skip
 WHEELS = Line("wheels", (*INSTALL, "{wheels}"), 10, "can the libraries be installed?", "wheels")
@@ -79,7 +79,7 @@ TUNE = Line(
     540,
     "which configurations are fastest for ResNets and ConvNeXts?",
 )
-TIMES = Line("kernel-times", _module("kernel_times", "--out", "{rows}"), 40, "where does the time of the card go?")
+TIMES = Line("kernel-times", _module("kernel_times", "--out", "{rows}"), 60, "where does the time of the card go?")
 PRETRAIN = Line(
     "pretrain",
     _module("training", "--out", "{rows}", "--python", "{python line}"),
@@ -87,34 +87,32 @@ PRETRAIN = Line(
     "does pretraining run, resume after a kill, and learn as dense-and-mask does?",
 )
 SHARES = ("--masked", "0.6", "0.3", "0.75")
-GRAPHS = "what does a captured step give over the published one, and how much memory does it take?"
 
 SHORT: Mapping[int, tuple[Line, ...]] = {
     1: (
         CARD,
         Line("check", _kernels("--check-only"), 75, CHECK),
-        Line("3x3-tuned", _layers("3x3", "--masked", "0.6", tune=True), 45, "3x3 over dense cuDNN: what gives tuning?"),
+        Line("3x3-tuned", _layers("3x3", "--masked", "0.6", tune=True), 60, "3x3 over dense cuDNN: what gives tuning?"),
         Line(
             "encoder",
             _suite("test_encoder.py", "--encoders", "resnet18", "--no-compile"),
-            45,
+            60,
             "is a whole ResNet-18 twice as fast as dense, eager and captured?",
         ),
-        Line("step-graph", _suite("test_step.py::test_graphs", "--encoders", "resnet18"), 60, GRAPHS),
-        TIMES,
         PRETRAIN,
         Line(
             "other-layers",
             _layers("stem stride2 densify", "--masked", "0.6"),
-            30,
+            40,
             "are stem, stride 2 and densifying faster than dense?",
         ),
         replace(TUNE, command=(*TUNE.command, "--copy-only"), seconds=50),
-        Line("ncu", (*NCU, *_module("small")), 30, "what bounds six kernels?", "ncu"),
+        TIMES,
+        Line("ncu", (*NCU, *_module("small")), 45, "what bounds six kernels?", "ncu"),
         Line(
             "sanitizer",
             (*SANITIZER, *_module("small", "--tiny")),
-            15,
+            20,
             "does any kernel touch memory that is not its own?",
             "compute-sanitizer",
         ),
@@ -122,29 +120,44 @@ SHORT: Mapping[int, tuple[Line, ...]] = {
     2: (
         Line("check", _kernels("--check-only", "--modes", "bfloat16", "float32", "exact float32"), 45, CHECK),
         TESTS,
-        PRETRAIN,
+        Line("3x3", _layers("3x3", *SHARES), 75, "how fast are 3x3 layers, and how does the masked share matter?"),
         Line(
-            "layers",
-            _layers("3x3", *SHARES, "--once", "stride2", "stem", "densify", "depthwise", "peers"),
-            85,
-            "how fast are layers over dense cuDNN and over other libraries, and how does the masked share matter?",
+            "encoders",
+            _suite("test_encoder.py", "--encoders", "resnet18,resnet50", "--no-compile"),
+            90,
+            "how fast are whole encoders, eager and captured?",
         ),
-        # One process, which takes long to start; each of its benchmarks keeps its rows.
         Line(
-            "suites",
-            _suite(
-                "test_encoder.py test_step.py::test_graphs[resnet18] test_step.py::test_images "
-                "test_step.py::test_step[resnet18]",
-                *("--encoders", "resnet18,resnet50", "--no-compile"),
-            ),
-            175,
-            "how fast are whole encoders and steps, eager and captured, and what memory do they take?",
+            "more-layers",
+            _layers("stride2 stem densify depthwise", "--masked", "0.6"),
+            60,
+            "how fast are the other layers?",
         ),
-        replace(TIMES, command=(*TIMES.command, "--only", "step resnet18")),
+        Line("peers", _layers("peers", "--masked", "0.6"), 90, "how fast are other libraries at p8 C64 and p1 C512?"),
+    ),
+    3: (
+        Line(
+            "step-graph",
+            _suite("test_step.py::test_graphs", "--encoders", "resnet18"),
+            180,
+            "what does a captured step give over the published one, and how much memory does it take?",
+        ),
+        Line(
+            "images",
+            _suite("test_step.py::test_images"),
+            100,
+            "how many images/s does a ResNet-50 at 224x224 train on?",
+        ),
+        Line(
+            "step",
+            _suite("test_step.py::test_step", "--encoders", "resnet18"),
+            120,
+            "how fast is a step kernel by kernel, and which of its parts takes how long?",
+        ),
         Line(
             "compiled",
             _suite("test_step.py::test_compiled", "--encoders", "resnet18"),
-            60,
+            120,
             "how fast is a dense step when it is compiled?",
         ),
     ),

@@ -144,7 +144,7 @@ def report(runs: Sequence[Sequence[Rehearsed]], cache: Path) -> tuple[str, bool]
 def main(argv: Sequence[str] | None = None) -> int:
     """Rehearse; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.rehearse", description=__doc__)
-    parser.add_argument("--part", type=int, choices=sorted(SHORT), help="of the short plan; default both")
+    parser.add_argument("--part", type=int, choices=sorted(SHORT), help="of the short plan; default all")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="some lines of it")
     parser.add_argument("--lines", type=int, metavar="N", help="only the first N lines")
     parser.add_argument("--card", choices=CARDS, default="h100", help="what to pretend (default: h100)")

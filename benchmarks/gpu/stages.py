@@ -1,7 +1,7 @@
 """All that a GPU can check and measure: ``python -m benchmarks gpu``, in calls of ten minutes.
 
 ``--plan all`` runs everything until ``--minutes`` are up and prints the command for what is left. ``--plan short`` runs
-one of two parts, whose lines have limits of their own (``plan.py``). Rows of several calls fill the same tables. A
+one of three parts, whose lines have limits of their own (``plan.py``). Rows of several calls fill the same tables. A
 kernel that a check finds wrong has no figures; all others are measured. However a call ends, there is one archive of
 all that it left, and the last lines it prints are a table.
 """
@@ -30,7 +30,7 @@ OUT = ROOT / "build" / "gpu"
 def add_options(found: argparse.ArgumentParser, scales: Sequence[str]) -> None:
     """Add the options of the command."""
     found.add_argument("--plan", choices=("all", "short"), default="all", help="what to run (default: all)")
-    found.add_argument("--part", type=int, choices=sorted(PARTS), help="of the short plan; default both")
+    found.add_argument("--part", type=int, choices=sorted(PARTS), help="of the short plan; default all")
     found.add_argument("--tune", action="store_true", help="measure configurations, and write the package's table")
     found.add_argument("--stages", nargs="+", metavar="NAME", help="some lines of the plan")
     found.add_argument("--encoders", metavar="A,B", help="timm encoders in place of the scale's")

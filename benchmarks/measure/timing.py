@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ __all__ = [
     "exact_float32",
     "in_turn",
     "peak_bytes",
+    "said",
 ]
 
 FILL, MOST = 0.02, 1000  # seconds that one timing on a GPU fills with calls, and how many they are at most
@@ -132,15 +134,19 @@ def check_close(name: str, actual: float, expected: float, tolerance: float) -> 
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Switch TF32 off on a GPU, so that float32 is exact: for comparing, not for timing."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
+    """Switch TF32 off on a GPU, so that float32 is exact: for comparing, not for timing.
+
+    cuDNN does not search for its fastest kernels meanwhile, which takes it minutes for a model.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark, torch.get_float32_matmul_precision()
+    cudnn.allow_tf32 = cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        cudnn.allow_tf32, cudnn.benchmark = before[:2]
+        torch.set_float32_matmul_precision(before[2])
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 2) -> Timing:
@@ -167,6 +173,17 @@ def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: i
             elif index == warmup - 1 and has_gpu():
                 calls[name] = calls_to_fill(took)
     return Timing(seconds)
+
+
+@contextmanager
+def said(what: str) -> Iterator[None]:
+    """Print how many seconds something took: on a lent machine one must know where they went."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        sys.stdout.write(f"{time.perf_counter() - began:7.1f} s  {what}\n")
+        sys.stdout.flush()
 
 
 def calls_to_fill(seconds: float) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from ..measure.machine import RESULTS
 from ..measure.rows import Row, read
+from .markdown import wrapped
 from .plots import PLOTS
-from .summary import device_summary
+from .summary import NOTE, device_summary
 from .tables import device_page
 
 __all__ = [
@@ -119,11 +120,11 @@ def report(results: Path = RESULTS, root: Path = ROOT) -> list[Path]:
         for plot, file in picture_names(name, rows).items():
             written.append(_drawn(PLOTS[plot][1], rows, figures / file))
     for page, region, parts in (
-        ("docs/benchmarks.md", MEASURED, blocks(found)),
-        ("README.md", HEADLINE, summaries(newest(found))),
+        ("docs/benchmarks.md", MEASURED, [*blocks(found).values()]),
+        ("README.md", HEADLINE, [*summaries(newest(found)).values(), wrapped(NOTE)]),
     ):
         path = root / page
-        path.write_text(fill(path.read_text(), region, "\n\n".join(parts.values())))
+        path.write_text(fill(path.read_text(), region, "\n\n".join(parts)))
         written.append(path)
     return written
 

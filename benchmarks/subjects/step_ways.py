@@ -16,6 +16,7 @@ docs/decoding.md compares by what they learn.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -33,7 +34,7 @@ from spatspark_fast.models.spark import SparK
 from spatspark_fast.training.lamb import clip_gradients
 
 from ..measure.scales import MASKED, Scale
-from ..measure.timing import GATE, exact_float32
+from ..measure.timing import GATE, exact_float32, said
 from .captured_steps import GraphStep
 from .rivals import DenseStep, Published, PublishedStep
 from .steps import OurStep, Step, build, compiled, no_mark, windows_on
@@ -45,6 +46,7 @@ RIVALS = ("published", "dense")
 WAYS = (*RIVALS, *OURS)
 CHECKED = 8  # images of a batch that are compared, at most
 LOSS, GRADIENT = 1e-4, 1e-3  # relative differences up to which two ways count as the same
+Measured = tuple[float, float]  # a loss, and the norm of its gradient
 
 
 def case_of(encoder: str, scale: Scale) -> str:
@@ -106,11 +108,16 @@ def forget() -> None:
 @cache
 def _differences(encoder: str, scale: Scale) -> list[tuple[str, float, float]]:
     """Return what was compared, how far it differs relatively, and how far it may."""
-    with exact_float32():
-        found = [("exact", _exact(encoder, scale), _published(encoder, scale))]
-        found.append(("dense, all visible", _visible("dense", encoder, scale), _visible("exact", encoder, scale)))
-        found.append(("sparse", *_sparse(encoder, scale)))
-        found.append(("light", *_light(encoder, scale)))
+    ways: dict[str, Callable[[], tuple[Measured, Measured]]] = {
+        "exact": lambda: (_exact(encoder, scale), _published(encoder, scale)),
+        "dense, all visible": lambda: (_visible("dense", encoder, scale), _visible("exact", encoder, scale)),
+        "sparse": lambda: _sparse(encoder, scale),
+        "light": lambda: _light(encoder, scale),
+    }
+    found = []
+    for way, compare in ways.items():
+        with exact_float32(), said(f"compared: {way}"):
+            found.append((way, *compare()))
     return [
         (f"{way}: {what}", abs(own - other) / max(abs(other), 1e-30), limit)
         for way, owns, others in found

@@ -151,8 +151,8 @@ def test_lines_have_limits_that_fit_their_part() -> None:
 
 def test_what_a_line_leaves_goes_to_those_after_it() -> None:
     found = stages.lines_of(options("--plan", "short", "--part", "1"))
-    assert [end for _, end in found][:3] == [25, 100, 145]
-    assert len(stages.lines_of(options("--plan", "short"))) == len(SHORT[1]) + len(SHORT[2])
+    assert [end for _, end in found][:3] == [25, 100, 160]
+    assert len(stages.lines_of(options("--plan", "short"))) == sum(map(len, SHORT.values()))
     with_wheels = stages.lines_of(options("--plan", "short", "--part", "2", "--wheels", "wheels"))
     assert with_wheels[0] == (plan.WHEELS, 10)
     assert {end for _, end in stages.lines_of(options("--minutes", "2"))} == {120}
@@ -163,7 +163,7 @@ def test_what_a_line_leaves_goes_to_those_after_it() -> None:
         stages.lines_of(options("--stages", "stepp"))
 
 
-@pytest.mark.parametrize("lines", [*SHORT.values(), EVERYTHING, (plan.TUNE,)], ids=["1", "2", "all", "tune"])
+@pytest.mark.parametrize("lines", [*SHORT.values(), EVERYTHING, (plan.TUNE,)], ids=["1", "2", "3", "all", "tune"])
 def test_every_placeholder_is_filled(lines: tuple[Line, ...], make) -> None:
     run = make()
     run.filled = {**stages._filled(options("--encoders", "resnet18"), Path("out")), "{wheels}": ["a.whl"]}

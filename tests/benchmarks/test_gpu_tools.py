@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import test_encoder as encoder_suite
-from benchmarks.gpu import kernel_times, training
+from benchmarks.gpu import identify, kernel_times, training
+from benchmarks.gpu.fake import fake_gpu
 from benchmarks.measure import machine, timing
 from benchmarks.measure.device import aside, has_gpu
 from benchmarks.measure.rows import COLUMNS, merge
@@ -286,6 +287,14 @@ def test_what_needs_a_gpu_says_so_in_one_sentence(name: str, capsys: pytest.Capt
     assert not said.out
     assert said.err.startswith(f"python -m benchmarks.gpu.{name} needs a CUDA device")
     assert said.err.count("\n") == 1
+
+
+def test_the_start_of_a_kernel_is_timed_by_pytorch_and_by_triton() -> None:
+    with fake_gpu("h100", compiles=False) as seen:
+        found = identify.starts(count=3, rounds=2)
+    assert set(found) == {"pytorch", "triton"}
+    assert all(us > 0 for us in found.values())
+    assert dict(seen.launches) == {"round_to_tf32_kernel": 6}
 
 
 def test_times_of_kernels_are_kept_by_what_runs(tmp_path: Path) -> None:

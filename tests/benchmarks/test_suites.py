@@ -225,7 +225,8 @@ def test_the_summary_shows_captured_ways_over_the_fastest_dense_one(rows: list[R
     gpu += [over(step, "exact", "dense", "1.2"), over(step, "exact graph", "dense graph", "1.5")]
     gpu += [over(step, "exact graph", "published", "4.5")]
     summary = report_command.summaries({"gpu": gpu})["gpu"]
-    assert "| test_resnet encoder | 60 % | 2.10x | 4.00x |" in summary
+    assert "| test_resnet encoder, one CUDA graph | 60 % | 2.10x | 4.00x |" in summary
+    assert "| test_resnet encoder, kernel by kernel | 60 % | 1.10x |" in summary
     assert "| test_resnet training step, exact decoder | 60 % | 1.50x | 4.50x |" in summary
 
 
