@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -216,7 +217,25 @@ def fake_gpu(card: str = "h100", *, hollow: bool = False, compiles: bool = True)
             stack.enter_context(mock.patch.object(compiler, "compile", count))
         if hollow:
             stack.enter_context(Hollow(seen.operators))
+            stack.enter_context(_unrecorded())
         yield seen
+
+
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Let calls be as eager as on a card: the mode that makes tensors hollow records nothing.
+
+    Else every operator of `patchsparse` would take the way of a compiler's traces, which starts other kernels.
+    """
+
+    def is_traced() -> bool:
+        compiles, transforms = torch.compiler.is_compiling(), torch._C._are_functorch_transforms_active()
+        return compiles or transforms or torch._C._len_torch_dispatch_stack() > 1
+
+    with ExitStack() as stack:
+        for name in ("patchsparse.eager", "patchsparse.ops.operator", "patchsparse.functional.norm"):
+            stack.enter_context(mock.patch.object(import_module(name), "is_traced", is_traced))
+        yield
 
 
 def install(card: str = "h100", *, hollow: bool = False) -> Seen:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.gpu.fake import fake_gpu
-from patchsparse import PatchGrid
+from patchsparse import PatchGrid, patch_batch_norm_act, patch_conv2d
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,3 +193,24 @@ def test_a_program_runs_on_the_fake_card_and_leaves_a_log_and_a_cache(tmp_path):
 def test_an_unknown_card_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'h1000' is unknown; choose one of a100, .*h100"), fake_gpu("h1000"):
         pass
+
+
+def test_hollow_programs_start_the_kernels_that_small_ones_start():
+    """The mode that makes tensors hollow must not be taken for one that records, as a compiler does."""
+    started = []
+    for hollow in (False, True):
+        with fake_gpu("h100", hollow=hollow, compiles=False) as seen:
+            grid = PatchGrid.random(2, (3, 3), 4, torch.Generator().manual_seed(0)).to("cuda")
+            x = torch.randn(8, 32, 8, 8, device="cuda").requires_grad_()
+            weight = torch.randn(32, 32, 3, 3, device="cuda").requires_grad_()
+            mean, var, count = (
+                torch.zeros(32, device="cuda"),
+                torch.ones(32, device="cuda"),
+                torch.zeros((), device="cuda"),
+            )
+            y = patch_conv2d(x, weight, None, grid, 1, 1)
+            y = patch_batch_norm_act(y, None, None, mean, var, True, activation="relu", batches=count.long())
+            torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+        started.append(dict(seen.launches))
+    assert started[0] == started[1]
+    assert started[0]["norm_running_kernel"] == 1
