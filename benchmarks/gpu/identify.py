@@ -25,7 +25,7 @@ __all__ = ["main"]
 
 def starts(count: int = 1000, rounds: int = 5) -> dict[str, float]:
     """Return microseconds of the host for the start of a small kernel: a PyTorch operator, and one by Triton."""
-    from patchsparse.backends.triton.conv import rounding_start
+    from patchsparse.backends.triton.tf32 import rounding_start
 
     x = torch.ones(1024, device=device())
     start, y, found = rounding_start(x.numel(), x.device), torch.empty_like(x), {}

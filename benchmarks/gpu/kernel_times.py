@@ -20,7 +20,6 @@ from pathlib import Path
 
 import timm
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from patchsparse import PatchGrid, bind, pack, sparsify
@@ -121,7 +120,7 @@ def _kernels(run: Run) -> list[tuple[str, float, float]]:
         wait()
     found: dict[str, list[float]] = defaultdict(list)
     for event in record.events() or ():
-        if event.device_type == DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             found[_short(event.name)].append(event.time_range.elapsed_us() / 1e3)
     kernels = [(name, len(ms) / STEPS, sum(ms) / STEPS) for name, ms in found.items()]
     return sorted(kernels, key=lambda kernel: -kernel[2])

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from patchsparse.backends.triton import configs, conv, norm
+from patchsparse.backends.triton import configs, conv, norm, tf32
 from patchsparse.backends.triton import depthwise_pool as pool
 from patchsparse.backends.triton import norm_unpack as image
 from patchsparse.backends.triton.launch import Launch, rows_like
@@ -121,7 +121,7 @@ STRIDED = Stencil((3, 3), (2, 2), (1, 1), (1, 1))
 def forward(tile: configs.Tile, dtype: torch.dtype = torch.bfloat16, c: int = 256, p: int = 2) -> Launch:
     """Return the launch of a 3x3 convolution of ``c`` channels."""
     x, w = rows_like(_meta(1, dtype=dtype), 4096, (p, p), c), _meta(c, c, 3, 3, dtype=dtype)
-    start = conv.forward_start(4096 * p * p, conv.forward_weights(w.shape, 1), 9, conv.precision_of(x), tile)
+    start = conv.forward_start(4096 * p * p, conv.forward_weights(w.shape, 1), 9, tf32.precision_of(x), tile)
     return start.launch(x, w, _meta(c, dtype=dtype), x, *row_table(*GRID, (p, p), SAME3, False, tile.sorted))
 
 
@@ -133,7 +133,7 @@ def input_gradient(
     g, y = rows_like(one, 4096, stencil.output_size((p, p)), c), rows_like(one, 4096, (p, p), c)
     w = _meta(c, c, 3, 3, dtype=dtype)
     weights = conv.transposed_weights(w.shape, 1, straight)
-    start = conv.forward_start(4096 * p * p, weights, 9, conv.precision_of(g), tile)
+    start = conv.forward_start(4096 * p * p, weights, 9, tf32.precision_of(g), tile)
     return start.launch(g, w, None, y, *row_table(*GRID, (p, p), stencil, not straight, tile.sorted))
 
 
@@ -223,11 +223,11 @@ def _named(kind: str, tile: configs.Tile) -> str:
 
 def convolutions(architecture: int) -> Iterator[tuple[str, Launch]]:
     """Yield the launches of convolutions for every configuration that the engine offers on an architecture."""
-    single, shared = torch.float32, SHARED_LIMIT[architecture]
+    single, card = torch.float32, (SHARED_LIMIT[architecture], architecture)
     shapes = [(c_in, c_out, share) for c_in in (512, 64, 17) for c_out in (512, 64, 32, 16) for share in (1.0, 0.5)]
     for kind, dtype, tensor_cores in (("", torch.bfloat16, True), (" tf32", single, True), (" ieee", single, False)):
         options = (dtype.itemsize, tensor_cores)
-        tiles = [t for i, o, s in shapes for t in configs.conv_tiles(1 << 20, i, o, *options, s, shared)]
+        tiles = [t for i, o, s in shapes for t in configs.conv_tiles(1 << 20, i, o, *options, s, *card)]
         for tile in dict.fromkeys(tiles):
             c = 17 if tile.k < 32 // dtype.itemsize else max(tile.n, 64)
             launch = forward(tile, dtype, c)
@@ -237,15 +237,15 @@ def convolutions(architecture: int) -> Iterator[tuple[str, Launch]]:
             else:
                 gradient = input_gradient(tile, dtype, c, stencil=SAME3)
                 yield _named("dgrad" + kind, tile), _precisely(gradient, tensor_cores)
-        tiles = [t for i, o, s in shapes for k in (9, 16) for t in configs.wgrad_tiles(o, i, k, *options, s, shared)]
+        tiles = [t for i, o, s in shapes for k in (9, 16) for t in configs.wgrad_tiles(o, i, k, *options, s, *card)]
         for tile in dict.fromkeys(tiles):
             launch = weight_gradient(tile, dtype, max(tile.n, 64))
             yield _named("wgrad" + kind, tile), _precisely(launch, tensor_cores)
-    tile = configs.conv_tiles(1 << 20, 17, 17, 2, True, 1.0, shared)[0]
+    tile = configs.conv_tiles(1 << 20, 17, 17, 2, True, 1.0, *card)[0]
     yield _named("fwd C17", tile), forward(tile, c=17)  # no wide copies
-    tile = configs.wgrad_tiles(17, 17, 9, 2, True, 1.0, shared)[0]
+    tile = configs.wgrad_tiles(17, 17, 9, 2, True, 1.0, *card)[0]
     yield _named("wgrad C17", tile), weight_gradient(tile, c=17)
-    yield "rounding to TF32", conv.rounding_start(4096, torch.device("meta")).launch(*[_meta(4096, dtype=single)] * 2)
+    yield "rounding to TF32", tf32.rounding_start(4096, torch.device("meta")).launch(*[_meta(4096, dtype=single)] * 2)
 
 
 def _precisely(launch: Launch, tensor_cores: bool) -> Launch:

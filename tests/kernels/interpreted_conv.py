@@ -7,7 +7,7 @@ import torch
 
 from patchsparse import PatchGrid, patch_conv2d
 from patchsparse.backends import gather, triton
-from patchsparse.backends.triton import conv, stem, tuning
+from patchsparse.backends.triton import conv, stem, tf32, tuning
 from patchsparse.backends.triton.configs import CONV, CONV_SMALL, WGRAD, WGRAD_SMALL, Tile
 from patchsparse.backends.triton.row_tables import listed_rows, row_table
 from patchsparse.geometry import Stencil
@@ -31,7 +31,7 @@ def test_every_forward_tile(number):
     grid, x, w, _ = problem(2, 32)
     y = torch.empty_like(x).contiguous(memory_format=torch.channels_last)
     table = row_table(grid.slot, grid.coords, (2, 2), SAME, False, ordered)
-    start = conv.forward_start(x.shape[0] * 4, conv.forward_weights(w.shape, 1), 9, conv.precision_of(x), tile)
+    start = conv.forward_start(x.shape[0] * 4, conv.forward_weights(w.shape, 1), 9, tf32.precision_of(x), tile)
     start(packed_like(x), packed_like(w), None, y, *table)
     expected = gather.conv2d(x.float(), w.float(), None, grid.slot, grid.coords, SAME, 1)
     torch.testing.assert_close(y.float(), expected, rtol=2e-2, atol=2e-2 * expected.abs().amax().item())
@@ -99,7 +99,7 @@ def test_rounding_to_the_ten_bits_of_tf32():
     x = torch.tensor([1 + 0.49 * ulp, 1 + 0.5 * ulp, -1 - 0.75 * ulp, 0.0, -0.0, 3.0e-39, float("inf"), -float("inf")])
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000], dtype=torch.int32)  # NaN, whose sums with a half would carry over
     x, y = torch.cat([x, bits.view(torch.float32), normal(0, (2000,))[0]]), torch.empty(2011)
-    conv.rounding_start(2011, x.device)(x, y)
+    tf32.rounding_start(2011, x.device)(x, y)
     assert y[:5].tolist() == [1, 1 + ulp, -1 - ulp, 0, 0]
     assert torch.equal(y[6:8], x[6:8])
     assert y[8:11].isnan().all()

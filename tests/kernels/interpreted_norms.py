@@ -57,7 +57,7 @@ def test_running_statistics_and_batches_in_one_start(dtype, counts):
     """Of more channels than a program has; what is in gaps of memory is left to PyTorch."""
     (x,) = normal(4, (6, 700, 1, 2))
     gaps, batches = torch.full((1400,), 0.5)[::2], torch.tensor(41) if counts else None
-    states = [[torch.full((700,), 0.5, dtype=dtype) for _ in range(2)] for _ in range(2)]
+    states = [(torch.full((700,), 0.5, dtype=dtype), torch.full((700,), 0.5, dtype=dtype)) for _ in range(2)]
     for state, backend in zip(states, ("triton", "gather"), strict=True):
         patch_batch_norm_act(x + 5, None, None, *state, True, 0.3, backend=backend, batches=batches)
     patch_batch_norm_act(x + 5, None, None, gaps, gaps.clone(), True, 0.3, backend="triton", batches=batches)

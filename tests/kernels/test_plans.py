@@ -14,6 +14,7 @@ from benchmarks.gpu.fake import _Uncompiled, fake_gpu
 from patchsparse import PatchGrid, patch_batch_norm_act, patch_batch_norm_unpack, patch_conv2d
 from patchsparse.backends.triton import launch, tuning
 from patchsparse.backends.triton.configs import CONV
+from patchsparse.backends.triton.tuned import Kind
 from patchsparse.eager import forget
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -78,12 +79,12 @@ def norms() -> dict[str, Callable[[], Any]]:
 
     def norm(c=32, p=2, dtype=torch.bfloat16, weight=True, residual=None, running=None, image=False, **options):
         x, vector = leaf(SPARSE.num_active, c, p, p, dtype=dtype), torch.ones(c).requires_grad_() if weight else None
-        state = running or (torch.zeros(c), torch.ones(c))
+        mean, var = running or (torch.zeros(c), torch.ones(c))
         other = None if residual is None else leaf(SPARSE.num_active, c, p, p, dtype=residual)
-        more = {"training": True} | options
+        more: dict[str, Any] = {"training": True} | options
         if image:
-            return lambda: patch_batch_norm_unpack(x, SPARSE, vector, vector, *state, **more).sum().backward()
-        return lambda: patch_batch_norm_act(x, vector, vector, *state, residual=other, **more).sum().backward()
+            return lambda: patch_batch_norm_unpack(x, SPARSE, vector, vector, mean, var, **more).sum().backward()
+        return lambda: patch_batch_norm_act(x, vector, vector, mean, var, residual=other, **more).sum().backward()
 
     halves = (torch.zeros(32).bfloat16(), torch.ones(32).bfloat16())
     return {
@@ -152,7 +153,7 @@ def test_a_configuration_that_is_tuned_later_is_taken(started, monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
     run, other = convolutions()["plain"], CONV[3]
     run()
-    (kind,) = (kind for kind in tuning._chosen if kind.operation == "conv2d")
+    (kind,) = (kind for kind in tuning._chosen if isinstance(kind, Kind) and kind.operation == "conv2d")
     for chosen in (None, other, None, other):
         tuning._chosen[kind] = chosen
         started.clear()

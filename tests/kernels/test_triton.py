@@ -129,6 +129,18 @@ def test_few_rows_take_small_tiles(c_in, c_out, shared):
     assert work == sorted(work, reverse=True)
 
 
+def test_what_a_compiler_spills_is_not_offered_on_that_card():
+    for table, offered in (
+        (configs.SPILLED, lambda itemsize, share, card: configs.conv_tiles(4096, 64, 64, itemsize, *share, *card)),
+        (configs.WGRAD_SPILLED, lambda itemsize, share, card: configs.wgrad_tiles(64, 64, 9, itemsize, *share, *card)),
+    ):
+        for card, tiles in table.items():
+            for itemsize, precise, share in product((2, 4), (True, False), (0.5, 0.8, 1.0)):
+                found = offered(itemsize, (precise or itemsize == 2, share), (configs.LARGE, card))
+                assert found
+                assert not set(found) & set(tiles)
+
+
 @pytest.mark.parametrize(
     ("tiles", "slots", "largest", "splits"),
     [

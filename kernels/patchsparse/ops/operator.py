@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_dead_tensor_wrapper
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.library import custom_op, infer_schema
 
 from ..eager import PLAIN, is_traced, is_transformed
@@ -52,7 +50,7 @@ class Operator:
         if not plain:
             return self._transformable.apply(*arguments) if is_transformed() else self.registered(*arguments)
         if differentiable and torch.is_grad_enabled():
-            return self._apply(*_alive(arguments))
+            return self._function.apply(*arguments)
         return self._body(*arguments)
 
     def shape(self, function: Callable[..., Any]) -> None:
@@ -71,9 +69,7 @@ class Operator:
 
         # With a context apart torch.func can transform it, but each call binds all arguments to the signature of the
         # body anew, which costs the host 15 us. So there is another one for calls that nothing transforms.
-        # And what `apply` adds in Python to the one in C is only for tensors that a transform has left behind.
-        plain = _function(self._name, forward=forward, backward=backward)
-        self._apply: Callable[..., Any] = super(torch.autograd.Function, plain).apply
+        self._function = _function(self._name, forward=forward, backward=backward)
         self._transformable = _function(self._name, forward=body, setup_context=context, backward=backward)
 
     def _refuse(self, ctx: Any, *grads: Tensor) -> None:
@@ -92,14 +88,6 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
 def _function(name: str, **methods: Callable[..., Any]) -> Any:
     """Return a `torch.autograd.Function` of that name."""
     return type(name, (torch.autograd.Function,), {name: staticmethod(method) for name, method in methods.items()})
-
-
-def _alive(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments, those that a transform of `torch.func` has left behind as plain tensors."""
-    for argument in arguments:
-        if type(argument) is Tensor and is_dead_tensor_wrapper(argument):
-            return unwrap_dead_wrappers(arguments)
-    return arguments
 
 
 def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

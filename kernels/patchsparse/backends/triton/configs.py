@@ -6,6 +6,7 @@ of the devices that it is offered to. Reasons for the numbers are in ``README.md
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,6 +20,7 @@ __all__ = [
     "WGRAD",
     "WGRAD_SMALL",
     "Tile",
+    "capability",
     "conv_tiles",
     "memory_of",
     "programs_of",
@@ -101,6 +103,27 @@ WGRAD_SMALL = (
 FULL = (Tile(64, 64, 16, 4, 2), Tile(32, 64, 16, 4, 3), Tile(64, 32, 16, 8, 2), Tile(64, 16, 16, 4, 2))
 
 
+# What Triton 3.6 or 3.8 spills registers for, by the compute capability: not offered there. With the length of a step
+# that values of their size take; of the forward kernel, which computes the input gradient, too, and of the weight's.
+SPILLED: Mapping[int, tuple[Tile, ...]] = {
+    80: (Tile(32, 64, 16, 4, 3, sorted=True),),
+    86: (Tile(64, 128, 16, 4, 4, sorted=True),),
+    89: (Tile(64, 128, 16, 4, 4, sorted=True),),
+    100: (Tile(128, 128, 64, 4, 3, sorted=True),),
+}
+WGRAD_SPILLED: Mapping[int, tuple[Tile, ...]] = {
+    80: (Tile(64, 64, 64, 4, 3),),
+    120: (Tile(64, 16, 64, 4, 4, sorted=True),),
+}
+
+
+@lru_cache
+def capability(device: torch.device) -> int:
+    """Return ten times the compute capability of a device, such as 90; 0 if it is no GPU."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return 10 * major + minor
+
+
 @lru_cache
 def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a program may take on a device."""
@@ -135,10 +158,13 @@ def _fitting(tiles: tuple[Tile, ...], n: int, k: int, itemsize: int, tensor_core
     return list(dict.fromkeys(t for t in kept if programs_of(t, itemsize, shared) == 8 // t.warps))
 
 
-def _in_order(tiles: list[Tile], first: tuple[int, int], share: float, most: int) -> tuple[Tile, ...]:
+def _in_order(
+    tiles: list[Tile], first: tuple[int, int], share: float, most: int, spilled: tuple[Tile, ...]
+) -> tuple[Tile, ...]:
     """Return the tiles of ``first`` (m, n) first, sorted ones among them, or before, by the share of active pairs."""
     tiles = sorted(tiles, key=lambda t: (t.m, t.n) != first)
-    taken = [replace(t, sorted=True) for t in tiles]
+    taken = [t for t in (replace(t, sorted=True) for t in tiles) if t not in spilled]
+    tiles = [t for t in tiles if t not in spilled]
     if share < 0.75:  # sorting saves a quarter of the products or more
         return tuple(taken + tiles[:1])
     return tuple(tiles + taken[:most]) if share < 0.9 else tuple(tiles)
@@ -146,7 +172,14 @@ def _in_order(tiles: list[Tile], first: tuple[int, int], share: float, most: int
 
 @lru_cache(maxsize=4096)
 def conv_tiles(
-    rows: int, c_in: int, c_out: int, itemsize: int, tensor_cores: bool, share: float, shared: int = LARGE
+    rows: int,
+    c_in: int,
+    c_out: int,
+    itemsize: int,
+    tensor_cores: bool,
+    share: float,
+    shared: int = LARGE,
+    card: int = 0,
 ) -> tuple[Tile, ...]:
     """Return the configurations of the forward kernel and of the input gradient, the default first.
 
@@ -158,10 +191,12 @@ def conv_tiles(
         tensor_cores: whether products run on them (16 bit, or TF32).
         share: expected share of active (row, tap) pairs.
         shared: bytes of shared memory that a program may take.
+        card: its capability as :func:`capability` gives it.
     """
+    spilled = SPILLED.get(card, ())
     if not tensor_cores:
         tiles = _fitting(FULL, c_out, c_in, itemsize, False, shared)
-        return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2)
+        return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2, spilled)
     tiles = _fitting(CONV if shared >= LARGE else CONV_SMALL, c_out, c_in, itemsize, True, shared)
     if itemsize > 2 or c_in <= 32:  # TF32 and short steps need more registers a product
         tiles = [t for t in tiles if t.m * t.n <= 128 * 64]
@@ -169,23 +204,31 @@ def conv_tiles(
     useful = [t for t in tiles if t.n == wide] + [t for t in tiles if t.n == narrow]
     filling = [t for t in useful if rows * c_out >= 128 * t.m * t.n]  # one tile or more for 128 multiprocessors each
     first = filling[0] if filling else min(useful, key=lambda t: t.m * t.n)
-    return _in_order(tiles, (first.m, first.n), share, 2)
+    return _in_order(tiles, (first.m, first.n), share, 2, spilled)
 
 
 @lru_cache(maxsize=4096)
 def wgrad_tiles(
-    c_in: int, c_out: int, taps: int, itemsize: int, tensor_cores: bool, share: float, shared: int = LARGE
+    c_in: int,
+    c_out: int,
+    taps: int,
+    itemsize: int,
+    tensor_cores: bool,
+    share: float,
+    shared: int = LARGE,
+    card: int = 0,
 ) -> tuple[Tile, ...]:
     """Return the configurations of the weight gradient, the default first; channels are per group."""
+    spilled = WGRAD_SPILLED.get(card, ())
     if not tensor_cores:
         tiles = _fitting(FULL, c_in, 1 << 30, itemsize, False, shared)
-        return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2)
+        return _in_order(tiles, (tiles[0].m, tiles[0].n), share, 2, spilled)
     tiles = _fitting(WGRAD if shared >= LARGE else WGRAD_SMALL, c_in, 1 << 30, itemsize, True, shared)
     tiles = [t for t in tiles if taps % t.taps == 0 and t.m <= max(64, _power(c_out))]
     if itemsize > 2:
         tiles = [t for t in tiles if t.m * t.n <= 64 * 64]
     wide = (128 if _power(c_out) >= 128 else 64, min(_power(c_in), 128))
-    return _in_order(tiles, wide, share, 2)
+    return _in_order(tiles, wide, share, 2, spilled)
 
 
 def splits_of(tiles: int, slots: int, largest: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import ceil
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,15 +12,15 @@ from ...eager import known
 from ...geometry import Stencil
 from ...layout import packed_like
 from . import tuning
-from .configs import Tile, conv_tiles, programs_of, shared_memory, splits_of, wgrad_tiles
+from .configs import Tile, capability, conv_tiles, programs_of, shared_memory, splits_of, wgrad_tiles
 from .conv_kernels import (
     patch_conv2d_fwd_kernel,
     patch_conv2d_wgrad_kernel,
-    round_to_tf32_kernel,
     sum_splits_kernel,
 )
 from .launch import Start, processors
 from .row_tables import active_share, listed_rows, row_table, turned
+from .tf32 import nearest, precision_of
 from .tuned import Kind, card_of
 
 __all__ = [
@@ -33,9 +33,6 @@ __all__ = [
     "forward_start",
     "forward_weights",
     "kind_of",
-    "nearest",
-    "precision_of",
-    "rounding_start",
     "sum_start",
     "transposed_weights",
     "wgrad_starts",
@@ -43,37 +40,6 @@ __all__ = [
 
 Size = tuple[int, int]
 MOST_TAPS = 62  # the taps of a tile are bits of an int64
-
-
-def precision_of(x: Tensor) -> str:
-    """Return ``"tf32"`` if PyTorch allows it for convolutions of float32, else ``"ieee"``; as cuDNN does."""
-    if x.device.type == "cpu":
-        return "widened" if x.dtype == torch.bfloat16 else "ieee"
-    if x.dtype != torch.float32:
-        return "ieee"
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    allowed = torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
-
-
-def nearest(x: Tensor) -> Tensor:
-    """Return ``x`` as tensor cores should read it: in float32 rounded to the 10 bits of mantissa that TF32 has.
-
-    They cut off the other bits, which makes every product smaller: by 7e-4 on average if both operands are cut, as
-    measured on an H100, and twice as far off as cuDNN, which rounds. One operand of each product is rounded here: the
-    weight, and in its own gradient that of the output.
-    """
-    if precision_of(x) != "tf32":
-        return x
-    y = torch.empty_like(x)
-    rounding_start(x.numel(), x.device)(x, y)
-    return y
-
-
-@known
-def rounding_start(values: int, device: torch.device) -> Start:
-    """Return the start that rounds float32 ``values`` without gaps in memory; tensors: those, and where they go."""
-    return Start(round_to_tf32_kernel, (ceil(values / 1024),), (values,), {"BLOCK": 1024})
 
 
 class Operand(NamedTuple):
@@ -147,8 +113,8 @@ def transposed_weights(shape: tuple[int, ...], groups: int, turned_round: bool) 
     return Weights((c_out, c_in), groups, (c_out * number * c_in, first, 1, tap, number * c_in))
 
 
-class _Plan(NamedTuple):
-    """What is the same in all calls of the same shapes, types, device and options.
+class _WgradPlan(NamedTuple):
+    """What is the same in all weight gradients of the same shapes, types, device and options.
 
     Attributes:
         kind: of call, by which a configuration is chosen.
@@ -156,19 +122,33 @@ class _Plan(NamedTuple):
         shape: of the result; in channels_last memory.
         strides: of the result.
         starts: by configuration, those that were met.
-        stencil: of the row table.
-        transposed: whether the table is that of the input gradient at a stride.
-        weights: how they are read; None for their own gradient.
     """
 
     kind: Kind
     tiles: tuple[Tile, ...]
     shape: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
-    starts: dict[Tile, Any]
+    starts: dict[Tile, WgradStarts]
+
+
+class _ForwardPlan(NamedTuple):
+    """The same of convolutions, or of their input gradients.
+
+    Attributes:
+        kind, tiles, shape, strides, starts: as above.
+        stencil: of the row table.
+        transposed: whether the table is that of the input gradient at a stride.
+        weights: how they are read.
+    """
+
+    kind: Kind
+    tiles: tuple[Tile, ...]
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    starts: dict[Tile, Start]
     stencil: Stencil
-    transposed: bool = False
-    weights: Weights | None = None
+    transposed: bool
+    weights: Weights
 
 
 def _last(channels: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -232,7 +212,7 @@ def _forward_plan(
     size: Size,
     stencil: Stencil,
     groups: int,
-) -> _Plan:
+) -> _ForwardPlan:
     """Return the plan of a convolution or of its input gradient; ``types`` are the weight's and the bias's."""
     straight, transposed = stencil.stride == (1, 1), False
     if name == "conv2d":
@@ -242,10 +222,10 @@ def _forward_plan(
         stencil = turned(stencil) if straight else stencil
     count, share = x.shape[0] * target[0] * target[1], active_share(size, stencil, x.density)
     shared = shared_memory(x.device)
-    tiles = conv_tiles(count, *weights.channels, x.dtype.itemsize, x.tensor_cores, share, shared)
+    tiles = conv_tiles(count, *weights.channels, x.dtype.itemsize, x.tensor_cores, share, shared, capability(x.device))
     kind, channels = kind_of(name, x, stencil, weights.channels, groups), groups * weights.channels[1]
     shape, strides = (x.shape[0], channels, *target), _last(channels, *target)
-    return _Plan(kind, tiles, shape, strides, {}, stencil, transposed, weights)
+    return _ForwardPlan(kind, tiles, shape, strides, {}, stencil, transposed, weights)
 
 
 def forward_start(rows: int, weights: Weights, taps: int, precision: str, tile: Tile) -> Start:
@@ -286,14 +266,15 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
 
 
 @known
-def _wgrad_plan(x: Operand, grad: tuple[int, ...], dtype: torch.dtype, stencil: Stencil, groups: int) -> _Plan:
+def _wgrad_plan(x: Operand, grad: tuple[int, ...], dtype: torch.dtype, stencil: Stencil, groups: int) -> _WgradPlan:
     """Return the plan of the weight gradient; ``grad`` is the shape of the output's gradient, ``dtype`` its type."""
     channels = (x.shape[1] // groups, grad[1] // groups)
     share, shared = active_share(x.size, stencil, x.density), shared_memory(x.device)
-    tiles = wgrad_tiles(*channels, stencil.taps, x.dtype.itemsize, x.tensor_cores, share, shared)
+    options = (x.dtype.itemsize, x.tensor_cores, share, shared, capability(x.device))
+    tiles = wgrad_tiles(*channels, stencil.taps, *options)
     kind = kind_of("conv2d_wgrad", x, stencil, channels, groups)
     shape, strides = (grad[1], channels[0], *stencil.kernel), _last(channels[0], *stencil.kernel)
-    return _Plan(kind, tiles, shape, strides, {}, stencil)
+    return _WgradPlan(kind, tiles, shape, strides, {})
 
 
 class WgradStarts(NamedTuple):

@@ -35,14 +35,9 @@ def _either(a, b):
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """Return ``acc + a @ b`` on tensor cores; ``"widened"`` is for Triton's interpreter, which misreads bfloat16.
-
-    Exact float32 has none. Its products of a step are summed apart: a long sum one by one loses two more bits.
-    """
+    """Return ``acc + a @ b`` on tensor cores; ``"widened"`` is for Triton's interpreter, which misreads bfloat16."""
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    elif PRECISION == "ieee" and a.dtype == tl.float32:
-        return acc + tl.dot(a, b, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -99,9 +94,8 @@ def patch_conv2d_fwd_kernel(
     o_k = tl.arange(0, BLOCK_K)
     m_m, m_n = o_m < count, o_n < C_OUT
     if p_order is None:
-        row, taps = o_m, group.to(tl.int64) * 0 + ((1 << TAPS) - 1)
+        taps = group.to(tl.int64) * 0 + ((1 << TAPS) - 1)
     else:
-        row = tl.load(p_order + o_m, mask=m_m, other=0)
         taps = tl.reduce(tl.load(p_taps + o_m, mask=m_m, other=0), 0, _either)
     if TAPS < 32:
         taps = taps.to(tl.int32)
@@ -136,6 +130,7 @@ def patch_conv2d_fwd_kernel(
 
     if p_bias is not None:
         acc += tl.load(p_bias + group * C_OUT + o_n, mask=m_n, other=0.0).to(tl.float32)
+    row = o_m if p_order is None else tl.load(p_order + o_m, mask=m_m, other=0)
     at = row.to(tl.int64) * (GROUPS * C_OUT) + group * C_OUT
     tl.store(p_y + at[:, None] + o_n, acc.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n)
 

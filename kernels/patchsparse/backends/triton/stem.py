@@ -18,7 +18,7 @@ from ...eager import once
 from ...geometry import Stencil
 from . import conv, tuning
 from .configs import Tile, programs_of, shared_memory, splits_of
-from .conv import Operand, kind_of, nearest, precision_of
+from .conv import Operand, kind_of
 from .launch import Launch, as_rows, processors, row_major, rows_like
 from .stem_configs import stem_tiles, stem_wgrad_tiles
 from .stem_kernels import (
@@ -28,6 +28,7 @@ from .stem_kernels import (
     patch_footprint_wgrad_kernel,
     sum_cell_splits_kernel,
 )
+from .tf32 import nearest, precision_of
 from .tuned import Kind
 
 __all__ = [
