@@ -139,10 +139,18 @@ def report(found: Mapping[str, list[float] | str]) -> tuple[str, bool]:
     return "\n".join(lines), right
 
 
-def _keep(found: Mapping[str, list[float] | str], folder: Path) -> None:
-    """Write the losses of the runs that have ended."""
+def graphs(out: Path) -> list[str]:
+    """Return what a run said of CUDA graphs: that it captured steps, or why not."""
+    log = out.with_suffix(".log")
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line.strip() for line in lines if "Captured a training step" in line or "without a CUDA graph" in line]
+
+
+def _keep(found: Mapping[str, list[float] | str], said: Mapping[str, list[str]], folder: Path) -> None:
+    """Write the losses of the runs that have ended, and what they said of CUDA graphs."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "pretrain.json").write_text(json.dumps({"origin": provenance(), "losses": found}, indent=1))
+    content = {"origin": provenance(), "losses": found, "graphs": said}
+    (folder / "pretrain.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,12 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except RuntimeError as error:
             ended = str(error)
         with lock:
-            found[name] = ended
-            _keep(found, folder)
-            sys.stdout.write(f"{name}: ended after {time.monotonic() - began:.0f} s\n")
+            found[name], said[name] = ended, graphs(out)
+            _keep(found, said, folder)
+            sys.stdout.write(f"{name}: ended after {time.monotonic() - began:.0f} s; {' '.join(said[name])}\n")
             sys.stdout.flush()
 
     found: dict[str, list[float] | str] = {}
+    said: dict[str, list[str]] = {}
     lock = Lock()
     try:
         with ThreadPoolExecutor(len(RUNS)) as pool:

@@ -23,6 +23,7 @@ from benchmarks.subjects.steps import DRAWN, build, windows, windows_on
 from patchsparse import PatchGrid
 from patchsparse.adoption.graphed import Run
 from spatspark_fast.data.augment import Augmentation
+from spatspark_fast.training.cuda_graphs import choose_graphs
 
 from ..kernels.recorded_cuda import recorded_gpu
 from .test_gate import Noted
@@ -48,6 +49,14 @@ def test_pretraining_is_killed_resumed_and_compared(tmp_path: Path, capsys: pyte
     assert set(kept["losses"]) == set(training.RUNS)
     assert all(len(losses) == training.STEPS for losses in kept["losses"].values())
     assert kept["origin"]["commit"]
+
+
+def test_what_a_run_says_of_graphs_is_kept(tmp_path: Path) -> None:
+    assert training.graphs(tmp_path / "run") == []
+    say: list[str] = []
+    choose_graphs("on", torch.device("cpu"), 1, say.append)
+    (tmp_path / "run.log").write_text(f"Pretraining\n{say[0]}\nepoch 1\n")
+    assert training.graphs(tmp_path / "run") == say
 
 
 def test_a_training_that_fails_or_disagrees_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
