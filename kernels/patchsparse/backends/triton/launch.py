@@ -143,13 +143,13 @@ class Start:
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Do as :meth:`Launch.run` does."""
-        active: Any = driver.active
         found, together, addresses = self._found, 0, []
         for tensor in tensors:
             address = None if tensor is None else tensor.data_ptr()
             together |= address or 0
             addresses.append(address)
         if together & 15 == 0 and found:
+            active: Any = driver.active  # not before: Triton's interpreter has none
             device = active.get_current_device()
             ready = found.get(device)
             if ready is not None and not _is_watched():
@@ -159,6 +159,7 @@ class Start:
         launch = self.launch(*tensors)
         compiled = launch.run()
         if compiled is not None and together & 15 == 0:
+            active = driver.active
             self._last = *self._numbers, *_in_order(launch)
             about = (compiled.function, compiled.packed_metadata, None, None, None)  # and no hooks
             found[active.get_current_device()] = compiled.run, *about
