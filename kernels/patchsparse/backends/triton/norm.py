@@ -24,6 +24,7 @@ from .norm_kernels import (
 )
 
 __all__ = [
+    "GradStarts",
     "Statistics",
     "Tiles",
     "apply_start",
@@ -210,7 +211,7 @@ def batch_norm_act_grad(
 
 
 class GradStarts(NamedTuple):
-    """The kernels of the backward pass: sums over ``splits`` shares of the rows, over all, and gx."""
+    """The kernels of a norm's backward pass: sums over ``splits`` shares of rows or of pixels, over all, and gx."""
 
     splits: int
     sums: Start

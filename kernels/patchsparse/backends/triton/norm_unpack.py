@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +10,17 @@ from torch import Tensor
 from ...eager import known
 from ...layout import packed_empty, packed_like
 from .launch import Start, row_major
-from .norm import Shape, Types, contiguous, rows_and_channels, tiles, total_start, types_of, used_statistics
+from .norm import (
+    GradStarts,
+    Shape,
+    Types,
+    contiguous,
+    rows_and_channels,
+    tiles,
+    total_start,
+    types_of,
+    used_statistics,
+)
 from .norm_unpack_kernels import unpack_norm_fwd_kernel, unpack_norm_grad_apply_kernel, unpack_norm_grad_sums_kernel
 
 __all__ = ["batch_norm_unpack", "batch_norm_unpack_grad", "unpack_grad_starts", "unpack_start"]
@@ -82,15 +91,6 @@ def batch_norm_unpack_grad(
         sums = join(torch.stack((gb, gw))).unbind()
         starts.apply.launch(g, x, gx, coords, *sums, mean, var, weight).run()
     return gx, gw, gb, gf
-
-
-class GradStarts(NamedTuple):
-    """The kernels of the backward pass: sums over ``splits`` shares of the pixels, over all, and gx."""
-
-    splits: int
-    sums: Start
-    total: Start
-    apply: Start
 
 
 @known
