@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from patchsparse.capturing import reason_of
 from spatspark_fast.training.comparison import copies, differences, numbers, ways_apart
 from spatspark_fast.training.device_rates import Movable
 from spatspark_fast.training.lamb import clip_gradients
@@ -193,7 +194,7 @@ class CapturedStep:
             try:
                 return self._capture(kind, places, what)
             except Exception as error:  # whatever it was, nothing of the training is lost: nothing has run yet
-                self._give_up(_reason(error))
+                self._give_up(reason_of(error))
         return self._run(kind, places)
 
     def _run(self, kind: _Kind, places: _Places) -> Taken:
@@ -306,11 +307,3 @@ def _make_places(inputs: Inputs, groups: int) -> _Places:
     *parts, rates = numbers.split([*sizes, 3 * groups])
     noise = [part.view(each.shape) for part, each in zip(parts, inputs.noise, strict=True)]
     return _Places(torch.empty_like(inputs.frames), numbers, noise, rates.view(groups, 3))
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of the first error of a chain: the end of a broken capture raises another one."""
-    while error.__context__ is not None:
-        error = error.__context__
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from patchsparse.capturing import undisturbed
 from spatspark_fast.training.captured import Graphs, Taken
 from spatspark_fast.training.options import Graph
 
@@ -57,24 +58,15 @@ class CudaGraphs:
     def capture(self, run: Callable[[], Taken]) -> tuple[Callable[[], None], Taken]:
         """Return a function that replays ``run``, and what its replays write."""
         graph = torch.cuda.CUDAGraph()
-        gc.collect()  # what dies during a capture would be freed in it
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self.device)
-        gc.disable()
-        try:
+        with undisturbed(self.device):
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self.device)
             # Other threads send the next batches meanwhile, which only a capture of this thread alone allows.
             with (
                 self.beside(),
                 torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
             ):
                 taken = run()
-        except BaseException:
-            # A generator that was part of a broken capture believes that it still is.
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
-            raise
-        finally:
-            gc.enable()
         self.held += max(torch.cuda.memory_reserved(self.device) - before, 0)
         return graph.replay, taken
 

@@ -27,6 +27,7 @@ KERNEL_LAYERS = (
         "patchsparse.geometry",
         "patchsparse.grid",
         "patchsparse.layout",
+        "patchsparse.capturing",
         "patchsparse.precision",
         "patchsparse.processor",
     ),

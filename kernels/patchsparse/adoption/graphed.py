@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
+from ..capturing import reason_of, undisturbed
 from ..grid import PatchGrid
 from ..packing import pack
 from .binding import bind, bindings_of
@@ -165,14 +166,14 @@ class _Replayed(Run):
             places = [t.detach().clone() for t in (images, grid.active, grid.coords, grid.slot)]
             places[0].requires_grad_(gradient)
             try:
-                with _undisturbed(images.device), torch.autocast("cuda", enabled=False):
+                with undisturbed(images.device), torch.autocast("cuda", enabled=False):
                     inputs, pool = (*places, *parameters), torch.cuda.graph_pool_handle()
                     _warm_up(forward, inputs)
                     options: dict[str, Any] = {"num_warmup_iters": 0, "allow_unused_input": True, "pool": pool}
                     return cast(Any, torch.cuda.make_graphed_callables)(forward, inputs, **options)
             except Exception as error:
                 raise RuntimeError(
-                    f"{type(self.model).__name__} could not be captured: {_reason(error)}. "
+                    f"{type(self.model).__name__} could not be captured: {reason_of(error)}. "
                     "Call it with bind(model, grid) instead"
                 ) from error
 
@@ -313,28 +314,3 @@ def _nothing_moved(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
-
-
-@contextmanager
-def _undisturbed(device: torch.device) -> Iterator[None]:
-    """Let no garbage be collected in a capture, and leave device, stream and generator usable if one breaks."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
-            yield
-    except BaseException:
-        generator = torch.cuda.default_generators[cast(int, device.index)]
-        generator.graphsafe_set_state(generator.clone_state())  # it believes that it is still being captured
-        raise
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _reason(error: BaseException) -> str:
-    """Return the first line of the first error of a chain: the end of a broken capture raises another one."""
-    while error.__context__ is not None:
-        error = error.__context__
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
