@@ -18,16 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import timm
 import torch
 from torch.profiler import ProfilerActivity, profile, supported_activities
-
-from patchsparse import PatchGrid, bind, pack, sparsify
 
 from ..measure.device import aside, has_gpu, wait
 from ..measure.machine import RESULTS, folder_name, provenance
 from ..measure.scales import MASKED, Scale, scale_of
 from ..measure.timing import said
+from ..subjects.encoders import DENSE, encoders
 from ..subjects.step_ways import make_step
 
 __all__ = ["Found", "keep", "main", "measured", "subjects", "table"]
@@ -37,7 +35,14 @@ TIMED = 7
 PRINTED = 14  # kernels of each subject
 KEPT = 0.005  # milliseconds of a kernel in a step, from which on it is written down
 NAME = "kernel_times.json"
-ENCODERS = {"resnet18": ("ours", "ours, not fused", "dense"), "resnet50": ("ours", "dense")}
+# Encoders: timm's name, the name of the way, that of `subjects.encoders`, and whether norms are fused.
+ENCODERS = (
+    ("resnet18", "ours", "auto", None),
+    ("resnet18", "ours, not fused", "auto", False),
+    ("resnet18", "dense", DENSE, None),
+    ("resnet50", "ours", "auto", None),
+    ("resnet50", "dense", DENSE, None),
+)
 WAYS = ("dense", "exact", "sparse", "light")
 Run = Callable[[], object]
 
@@ -66,36 +71,14 @@ class Found:
 
 def subjects(scale: Scale) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Yield a name, and what builds a step, for encoders and training steps."""
-    for encoder, ways in ENCODERS.items():
-        for way in ways:
-            yield f"encoder {encoder}, {way}", lambda e=encoder, w=way: _encoder(e, w, scale.for_encoder(e))
+    for encoder, name, way, fuse in ENCODERS:
+        sizes = scale.for_encoder(encoder)
+        yield (
+            f"encoder {encoder}, {name}",
+            lambda e=encoder, s=sizes, w=way, f=fuse: encoders(e, ("auto",), MASKED, s, f).steps[w],
+        )
     for way in WAYS:
         yield f"step resnet18, {way}", lambda w=way: make_step(w, "resnet18", scale)
-
-
-def _encoder(name: str, way: str, scale: Scale) -> Run:
-    """Return the forward and backward pass of an encoder."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, in_chans=scale.frames, features_only=True).train().to(scale.device)
-    model = model.to(memory_format=torch.channels_last)
-    frames = torch.randn(scale.batch, scale.frames, scale.size, scale.size, device=scale.device)
-    frames = frames.contiguous(memory_format=torch.channels_last)
-    side = scale.size // 32
-    grid = PatchGrid.random(scale.batch, (side, side), 1 - MASKED, generator=torch.Generator().manual_seed(0))
-    grid = grid.to(scale.device)
-    if way != "dense":
-        model = sparsify(model, fuse=None if way == "ours" else False)
-
-    def step() -> None:
-        with torch.autocast(scale.device.type, dtype=scale.precision):
-            if way == "dense":
-                features = model(frames)
-            else:
-                with bind(model, grid):
-                    features = model(pack(frames, grid))
-        torch.autograd.backward(features, [torch.ones_like(f) for f in features])
-
-    return step
 
 
 def measured(name: str, run: Run) -> Found:

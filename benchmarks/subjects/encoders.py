@@ -100,13 +100,13 @@ def _backward(features: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
     torch.autograd.backward(list(features), list(directions))
 
 
-def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale) -> Encoders:
-    """Build an encoder once for each way, with equal weights, on random frames."""
+def encoders(name: str, backends: Sequence[str], masked: float, scale: Scale, fuse: bool | None = None) -> Encoders:
+    """Build an encoder once for each way, with equal weights, on random frames; ``fuse`` as in `sparsify`."""
     device = scale.device
     torch.manual_seed(0)
     plain = timm.create_model(name, in_chans=scale.frames, features_only=True).train().to(device)
     plain = plain.to(memory_format=torch.channels_last)
-    ours = {backend: sparsify(copy.deepcopy(plain), backend=backend) for backend in backends}
+    ours = {backend: sparsify(copy.deepcopy(plain), backend=backend, fuse=fuse) for backend in backends}
     side = scale.size // PATCH
     generator = torch.Generator().manual_seed(0)
     grid = PatchGrid.random(scale.batch, (side, side), 1 - masked, generator=generator).to(device)
