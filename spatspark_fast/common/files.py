@@ -5,15 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.errors import UserError, WriteError, remedy
 
-__all__ = ["atomic_path", "check_file", "check_folder", "load_plain", "make_folder", "package_versions"]
+__all__ = [
+    "atomic_path",
+    "check_file",
+    "check_folder",
+    "load_plain",
+    "make_folder",
+    "package_versions",
+    "writing",
+]
 
 PACKAGES = (
     *("spatspark-fast", "torch", "timm", "lightning", "jsonargparse", "torchmetrics", "numpy", "h5py"),
@@ -33,23 +42,76 @@ def package_versions() -> dict[str, str | None]:
 
 
 @contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while ``target`` is written into one sentence; the block should do nothing else.
+
+    Libraries say a full disk in many ways. What the system says of it counts: the error itself if it is an
+    `OSError`, else the code that the message cites.
+
+    Raises:
+        WriteError: the block could not write. Any other exception passes.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and not _beside(Path(os.fsdecode(error.filename)), target):
+            raise  # of something that the block read
+        raise WriteError(f"cannot write {target}: {_reason(error)}") from error
+    except Exception as error:
+        if isinstance(error, UserError) or not (cited := _CITED.search(str(error))):
+            raise
+        raise WriteError(f"cannot write {target}: {remedy(int(cited[1]))}") from error
+
+
+def _beside(path: Path, target: Path) -> bool:
+    return target.is_relative_to(path) or path.parent in (target, target.parent)
+
+
+_CITED = re.compile(r"(?:os error|errno =|Errno) (\d+)")  # of safetensors, HDF5, Python
+
+
+def _reason(error: OSError) -> str:
+    return " ".join(str(error).split()) if error.errno is None else remedy(error.errno)
+
+
+@contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
     """Give a temporary file beside ``target`` to write to; rename it to ``target`` when the block ends well.
 
-    Whoever reads sees the old file or the whole new one, whatever happens to this process. The temporary
-    file lies in the same folder, since a rename between file systems is a copy.
+    Whoever reads sees the old file or the whole new one, whatever happens to this process or to others that write it
+    too. The temporary file lies in the same folder, since a rename between file systems is a copy.
+
+    Raises:
+        WriteError: the file cannot be written; the block may raise any exception of a library that writes.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    with writing(target):
+        # A name may have 255 bytes, with what is added to it.
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:50]}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
+        with writing(target):
+            try:
+                yield temporary
+            except (UserError, OSError):
+                raise
+            except Exception:
+                _write_more(temporary)  # raises if that is what was wrong
+                raise
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_more(path: Path) -> None:
+    """Write to the end of a file, to hear what the system says where a library kept it to itself."""
+    with path.open("ab") as file:
+        file.write(bytes(1 << 20))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:
@@ -94,7 +156,7 @@ def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise UserError(f"--out {out} cannot be made: {_reason(error)}") from error
 
 
 def load_plain(path: Path, makers: str) -> Any:

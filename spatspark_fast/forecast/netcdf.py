@@ -14,7 +14,6 @@ import numpy as np
 import xarray as xr
 
 from spatspark_fast import __version__
-from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path
 from spatspark_fast.data.radar.frames import Georeference
 from spatspark_fast.forecast.result import Forecast
@@ -76,7 +75,7 @@ def write_netcdf(forecast: Forecast, path: Path) -> None:
     """Write the data set compressed, completely or not at all.
 
     Raises:
-        UserError: the file cannot be written.
+        WriteError: the file cannot be written.
     """
     squeeze = {"zlib": True, "complevel": 4}
     packing: dict[str, dict[str, Any]] = {"rainfall_rate": {**squeeze, "_FillValue": np.float32(np.nan)}}
@@ -87,11 +86,8 @@ def write_netcdf(forecast: Forecast, path: Path) -> None:
     for name in ("time", "forecast_reference_time"):
         if name in dataset.coords:
             packing[name] |= {"units": "seconds since 1970-01-01 00:00:00", "dtype": "int64", "calendar": "standard"}
-    try:
-        with atomic_path(path) as temporary:
-            dataset.to_netcdf(temporary, engine="netcdf4", encoding=packing)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with atomic_path(path) as temporary:
+        dataset.to_netcdf(temporary, engine="netcdf4", encoding=packing)
 
 
 def _time_coordinates(forecast: Forecast) -> dict[str, Any]:

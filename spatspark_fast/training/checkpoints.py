@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from spatspark_fast.common.errors import RunStopped, UserError
-from spatspark_fast.common.files import atomic_path, load_plain
+from spatspark_fast.common.files import atomic_path, load_plain, writing
 from spatspark_fast.training.module import PlannedTraining
 from spatspark_fast.training.options import notes_on_old, under_new_names
 from spatspark_fast.training.rundir import RunDirectory
@@ -45,14 +45,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save so that ``path`` is always a whole checkpoint, the old or the new one."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with atomic_path(target) as temporary:
-                torch.save(checkpoint, temporary)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {target}: {error.strerror or error}; make room, then go on by --resume"
-            ) from error
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(target) as temporary:
+            torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load plain values and tensors only."""

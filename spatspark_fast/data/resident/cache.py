@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import atomic_path
+from spatspark_fast.common.errors import UserError, WriteError
+from spatspark_fast.common.files import atomic_path, writing
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.parallel import ordered_map
 from spatspark_fast.data.resident.store import Encoding, OffGridError, WindowStore, encoding_of, stored
@@ -72,15 +72,16 @@ def unpacked(
     if (store := copy.open()) is not None:
         return store
     try:
-        copy.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(copy.path):
+            copy.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(copy.path):
             if (store := copy.open()) is None:
                 copy.make(windows, workers, say)
                 store = copy.open()
-    except OSError as error:
+    except WriteError as error:
         raise NoRoomError(
-            f"cannot write the uncompressed copy {copy.path}: {error.strerror or error}; give another folder by "
-            "--data.cache, or read the file window by window with --data.resident off"
+            f"no uncompressed copy can be kept: {error}; or give another folder by --data.cache, or read the file "
+            "window by window with --data.resident off"
         ) from error
     if store is None:
         raise NoRoomError(f"{copy.path} was written and cannot be read back: give another folder by --data.cache")
@@ -143,7 +144,7 @@ class _Copy:
 
     def make(self, windows: WholeWindows, workers: int, say: Callable[[str], None]) -> None:
         """Write the copy; with 16 bits a pixel if all windows allow it, else with 32."""
-        for stale in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+        for stale in self.path.parent.glob(f".{self.path.name[:50]}.*.tmp"):
             stale.unlink(missing_ok=True)  # of a process that was killed: whoever still writes holds the lock
         encoding = encoding_of(windows)
         try:
@@ -193,7 +194,9 @@ def _locked(path: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    with writing(path):
+        file = path.with_name(f".{path.name}.lock").open("w")
+    with file:
         with contextlib.suppress(OSError):  # file systems without locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
