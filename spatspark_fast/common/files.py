@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,7 @@ PACKAGES = (
     *("spatspark-fast", "torch", "timm", "lightning", "jsonargparse", "torchmetrics", "numpy", "h5py"),
     *("triton", "MinkowskiEngine"),
 )
+OLD_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # a pickled number, torch's magic one
 
 
 def package_versions() -> dict[str, str | None]:
@@ -162,15 +164,34 @@ def make_folder(out: Path) -> None:
 def load_plain(path: Path, makers: str) -> Any:
     """Load a file of tensors and plain values onto the CPU; ``makers`` names the commands that write such files.
 
-    Raises UserError if it is missing, not to be read, damaged, or holds anything else.
+    Raises UserError if it is missing, not to be read, damaged, or holds anything else. Damage of a single byte is
+    found, too.
     """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     import torch
 
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path} is damaged or no checkpoint of {makers}: {error}") from error
     except Exception as error:  # torch raises half a dozen kinds for a file that is cut off or not its own
         raise UserError(f"{path} is damaged or no checkpoint of {makers} ({type(error).__name__})") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Raise `zipfile.BadZipFile` unless all members fit their CRC-32, at which torch does not look."""
+    with path.open("rb") as file:
+        if file.read(len(OLD_TORCH)) == OLD_TORCH:
+            raise zipfile.BadZipFile("it is in the format of PyTorch before 1.6, which has no checksums; save it anew")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise zipfile.BadZipFile("its members are compressed, and those of torch never are")
+        if sum(member.file_size for member in members) > path.stat().st_size:
+            raise zipfile.BadZipFile("its members are larger than the file")
+        if wrong := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {wrong} in it is wrong; copy it again, or take another")

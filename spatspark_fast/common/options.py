@@ -1,13 +1,15 @@
 """Check values of options and compare them: what the commands share."""
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from spatspark_fast.common.errors import UserError
 
-__all__ = ["check_choice", "check_least", "differences", "from_plain", "groups_of", "need", "to_plain"]
+__all__ = ["check_choice", "check_least", "check_types", "differences", "from_plain", "groups_of", "need", "to_plain"]
 
 Config = TypeVar("Config")
 
@@ -33,6 +35,36 @@ def check_choice(name: str, value: object, choices: Any) -> None:
         raise UserError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
 
 
+def check_types(values: object, hints: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """Return ``values`` as a dict if it maps names of ``hints`` to values of those types.
+
+    Raises `UserError` for an unknown name, naming the known ones, and for a value of another type.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"options {group.rstrip('.')} are {reprlib.repr(values)}, no names with values")
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"unknown option {group}{name}; known are {', '.join(sorted(hints))}")
+        if not _fits(value, hints[name]):
+            words = str(getattr(hints[name], "__name__", hints[name])).replace("typing.", "")
+            raise UserError(f"option {group}{name} is {reprlib.repr(value)}, not of the type {words}")
+    return dict(values)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Tell whether a plain value is of a type: a class, a union, a `Literal`, or a list of such."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
 def groups_of(config: type) -> dict[str, type]:
     """Return the groups of options of a configuration: its fields that are dataclasses, by name."""
     made_by = {field.name: field.default_factory for field in fields(config)}
@@ -47,17 +79,13 @@ def to_plain(config: Any) -> dict[str, Any]:
 def from_plain(config: type[Config], plain: Mapping[str, Any]) -> Config:
     """Build a configuration from nested dicts; what is not given keeps its default.
 
-    Raises `UserError` for an unknown name in a group.
+    Raises `UserError` for an unknown name, and for a value of another type than that of its option.
     """
-    groups = groups_of(config)
-    names = [field.name for field in fields(config)]  # pyright: ignore[reportArgumentType]
-    values = {name: plain[name] for name in names if name in plain}
+    groups, hints = groups_of(config), get_type_hints(config)
+    known = check_types(plain, {name: dict | None if name in groups else hint for name, hint in hints.items()})
+    values = {name: value for name, value in known.items() if name not in groups}
     for name, group in groups.items():
-        given = dict(values.get(name) or {})
-        known = {field.name for field in fields(group)}
-        if unknown := sorted(set(given) - known):
-            raise UserError(f"unknown option {name}.{unknown[0]}; known are {', '.join(sorted(known))}")
-        values[name] = group(**given)
+        values[name] = group(**check_types(known.get(name) or {}, get_type_hints(group), f"{name}."))
     return config(**values)
 
 

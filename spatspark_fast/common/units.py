@@ -8,9 +8,12 @@ number, a NumPy array or a torch tensor, and give back the same kind.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
+
+from spatspark_fast.common.errors import UserError
 
 __all__ = [
     "FRAME_MINUTES",
@@ -19,6 +22,7 @@ __all__ = [
     "SPATSPARK_SCALE",
     "ZR_RELATIONS",
     "ZRelation",
+    "check_scale",
     "dbz_to_mm_per_hour",
     "depth_to_mm_per_5min",
     "mm_per_5min_to_mm_per_hour",
@@ -30,6 +34,9 @@ __all__ = [
 ]
 
 Quantity = TypeVar("Quantity", bound=Any)
+
+LARGEST_SCALE = 1e6
+"""Bound of scales: data in nanometres or in kilometres of rain do not exist."""
 
 FRAME_MINUTES = 5.0
 """Length of one radar frame in minutes; a stored depth is the rain of this many minutes."""
@@ -44,6 +51,15 @@ SPATSPARK_SCALE = 47.18
 
 MIN_WET_RATE = 0.1
 """Rate in mm/h above which a pixel counts as wet: just below KNMI's smallest step, 0.01 mm in 5 min."""
+
+
+def check_scale(scale: object) -> float:
+    """Return the mm per 5 min that data value 1 stands for; raise UserError unless it is a sane, positive number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise UserError(f"scale_mm_per_5min is {reprlib.repr(scale)}, not a positive number")
+    if not 1 / LARGEST_SCALE <= scale <= LARGEST_SCALE:
+        raise UserError(f"scale_mm_per_5min is {scale:g}, not a positive number up to {LARGEST_SCALE:g}")
+    return float(scale)
 
 
 class ZRelation(NamedTuple):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import load_plain
+from spatspark_fast.common.options import check_types
+from spatspark_fast.finetune.config import DataConfig, ModelConfig
 from spatspark_fast.models.backbones import load_encoder
 from spatspark_fast.models.forecaster import Forecaster
 from spatspark_fast.models.registry import AVERAGE_PREFIX, DESCRIPTION, forecaster_weights
 from spatspark_fast.models.spatspark import HEAD, SpatSpark
+from spatspark_fast.models.weights import check_weights, read_weights
 from spatspark_fast.training.options import ModelOptions
 
 __all__ = ["Initial", "read_initial"]
@@ -71,25 +74,32 @@ def read_initial(path: str | Path) -> Initial:
     config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if not isinstance(config, dict) or "state_dict" not in checkpoint:
         raise UserError(f"--init {path} is no checkpoint of pretrain or finetune: it lacks options or weights")
+    state = check_weights(checkpoint["state_dict"], path)
+    what, names = ("finetune", FORECASTER) if DESCRIPTION in checkpoint else ("pretrain", SHARED)
+    try:
+        model = _known(config.get("model"), ModelConfig, names)
+        data = _known(config.get("data"), DataConfig, ["input_length"])
+    except UserError as error:
+        raise UserError(f"--init {path} is damaged, or of another version: {error}") from None
     # Checkpoints from before there was a choice saw data values as they are.
-    model, data = {"input_scaling": "none"} | (config.get("model") or {}), config.get("data") or {}
-    if DESCRIPTION in checkpoint:
-        demands = {f"model.{name}": model[name] for name in FORECASTER if name in model}
-        weights, what = forecaster_weights(checkpoint), "finetune"
-    else:
-        demands = {f"model.{name}": model[name] for name in SHARED if name in model}
-        weights, what = _pretrained_weights(checkpoint["state_dict"]), "pretrain"
+    demands = {f"model.{name}": value for name, value in ({"input_scaling": "none"} | model).items()}
+    weights = forecaster_weights(checkpoint) if what == "finetune" else _pretrained_weights(state)
     if not weights or "input_length" not in data:
         raise UserError(f"--init {path} is no checkpoint of pretrain or finetune: it holds none of their weights")
     return Initial(path, what, demands | {"data.input_length": data["input_length"]}, weights)
 
 
+def _known(values: object, group: type, names: Iterable[str]) -> dict[str, Any]:
+    """Return the options with these names, of whatever version; raise UserError for a value of another type."""
+    chosen = {name: value for name, value in values.items() if name in names} if isinstance(values, dict) else values
+    return check_types(chosen or {}, get_type_hints(group))
+
+
 def _read_encoder(path: Path) -> Initial:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read --init {path}: {error}") from error
+        metadata, _ = read_weights(path)
+    except UserError as error:
+        raise UserError(f"--init: {error}") from None
     architecture = metadata.get("architecture")
     demands = {"model.encoder": architecture} if architecture else {}
     return Initial(path, "encoder", demands | {"model.input_scaling": metadata.get("input_scaling", "none")})

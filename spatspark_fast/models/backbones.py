@@ -9,14 +9,13 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patchsparse import UnsupportedModuleError, sparsify
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.choices import InputScaling
 from spatspark_fast.models.geometry import strides_of
+from spatspark_fast.models.weights import read_weights, write_weights
 
 __all__ = [
     "KeyLayout",
@@ -87,20 +86,21 @@ def encoder_state_dict(encoder: nn.Module, layout: KeyLayout = "classifier") -> 
 def save_encoder(
     encoder: nn.Module, path: str | Path, layout: KeyLayout = "classifier", input_scaling: InputScaling = "none"
 ) -> None:
-    """Write `encoder_state_dict` to a safetensors file, with the timm name and what it saw in its metadata."""
+    """Write `encoder_state_dict` to a safetensors file.
+
+    Its metadata hold the timm name, what the encoder saw, and a hash by which `load_encoder` finds changed bytes.
+    """
     metadata = {"architecture": _timm_name(encoder), "layout": layout, "input_scaling": input_scaling, "format": "pt"}
-    save_file(encoder_state_dict(encoder, layout), str(path), metadata=metadata)
+    write_weights(path, encoder_state_dict(encoder, layout), metadata)
 
 
 def load_encoder(encoder: nn.Module, path: str | Path) -> None:
     """Load weights written by `save_encoder`, in either layout, into an encoder of the same architecture.
 
-    Raises UserError if the file cannot be read, or holds another architecture or number of frames.
+    Raises UserError if the file cannot be read, was changed since it was written, or holds another architecture or
+    number of frames.
     """
-    try:
-        state = load_file(str(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read encoder weights from {path}: {error}") from error
+    _, state = read_weights(path)
     own = encoder.state_dict()
     if not set(own) <= set(state):
         names = _classifier_keys(encoder)

@@ -14,12 +14,16 @@ from spatspark_fast.common.errors import UserError
 
 __all__ = ["Forecaster", "Persistence", "check_lengths", "pad_to_multiple"]
 
+LONGEST = 4096  # frames, two weeks
+
 
 def check_lengths(in_length: int, out_length: int) -> None:
-    """Raise UserError unless both count at least one frame."""
+    """Raise UserError unless both count at least one frame, and at most `LONGEST`."""
     for name, value in (("in_length", in_length), ("out_length", out_length)):
         if value < 1:
             raise UserError(f"{name} counts frames of 5 minutes and must be at least 1, got {value}")
+        if value > LONGEST:
+            raise UserError(f"{name} counts frames of 5 minutes and must be at most {LONGEST}, got {value}")
 
 
 class Forecaster(nn.Module):

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import load_plain
+from spatspark_fast.common.options import check_types
+from spatspark_fast.common.units import check_scale
 from spatspark_fast.models.forecaster import Forecaster, Persistence
 from spatspark_fast.models.smaat import SmaAtUNet
 from spatspark_fast.models.spatspark import build_spatspark
+from spatspark_fast.models.weights import check_weights
 
 __all__ = [
     "LoadedForecaster",
@@ -27,6 +30,7 @@ __all__ = [
 
 # Entry of a checkpoint that says how to build the model in it; see `describe_forecaster`.
 DESCRIPTION = "forecaster"
+DESCRIBED = {"name": str, "kind": str, "in_length": int, "out_length": int, "scale": float, "options": dict}
 PREFIX, AVERAGE_PREFIX = "model.", "ema.module."
 
 
@@ -62,14 +66,18 @@ def describe_forecaster(
 def build_forecaster(kind: str, in_length: int, out_length: int, options: Mapping[str, Any]) -> Forecaster:
     """Build a model of a kind: ``spatspark``, ``smaat`` or ``persistence``, with options of its constructor.
 
-    Raises UserError for a kind or an option that does not exist.
+    Raises UserError for a kind or an option that does not exist, or has another type.
     """
     builders = {"spatspark": build_spatspark, "smaat": SmaAtUNet, "persistence": Persistence}
     if kind not in builders:
         raise UserError(f"unknown kind of model {kind!r}; there are {', '.join(builders)}")
+    builder = builders[kind]
+    hints = get_type_hints(builder.__init__ if isinstance(builder, type) else builder)
+    del hints["return"]
+    lengths = {"in_length": in_length, "out_length": out_length}
     try:
-        return builders[kind](in_length=in_length, out_length=out_length, **options)
-    except TypeError as error:
+        return builder(**check_types({**options, **lengths}, hints))
+    except UserError as error:
         raise UserError(f"a model of kind {kind!r} cannot be built: {error}") from error
 
 
@@ -79,9 +87,10 @@ def read_forecaster_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises UserError if the file is missing, damaged, or holds no forecaster.
     """
     checkpoint = load_plain(Path(path), "finetune")
+    config = checkpoint.get("config") if isinstance(checkpoint, dict) else None
     if isinstance(checkpoint, dict) and {DESCRIPTION, "state_dict"} <= set(checkpoint):
-        return checkpoint
-    if isinstance(checkpoint, dict) and "mask" in (checkpoint.get("config") or {}):
+        return checkpoint | {"state_dict": check_weights(checkpoint["state_dict"], path)}
+    if isinstance(config, dict) and "mask" in config:
         raise UserError(
             f"{path} is a checkpoint of pretrain, which cannot forecast yet: "
             f"python -m spatspark_fast.finetune --init {path} makes one that can"
@@ -102,12 +111,24 @@ def load_forecaster(path: str | Path, device: str | torch.device = "cpu") -> Loa
     Raises UserError naming the file if it is missing, damaged, a pretraining checkpoint or any other file.
     """
     checkpoint = read_forecaster_checkpoint(path)
-    about = checkpoint[DESCRIPTION]
+    weights = forecaster_weights(checkpoint)
     try:
-        model = build_forecaster(about["kind"], about["in_length"], about["out_length"], about["options"])
-        model.load_state_dict(forecaster_weights(checkpoint))
-        scale, name = float(about["scale"]), str(about["name"])
-    except (KeyError, RuntimeError, TypeError) as error:
+        about = check_types(checkpoint[DESCRIPTION], DESCRIBED)
+        build = about["kind"], about["in_length"], about["out_length"], about["options"]
+        scale, name = check_scale(about["scale"]), about["name"]
+        with torch.device("meta"):  # an absurd width takes no memory there
+            _check_fit(build_forecaster(*build).state_dict(), weights)
+        model = build_forecaster(*build)
+        model.load_state_dict(weights)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes a model that its weights do not fit: {error}") from error
     model.to(device).eval()
     return LoadedForecaster(model, name, model.in_length, model.out_length, scale, model.multiple)
+
+
+def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError naming the first weight that a model lacks, or has in another shape."""
+    for name in (*own, *weights):
+        needed, found = (tuple(state[name].shape) if name in state else "none" for state in (own, weights))
+        if needed != found:
+            raise UserError(f"of {name} it needs {needed}, there is {found}")

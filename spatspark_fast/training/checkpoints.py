@@ -16,11 +16,20 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.files import atomic_path, load_plain, writing
+from spatspark_fast.common.options import check_types
+from spatspark_fast.models.weights import check_weights
 from spatspark_fast.training.module import PlannedTraining
 from spatspark_fast.training.options import notes_on_old, under_new_names
 from spatspark_fast.training.rundir import RunDirectory
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
+
+COUNTS = ("position", "global_step", "batches_per_epoch")
+ENTRIES: dict[str, Any] = {
+    **dict.fromkeys(COUNTS, int),
+    **dict.fromkeys(("config", "state_dict", "loops", "callbacks"), dict),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+}
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -31,7 +40,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     checkpoint = load_plain(path, "a training")
     if not isinstance(checkpoint, dict) or not {"config", "position", "state_dict", "global_step"} <= set(checkpoint):
         raise UserError(f"{path} is no checkpoint of a training: it lacks the options or the position")
-    config = checkpoint["config"]
+    try:
+        check_types({name: checkpoint[name] for name in ENTRIES if name in checkpoint}, ENTRIES)
+        config = check_types(checkpoint["config"], dict.fromkeys(checkpoint["config"], dict | str | None))
+    except UserError as error:
+        raise UserError(f"{path} is damaged or was edited ({error}); go on from another checkpoint") from None
+    if min(checkpoint.get(name, 0) for name in COUNTS) < 0:
+        raise UserError(f"{path} was edited: a count of steps or batches in it is negative; go on from another one")
+    check_weights(checkpoint["state_dict"], path)
     return checkpoint | {"config": under_new_names(config), "notes": notes_on_old(config)}
 
 

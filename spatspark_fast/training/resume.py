@@ -44,13 +44,18 @@ def parse_resumed(command: TrainingCommand[Config], argv: Sequence[str], checkpo
         raise UserError(
             f"{checkpoint} is no checkpoint of {command.name}, as it has no options {missing[0]}.*: {command.foreign}"
         )
+    try:
+        complete = to_plain(from_plain(command.config, theirs))  # an option that is newer than the run has its default
+    except UserError as error:
+        raise UserError(
+            f"{checkpoint} is of another version, or was edited: {error}; go on with the version that wrote it"
+        ) from None
     request = parse_training(command, argv, base=theirs)
     ours = to_plain(request.config)
     for name in ours:
         if name not in groups and ours[name] != theirs.get(name):
             raise UserError(f"{checkpoint} was begun with --{name} {theirs.get(name)}: leave --{name} out")
     fixed, free = command.fixed, command.free
-    complete = to_plain(from_plain(command.config, theirs))  # an option that is newer than the run has its default
     changed = [d for d in differences(ours, complete) if d.startswith(fixed) and not d.startswith(free)]
     if changed:
         raise UserError(

@@ -130,7 +130,7 @@ def test_initial_weights_that_do_not_fit_end_in_one_sentence(
     encoder = pretrained.parents[1] / "encoder.safetensors"
     cases = [
         (tmp_path / "half.ckpt", [], "is damaged"),
-        (tmp_path / "half.safetensors", [], "cannot read --init"),
+        (tmp_path / "half.safetensors", [], "--init: cannot read encoder weights"),
         (tmp_path / "other.ckpt", [], "lacks options or weights"),
         (pretrained, ["--model.encoder=resnet18"], "--model.encoder is resnet18, but --init"),
         (pretrained, ["--data.input_length=4"], "was trained with 3: leave the option out"),

@@ -1,0 +1,81 @@
+"""A changed byte in a file of weights is found, or changes nothing; what is no weight is named."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.files import load_plain
+from spatspark_fast.models.backbones import build_dense_encoder, save_encoder
+from spatspark_fast.models.weights import read_weights, write_weights
+
+from ..pretrain.runs import same
+
+OLD = Path(__file__).parents[1] / "data_files" / "runs_before_the_move"
+
+
+def flipped(path: Path, places: Iterable[int]) -> dict[str, int]:
+    """Read a file once for each place, with one bit changed there; count outcomes."""
+    read: Callable[[Path], Any] = read_weights if path.suffix == ".safetensors" else lambda p: load_plain(p, "a test")
+    whole, content = read(path), path.read_bytes()
+    rng = np.random.default_rng(len(content))
+    counts = {"refused": 0, "harmless": 0}
+    spoilt = path.with_stem("spoilt")
+    for place in places:
+        changed = bytearray(content)
+        changed[place] ^= 1 << rng.integers(8)
+        spoilt.write_bytes(changed)
+        try:
+            found = read(spoilt)
+        except UserError:
+            counts["refused"] += 1
+        else:
+            assert same(found, whole), place
+            counts["harmless"] += 1
+    return counts
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "encoder.safetensors"
+    save_encoder(build_dense_encoder("test_resnet", 3), path, input_scaling="log")
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return shutil.copyfile(OLD / "finetuned" / "checkpoints" / "last.ckpt", tmp_path / "last.ckpt")
+
+
+def somewhere(path: Path, count: int) -> Iterable[int]:
+    size = path.stat().st_size
+    return np.random.default_rng(size).integers(0, size, count).tolist()
+
+
+def test_no_changed_byte_of_an_encoder_is_taken(encoder: Path, tmp_path: Path) -> None:
+    assert flipped(encoder, somewhere(encoder, 50)) == {"refused": 50, "harmless": 0}
+    small = tmp_path / "small.safetensors"
+    about = {"architecture": "test_resnet", "layout": "classifier", "input_scaling": "log", "format": "pt"}
+    state = {"stem.weight": torch.randn(2, 3), "stem.bias": torch.zeros(2, dtype=torch.bfloat16)}
+    write_weights(small, state, about)
+    size = small.stat().st_size
+    assert flipped(small, range(size)) == {"refused": size, "harmless": 0}
+    save_file(state, small, metadata=about)  # as before there was a hash
+    assert same(read_weights(small), (about, state))
+
+
+def test_no_changed_byte_of_a_checkpoint_changes_a_number(checkpoint: Path, tmp_path: Path) -> None:
+    # Harmless are dates, hints and the padding in front of members, at which nobody looks.
+    counts = flipped(checkpoint, somewhere(checkpoint, 40))
+    assert counts["refused"] > counts["harmless"]
+    small = tmp_path / "small.ckpt"
+    torch.save({"state_dict": {"weight": torch.randn(3)}, "position": 7, "config": {"model": {"levels": 2}}}, small)
+    counts = flipped(small, somewhere(small, 500))
+    assert counts["refused"] > counts["harmless"] > 0
