@@ -31,10 +31,10 @@ from patchsparse import (
     patch_max_pool2d,
     unpack,
 )
+from patchsparse.precision import exact_float32
 
 from ..measure.device import capture
 from ..measure.machine import provenance
-from ..measure.timing import exact_float32
 from ..subjects.convolutions import GROUPS, Shape
 
 __all__ = ["MODES", "NORM_UNPACK", "Checked", "check", "check_graphs", "keep", "missed", "name_of"]

@@ -17,7 +17,7 @@ import torch
 
 from ..measure.ceilings import measure_ceilings
 from ..measure.device import aside, device, has_gpu, wait
-from ..measure.machine import RESULTS, folder_name, provenance
+from ..measure.machine import kept_in, provenance
 from ..measure.scales import scale_of
 
 __all__ = ["main"]
@@ -45,8 +45,10 @@ def starts(count: int = 1000, rounds: int = 5) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print card, versions and ceilings, and keep them in ``card.json``; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.identify", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<device>")
-    folder = parser.parse_args(argv).out or RESULTS / folder_name()
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results; default benchmarks/results/<card>, without a card none"
+    )
+    folder = kept_in(parser.parse_args(argv).out)
     known = provenance()
     if has_gpu():
         properties = torch.cuda.get_device_properties(0)
@@ -64,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     known["matrix_side"] = str(sizes.matrix_side)
     for name, value in known.items():
         sys.stdout.write(f"{name:22} {value}\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "card.json").write_text(json.dumps(known, indent=1))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "card.json").write_text(json.dumps(known, indent=1))
     return 0
 
 

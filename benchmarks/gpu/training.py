@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 
-from ..measure.machine import RESULTS, folder_name, provenance
+from ..measure.machine import kept_in, provenance
 
 __all__ = ["RUNS", "Run", "main", "report"]
 
@@ -146,8 +146,10 @@ def graphs(out: Path) -> list[str]:
     return [line.strip() for line in lines if "Captured a training step" in line or "without a CUDA graph" in line]
 
 
-def _keep(found: Mapping[str, list[float] | str], said: Mapping[str, list[str]], folder: Path) -> None:
-    """Write the losses of the runs that have ended, and what they said of CUDA graphs."""
+def _keep(found: Mapping[str, list[float] | str], said: Mapping[str, list[str]], folder: Path | None) -> None:
+    """Write the losses of the runs that have ended, and what they said of CUDA graphs, if there is a folder for it."""
+    if folder is None:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     content = {"origin": provenance(), "losses": found, "graphs": said}
     (folder / "pretrain.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -156,7 +158,9 @@ def _keep(found: Mapping[str, list[float] | str], said: Mapping[str, list[str]],
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all trainings, print and keep their losses; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.training", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder of the results; default benchmarks/results/<device>")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results; default benchmarks/results/<card>, without a card none"
+    )
     parser.add_argument("--python", default=sys.executable, metavar="COMMAND", help="what starts python")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="more options of pretrain")
     options = parser.parse_args(argv)
@@ -165,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "left out  pretraining: jsonargparse is not installed; give --wheels with it (make gpu-wheels)\n"
         )
         return 3
-    folder = options.out or RESULTS / folder_name()
+    folder = kept_in(options.out)
     more = dict(option.split("=", 1) for option in options.options)
     scratch = Path(tempfile.mkdtemp(prefix="pretrain-"))
 

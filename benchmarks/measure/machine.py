@@ -19,7 +19,17 @@ from patchsparse.processor import processor_fields
 
 from .device import driver, has_gpu
 
-__all__ = ["RESULTS", "command", "commit", "cpu", "device_name", "folder_name", "provenance", "versions"]
+__all__ = [
+    "RESULTS",
+    "command",
+    "commit",
+    "cpu",
+    "device_name",
+    "folder_name",
+    "kept_in",
+    "provenance",
+    "versions",
+]
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROOT = Path(__file__).parents[2]
@@ -55,6 +65,11 @@ def device_name() -> str:
     if has_gpu():
         return torch.cuda.get_device_name()
     return f"{cpu()}, {os.cpu_count()} cores"
+
+
+def kept_in(asked: Path | None) -> Path | None:
+    """Return the folder that keeps what a GPU showed: ``asked``, else that of the card; None on a CPU, of no card."""
+    return RESULTS / folder_name() if asked is None and has_gpu() else asked
 
 
 def folder_name(device: str | None = None) -> str:

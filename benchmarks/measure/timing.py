@@ -24,7 +24,6 @@ __all__ = [
     "calls_to_fill",
     "check_close",
     "check_parity",
-    "exact_float32",
     "in_turn",
     "peak_bytes",
     "said",
@@ -130,23 +129,6 @@ def check_parity(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
 def check_close(name: str, actual: float, expected: float, tolerance: float) -> None:
     """Open the gate if two numbers agree relatively; else raise AssertionError."""
     GATE.let(name, abs(actual - expected) / max(abs(expected), 1e-30), tolerance)
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Switch TF32 off on a GPU, so that float32 is exact: for comparing, not for timing.
-
-    cuDNN does not search for its fastest kernels meanwhile, which takes it minutes for a model.
-    """
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32, cudnn.benchmark, torch.get_float32_matmul_precision()
-    cudnn.allow_tf32 = cudnn.benchmark = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, cudnn.benchmark = before[:2]
-        torch.set_float32_matmul_precision(before[2])
 
 
 def in_turn(ways: Mapping[str, Callable[[], object]], rounds: int = 7, warmup: int = 2) -> Timing:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from patchsparse import PatchGrid, pack, unpack
 from patchsparse.geometry import Stencil
+from patchsparse.precision import exact_float32
 
-from ..measure.timing import exact_float32
 from ..measure.work import Work, count_pairs
 
 __all__ = [

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, graphed, pack, sparsify, unpack
 from patchsparse.adoption.graphed import Run
+from patchsparse.precision import exact_float32
 from patchsparse.testing import DenseAndMask
 
 from ..measure.ceilings import ceilings
 from ..measure.device import capture
 from ..measure.scales import Scale
-from ..measure.timing import check_parity, exact_float32
+from ..measure.timing import check_parity
 from ..measure.work import counted
 
 __all__ = ["DENSE", "DENSE_AND_MASK", "FEATURES", "GRADIENTS", "Encoders", "encoders"]

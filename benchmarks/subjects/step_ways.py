@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, pack
+from patchsparse.precision import exact_float32
 from patchsparse.testing import DenseAndMask
 from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.models.choices import DECODE_RATIO
@@ -34,7 +35,7 @@ from spatspark_fast.models.spark import SparK
 from spatspark_fast.training.lamb import clip_gradients
 
 from ..measure.scales import MASKED, Scale
-from ..measure.timing import GATE, exact_float32, said
+from ..measure.timing import GATE, said
 from .captured_steps import GraphStep
 from .rivals import DenseStep, Published, PublishedStep
 from .steps import OurStep, Step, build, compiled, no_mark, windows_on

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import PatchGrid, bind, pack
+from patchsparse.precision import exact_float32
 from patchsparse.testing import DenseAndMask
 from spatspark_fast.models.geometry import grid_shape
+from spatspark_fast.models.inputs import scale_input
 from spatspark_fast.models.macs import count_step
 from spatspark_fast.models.masks import num_visible
 from spatspark_fast.models.spark import SparK
@@ -49,11 +51,19 @@ def measure_encoder(
 
     The model is copied, not changed. Where the features differ no times are taken: both are NaN.
     """
-    sparse, dense = copy.deepcopy(model).train(), DenseAndMask(model.encoder, grid).train()
-    packed = pack(frames, grid)
-    with torch.no_grad():
-        pairs = zip(sparse.encode(packed, grid), dense(frames), strict=True)
-        difference = max(_difference(a, pack(b, grid)) for a, b in pairs)
+    sparse, dense = copy.deepcopy(model.encoder).train(), DenseAndMask(model.encoder, grid).train()
+    seen = scale_input(frames, model.input_scaling)
+
+    def run_sparse() -> Sequence[Tensor]:
+        with bind(sparse, grid):
+            return sparse(pack(seen, grid))
+
+    def run_dense() -> Sequence[Tensor]:
+        return dense(seen)
+
+    with torch.no_grad(), exact_float32():
+        ours, theirs = (_drawn_alike(run) for run in (run_sparse, run_dense))
+        difference = max(_difference(a, pack(b, grid)) for a, b in zip(ours, theirs, strict=True))
     if not difference <= PARITY:
         return Measurement(float("nan"), float("nan"), difference, 0, len(frames))
 
@@ -67,13 +77,16 @@ def measure_encoder(
         _wait(frames.device)
         return time.perf_counter() - started
 
-    def run_sparse() -> Sequence[Tensor]:
-        with bind(sparse.encoder, grid):
-            return sparse.encoder(pack(frames, grid))
-
-    times = [(step(sparse, run_sparse), step(dense, lambda: dense(frames))) for _ in range(rounds + 1)][1:]
+    times = [(step(sparse, run_sparse), step(dense, run_dense)) for _ in range(rounds + 1)][1:]
     ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
     return Measurement(ours, theirs, difference, rounds, len(frames))
+
+
+def _drawn_alike(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """Run with random numbers that are the same in every call: of dropped paths, which are whole images."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return run()
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.measure.machine import ROOT, command, cpu, folder_name, provenance
+from benchmarks.gpu import identify
+from benchmarks.gpu.fake import fake_gpu
+from benchmarks.measure.machine import RESULTS, ROOT, command, cpu, folder_name, kept_in, provenance
+from benchmarks.measure.scales import scale_of
 
 AMD = {"vendor_id": "AuthenticAMD", "model name": "AMD EPYC", "cpu family": "26", "model": "2", "flags": "avx2 avx512f"}
 OLDER = AMD | {"cpu family": "25", "model": "17"}
@@ -44,3 +50,21 @@ def test_a_row_names_machine_versions_commit_and_command(monkeypatch: pytest.Mon
     assert set(found) == {"device", "cpu", "threads", "versions", "commit", "command", "date"}
     assert all(found.values())
     assert "torch " in found["versions"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_processor_is_no_card_whose_results_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(RESULTS.rglob("*"))
+    monkeypatch.setattr(identify, "scale_of", lambda _: scale_of("tiny", torch.device("cpu")))
+    assert identify.main([]) == 0
+    assert sorted(RESULTS.rglob("*")) == before
+    capsys.readouterr()
+    assert identify.main(["--out", str(tmp_path)]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert json.loads((tmp_path / "card.json").read_text()) == shown
+    assert kept_in(None) is None
+    with fake_gpu("h100", compiles=False):
+        assert kept_in(None) == RESULTS / folder_name()
+        assert kept_in(tmp_path) == tmp_path

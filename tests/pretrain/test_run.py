@@ -14,19 +14,14 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from safetensors.torch import load_file
 
-from patchsparse import PatchGrid
 from spatspark_fast.common.options import from_plain, to_plain
 from spatspark_fast.common.plots import RAIN_COLOURS
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.reader import Reader
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.models.masks import num_visible
-from spatspark_fast.models.spark import build_spark
 from spatspark_fast.prepare import __main__ as prepare
-from spatspark_fast.pretrain import savings
 from spatspark_fast.pretrain.build import build_masks, build_model
 from spatspark_fast.pretrain.config import PretrainConfig
-from spatspark_fast.pretrain.savings import measure_encoder
 from spatspark_fast.training import schedules
 from spatspark_fast.training.module import step_seed
 from spatspark_fast.training.stream import BatchStream, epoch_order
@@ -254,30 +249,6 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
     assert len({step_seed(s, p, r) for s in (0, 1) for p in range(50) for r in (0, 1)}) == 200
-
-
-@pytest.mark.parametrize("encoder", ["resnet10t", "test_efficientnet"])
-def test_the_rival_of_the_measurement_computes_the_same_features(encoder: str) -> None:
-    torch.manual_seed(0)
-    model = build_spark(encoder, in_chans=2, decoder="light", decoder_width=16)
-    grid = PatchGrid.random(2, (3, 3), num_visible(9, 0.6), generator=torch.Generator().manual_seed(0))
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = measure_encoder(model, torch.rand(2, 2, 96, 96), grid, rounds=1)
-    assert found.difference < 1e-5
-    assert found.sparse > 0
-    assert found.dense > 0
-    assert same(dict(model.state_dict()), before)
-
-
-def test_a_rival_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    masking = savings.DenseAndMask
-    monkeypatch.setattr(savings, "DenseAndMask", lambda model, grid: masking(model, grid.complement()))
-    model = build_spark("resnet10t", in_chans=2, decoder="light", decoder_width=16)
-    grid = PatchGrid.random(2, (3, 3), 4, generator=torch.Generator().manual_seed(0))
-    found = measure_encoder(model, torch.rand(2, 2, 96, 96), grid, rounds=1)
-    assert found.difference > 1e-3
-    assert found.rounds == 0
 
 
 @pytest.mark.drawn
