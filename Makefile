@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 GPU_WHEELS ?= jsonargparse docstring_parser typeshed_client importlib_resources ocnn spconv-triton
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rest lint types bench headline gpu-wheels sanitize docs wheel
+.PHONY: help install test test-rest fuzz lint types bench headline gpu-wheels sanitize docs wheel
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ test: ## the tests that run by default (all kernels, commands and engines, pairs
 
 test-rest: ## the rest of the exhaustive tests
 	$(PYTHON) -m pytest -m rest $(PYTEST_ARGS)
+
+fuzz: ## damaged and hostile inputs, counted by outcome: COUNT=10000 of them, or MINUTES=20; SEED=N begins elsewhere
+	$(PYTHON) -m tests.fuzz --seed $(or $(SEED),0) \
+		$(if $(MINUTES),--minutes $(MINUTES),--count $(or $(COUNT),10000))
 
 lint: ## ruff: rules and format
 	$(PYTHON) -m ruff check .

@@ -1,0 +1,1 @@
+"""Hostile and damaged inputs, drawn from a seed: ``python -m tests.fuzz``."""
