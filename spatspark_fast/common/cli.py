@@ -1,5 +1,7 @@
 """What every command does with its command line: spelling, exit codes, errors that are one sentence, YAML."""
 
+import contextlib
+import os
 import re
 import signal
 import sys
@@ -12,6 +14,8 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from spatspark_fast.common.errors import RunStopped, UserError
+from spatspark_fast.common.scarce import scarcity
+from spatspark_fast.common.signals import is_worker, signals_as, stopping
 
 __all__ = [
     "asked",
@@ -27,12 +31,18 @@ __all__ = [
 def run_command(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a command on the words ``argv``, by default those of this process, and return its exit code.
 
-    Options may be spelled with hyphens. `UserError` and mistakes on the command line become one sentence on stderr and
-    code 2; a signal becomes 128 plus its number (130 for Ctrl-C, 143 for SIGTERM). Any other exception is a defect of
-    ours and keeps its traceback.
+    Options may be spelled with hyphens. `UserError`, mistakes on the command line and a machine without room become
+    one sentence on stderr and code 2; a signal that ends the command, 128 plus its number (130 for Ctrl-C, 143 for
+    SIGTERM). Any other exception is a defect of ours and keeps its traceback.
     """
+    if is_worker():
+        _complain("error: " + AGAIN)
+        raise SystemExit(2)
     try:
-        return function(underscored(sys.argv[1:] if argv is None else argv)) or 0
+        with signals_as(stopping()):
+            code = function(underscored(sys.argv[1:] if argv is None else argv)) or 0
+            sys.stdout.flush()
+            return code
     except (UserError, ArgumentError) as error:
         _complain(f"error: {_sentence(error)}")
         return 2
@@ -42,6 +52,30 @@ def run_command(function: Callable[[list[str]], int | None], argv: Sequence[str]
     except KeyboardInterrupt:
         _complain("interrupted")
         return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _forget_output()
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if (found := scarcity(error)) is None:
+            raise
+        _forget_output()
+        _complain(f"error: {found}")
+        return 2
+
+
+AGAIN = (
+    "this program is run once more by a process that it started: call a command below "
+    'if __name__ == "__main__", or give --data.num_workers 0'
+)
+
+
+def _forget_output() -> None:
+    """Throw away what can no longer be written to standard output, which would fail once more at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
@@ -84,7 +118,9 @@ def command_parser(name: str, description: str) -> ArgumentParser:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"spatspark-fast: {text}\n")
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
+        sys.stderr.write(f"spatspark-fast: {text}\n")
+        sys.stderr.flush()
 
 
 def _sentence(error: BaseException) -> str:

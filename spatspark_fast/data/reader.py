@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.signals import left_to_parent
 from spatspark_fast.data.resident.places import Key
 
 __all__ = ["Reader", "WindowDataset"]
@@ -43,6 +44,7 @@ class Reader:
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             collate_fn=_collate,
+            worker_init_fn=left_to_parent,
             # A generator of its own: the loader's base seed must not advance the global one.
             generator=torch.Generator(),
         )

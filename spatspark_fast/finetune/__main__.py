@@ -21,20 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def finetune(argv: Sequence[str]) -> None:
     """Read the command line, then train; raise `UserError` for whatever is wrong with the input."""
-    run, checkpoint = begin(COMMAND, argv)
-    initial = None
-    if checkpoint is not None:
-        request = parse_resumed(COMMAND, argv, checkpoint)
-    elif (init := asked_init(argv)) is not None:
-        from spatspark_fast.finetune.initial import read_initial
+    with begin(COMMAND, argv) as (run, checkpoint):
+        initial = None
+        if checkpoint is not None:
+            request = parse_resumed(COMMAND, argv, checkpoint)
+        elif (init := asked_init(argv)) is not None:
+            from spatspark_fast.finetune.initial import read_initial
 
-        initial = read_initial(init)
-        request = parse_finetune(argv, initial.demands)
-    else:
-        request = parse_finetune(argv)
-    from spatspark_fast.finetune.run import train
+            initial = read_initial(init)
+            request = parse_finetune(argv, initial.demands)
+        else:
+            request = parse_finetune(argv)
+        from spatspark_fast.finetune.run import train
 
-    train(request.config, run, initial, checkpoint)
+        train(request.config, run, initial, checkpoint)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def pretrain(argv: Sequence[str]) -> None:
     """Read the command line, then train; raise `UserError` for whatever is wrong with the input."""
-    run, checkpoint = begin(COMMAND, argv)
-    request = parse_pretrain(argv) if checkpoint is None else parse_resumed(COMMAND, argv, checkpoint)
-    from spatspark_fast.pretrain.run import train
+    with begin(COMMAND, argv) as (run, checkpoint):
+        request = parse_pretrain(argv) if checkpoint is None else parse_resumed(COMMAND, argv, checkpoint)
+        from spatspark_fast.pretrain.run import train
 
-    train(request.config, run, checkpoint)
+        train(request.config, run, checkpoint)
 
 
 if __name__ == "__main__":

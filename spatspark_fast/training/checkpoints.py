@@ -1,9 +1,9 @@
 """Checkpoints that a kill cannot tear, and a clean end on a signal."""
 
+import contextlib
 import os
 import shutil
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.files import atomic_path, load_plain, writing
 from spatspark_fast.common.options import check_types
+from spatspark_fast.common.signals import signals_as, stopping
 from spatspark_fast.models.weights import check_weights
 from spatspark_fast.training.module import PlannedTraining
 from spatspark_fast.training.options import notes_on_old, under_new_names
@@ -74,7 +75,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 class Checkpoints(Checkpoint):
     """Write ``last.ckpt`` after every epoch, at the last step and on a signal; keep some epochs for good.
 
-    A signal (SIGINT, SIGTERM) is answered after the current optimiser step, a second one at once. Checkpoint
+    A signal (SIGINT, SIGTERM, SIGHUP) is answered after the current optimiser step, a second one at once. Checkpoint
     callbacks run after all others, so what is saved is complete.
     """
 
@@ -83,27 +84,23 @@ class Checkpoints(Checkpoint):
         self.keep_every = keep_every
         self.poll_every = poll_every
         self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._owner = os.getpid()
+        self._signals = contextlib.ExitStack()
+        self._at_once = stopping(self._last)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the two signals; only the main thread may."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._on_signal)
+        """Take over the signals."""
+        self._signals.enter_context(signals_as(self._on_signal))
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:
-            raise RunStopped(signum, "stopped at once; the last whole checkpoint is " + self._last())
-        self.signum = signum
+            self._at_once(signum, frame)
+        elif os.getpid() == self._owner:
+            self.signum = signum
 
-    def _restore(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
-
-    def _last(self) -> str:
-        return str(self.run.last) if self.run.last.exists() else "none yet"
+    def _last(self, name: str) -> str:
+        whole = str(self.run.last) if self.run.last.exists() else "none yet"
+        return f"stopped at once by {name}; the last whole checkpoint is {whole}"
 
     def _stop_asked(self, trainer: L.Trainer) -> bool:
         if trainer.world_size == 1:
@@ -142,11 +139,11 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back."""
-        self._restore()
+        self._signals.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
-        self._restore()
+        self._signals.close()
 
     def _save(self, trainer: L.Trainer, module: PlannedTraining[Any]) -> None:
         module.check_finite()

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from spatspark_fast.common.files import atomic_path
+from spatspark_fast.common.files import atomic_path, writing
 
 __all__ = ["MetricsCsv", "trim_metrics"]
 
@@ -43,7 +43,7 @@ class MetricsCsv(Logger):
         """Append a row; what is not in ``columns`` is left out."""
         columns = self._columns_there()
         row = {"step": step, **metrics}
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, columns or self.columns, extrasaction="ignore", restval="")
             if columns is None:
                 writer.writeheader()

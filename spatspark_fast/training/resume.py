@@ -1,12 +1,14 @@
 """Where a training writes, and which checkpoint it goes on from."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.errors import UserError, WriteError
+from spatspark_fast.common.locks import owned
 from spatspark_fast.common.options import differences, from_plain, groups_of, to_plain
 from spatspark_fast.training.command import Request, TrainingCommand, parse_training
 from spatspark_fast.training.rundir import RunDirectory
@@ -16,19 +18,29 @@ __all__ = ["begin", "parse_resumed"]
 Config = TypeVar("Config")
 
 
-def begin(command: TrainingCommand[Any], argv: Sequence[str]) -> tuple[RunDirectory, Path | None]:
-    """Return the run directory of a command line, and the checkpoint that it goes on from, if any.
+@contextlib.contextmanager
+def begin(command: TrainingCommand[Any], argv: Sequence[str]) -> Iterator[tuple[RunDirectory, Path | None]]:
+    """Give the run directory of a command line, and the checkpoint that it goes on from, if any.
 
-    Raises `UserError` for a folder that cannot be written or that holds another run. Nothing is written here.
+    The folder belongs to this process while the block runs; of several processes of one training, to the first.
+    Raises `UserError` for a folder that cannot be written, that another process writes or that holds another run.
     """
     words = [word for word in argv if not word.startswith("--print_config")]
     request = parse_training(command, words)
     run = RunDirectory(_out_of(request, command.prefix))
-    checkpoint = _checkpoint_of(request, run)
-    if _is_first_process() and len(words) == len(argv):
+    writes = _is_first_process() and len(words) == len(argv)
+    with contextlib.ExitStack() as stack:
+        if writes:
+            run.check_folder()
+            stack.enter_context(owned(run.root))
+        checkpoint = _checkpoint_of(request, run)
         inside = checkpoint is None or checkpoint.absolute().parent == run.checkpoints.absolute()
-        run.check(resume=request.resume is not None and inside)
-    return run, checkpoint
+        if writes and not (request.resume is not None and inside):
+            run.check_unused()
+        try:
+            yield run, checkpoint
+        except WriteError as error:
+            raise UserError(f"{error}; the same command with --resume goes on") from error
 
 
 def parse_resumed(command: TrainingCommand[Config], argv: Sequence[str], checkpoint: Path) -> Request[Config]:

@@ -27,7 +27,8 @@ from typing import Any
 import yaml
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import atomic_path, package_versions
+from spatspark_fast.common.files import atomic_path, package_versions, writing
+from spatspark_fast.common.locks import used
 
 __all__ = ["RunDirectory"]
 
@@ -49,33 +50,27 @@ class RunDirectory:
         self.encoder = root / "encoder.safetensors"
         self.tensorboard = root / "tensorboard"
 
-    def check(self, resume: bool) -> None:
-        """Check that the folder can be written to and holds no run that nobody asked to go on with.
-
-        Raises `UserError` naming the path and the remedy; writes nothing that stays.
-        """
-        try:
-            used = self.root.exists() and any(self.root.iterdir())
-        except OSError as error:
-            raise UserError(f"--out {self.root} is no readable folder: {error.strerror}") from error
-        if used and not resume:
-            what = "already holds a run" if self.config.exists() else "is not empty"
-            raise UserError(f"--out {self.root} {what}: choose another folder, or go on with that run by --resume")
+    def check_folder(self) -> None:
+        """Check that the folder can be written to; raise `UserError` naming the path and the remedy."""
         existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
         if not existing.is_dir():
             raise UserError(f"--out {self.root} cannot be made: {existing} is a file")
-        if not os.access(existing, os.W_OK | os.X_OK):
+        if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
             raise UserError(f"--out {self.root} cannot be written: no permission in {existing}")
+
+    def check_unused(self) -> None:
+        """Check that the folder holds nothing; raise `UserError` naming the path and the remedy."""
+        if used(self.root):
+            what = "already holds a run" if self.config.exists() else "is not empty"
+            raise UserError(f"--out {self.root} {what}: choose another folder, or go on with that run by --resume")
 
     def prepare(self) -> None:
         """Make the folders and clear away what a killed process left half written."""
-        try:
-            for folder in (self.root, self.checkpoints, self.pictures):
+        for folder in (self.root, self.checkpoints, self.pictures):
+            with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 for stale in folder.glob(".*.tmp"):
                     stale.unlink(missing_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.root} cannot be written: {error.strerror} ({error.filename})") from error
 
     def stored_config(self) -> dict[str, Any] | None:
         """Return the options of the run in this folder, or None where there is none."""
@@ -93,7 +88,7 @@ class RunDirectory:
         """Write the options; other options of an earlier session stay beside them as ``config.N.yaml``."""
         if self.stored_config() not in (None, plain):
             number = len(list(self.root.glob("config.*.yaml"))) + 1
-            shutil.copyfile(self.config, self.root / f"config.{number}.yaml")
+            self.write(self.root / f"config.{number}.yaml", lambda path: shutil.copyfile(self.config, path))
         with atomic_path(self.config) as temporary:
             temporary.write_text(yaml.safe_dump(plain, sort_keys=False))
 

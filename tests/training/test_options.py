@@ -163,6 +163,7 @@ def test_a_checkpoint_of_the_other_command_is_refused(
 @BOTH
 def test_printing_the_options_asks_for_no_free_folder(command: Command, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-    with pytest.raises(UserError, match="is not empty"):
-        begin(command, [f"--out={tmp_path}"])
-    assert begin(command, [f"--out={tmp_path}", "--print_config"])[1] is None
+    with pytest.raises(UserError, match="is not empty"), begin(command, [f"--out={tmp_path}"]):
+        pass
+    with begin(command, [f"--out={tmp_path}", "--print_config"]) as (_, checkpoint):
+        assert checkpoint is None
