@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["dense_operand", "gather_patches", "packed_empty", "packed_like", "scatter_patches"]
+__all__ = ["dense_operand", "gather_patches", "packed_empty", "packed_like", "packed_output", "scatter_patches"]
 
 
 def packed_empty(like: Tensor, count: int | torch.SymInt, channels: int, height: int, width: int) -> Tensor:
@@ -20,9 +20,17 @@ def packed_empty(like: Tensor, count: int | torch.SymInt, channels: int, height:
 
 def packed_like(x: Tensor) -> Tensor:
     """Return ``x`` ``(N, C, ph, pw)`` with channels_last strides: itself where it has them."""
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return x
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x if x.is_contiguous(memory_format=torch.channels_last) else packed_empty(x, *x.shape).copy_(x)
+
+
+def packed_output(x: Tensor) -> Tensor:
+    """Return what an engine computed as an operator hands it out: with channels_last strides, and no view.
+
+    Autograd refuses to train where a view that was made inside of a function is modified in place, as an in-place
+    activation does.
+    """
+    x = packed_like(x)
+    return x.data if x._is_view() else x  # the same memory, as a tensor in its own right
 
 
 def dense_operand(x: Tensor) -> Tensor:
@@ -47,8 +55,12 @@ def scatter_patches(packed: Tensor, slot: Tensor, coords: Tensor, fill: Tensor |
     """Return the image ``(B, C, H, W)`` in channels_last memory with ``fill`` ``(C,)`` or 0 at inactive patches."""
     batch, rows, columns = slot.shape
     _, channels, height, width = packed.shape
-    shape = (batch, rows, columns, height, width, channels)
-    image = packed.new_zeros(shape) if fill is None else fill.expand(shape).clone(memory_format=torch.contiguous_format)
+    image = packed_empty(packed, batch, channels, rows * height, columns * width)
+    if fill is None:
+        image.zero_()
+    else:
+        image.copy_(fill[:, None, None])
+    tiles = image.permute(0, 2, 3, 1).view(batch, rows, height, columns, width, channels).transpose(2, 3)
     number, row, column = coords.long().unbind(1)
-    image[number, row, column] = packed.permute(0, 2, 3, 1)
-    return image.transpose(2, 3).reshape(batch, rows * height, columns * width, channels).permute(0, 3, 1, 2)
+    tiles[number, row, column] = packed.permute(0, 2, 3, 1)
+    return image

@@ -26,6 +26,7 @@ from patchsparse.geometry import Stencil
 
 from ..matrix import one_of_each, rest_but
 from .cases import Case, cases
+from .public_calls import CALLS, inputs_of
 
 FEW = settings(
     max_examples=8,
@@ -263,3 +264,14 @@ def test_batch_norm_variance_of_far_off_values():
     exact = F.batch_norm(x.double(), None, None, training=True)
     plain = F.batch_norm(x, None, None, training=True)
     assert (got - exact).abs().amax() <= 2 * (plain - exact).abs().amax() + 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith(("pack", "unpack", "image"))])
+def test_in_place_is_as_out_of_place(name):
+    call, found = CALLS[name], []
+    for inplace in (False, True):
+        inputs = inputs_of(call, torch.float32)
+        changed = F.silu(call.run("triton", *inputs), inplace)
+        direction = torch.linspace(-1, 2, changed.numel()).view(changed.shape)
+        found.append([changed, *torch.autograd.grad(changed, inputs, direction)])
+    assert all(torch.equal(apart, within) for apart, within in zip(*found, strict=True))

@@ -132,6 +132,8 @@ def why_not(name: str, call: Call) -> str | None:
 
 
 def _why_not(name: str, call: Call, left: bool) -> str | None:
+    if name == "gather":
+        return None  # it always can, and torch.compile need not ask its module
     if left:
         return None if call.device == "meta" else why_unusable(name, call.device, call.dtype)
     return _why_missing(name) or engine(name).why_not(call)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import BOTH_GRADIENTS_AT_ONCE, requested
-from ..layout import packed_empty, packed_like
+from ..layout import packed_empty, packed_output
 from .calls import Ints, body, call_on, conv_call, stencil_of
 from .operator import operator
 
@@ -33,7 +33,7 @@ def conv2d(
     """Convolve packed ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
     stencil = stencil_of(weight.shape[2:], stride, padding, dilation)
     chosen = body(conv_call("conv2d", x, weight, stencil, groups), backend)
-    return packed_like(chosen.conv2d(x, weight, bias, slot, coords, stencil, groups))
+    return packed_output(chosen.conv2d(x, weight, bias, slot, coords, stencil, groups))
 
 
 @conv2d.shape
@@ -58,7 +58,7 @@ def conv2d_dgrad(
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     channels = (weight.shape[1] * groups, weight.shape[0])
     chosen = body(call_on("conv2d_dgrad", grad, size, channels, stencil, groups), backend)
-    return packed_like(chosen.conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups))
+    return packed_output(chosen.conv2d_dgrad(grad, weight, slot, coords, size, stencil, groups))
 
 
 @conv2d_dgrad.shape
@@ -84,7 +84,7 @@ def conv2d_wgrad(
     stencil = stencil_of(kernel, stride, padding, dilation)
     channels = (x.shape[1], grad.shape[1])
     chosen = body(call_on("conv2d_wgrad", x, x.shape[2:], channels, stencil, groups), backend)
-    return packed_like(chosen.conv2d_wgrad(x, grad, slot, coords, stencil, groups))
+    return packed_output(chosen.conv2d_wgrad(x, grad, slot, coords, stencil, groups))
 
 
 @conv2d_wgrad.shape
@@ -109,7 +109,7 @@ def conv2d_gradients(
     stencil = stencil_of(weight.shape[2:], stride, padding, dilation)
     chosen = body(conv_call("conv2d_gradients", x, weight, stencil, groups), backend)
     grad_x, grad_weight = chosen.conv2d_gradients(grad, x, weight, slot, coords, stencil, groups)
-    return packed_like(grad_x), packed_like(grad_weight)
+    return packed_output(grad_x), packed_output(grad_weight)
 
 
 @conv2d_gradients.shape

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..layout import packed_like
+from ..layout import packed_output
 from .calls import body, norm_call
 
 __all__ = ["AllGather", "joined_batch_norm_act", "joined_batch_norm_unpack", "joined_moments"]
@@ -54,7 +54,7 @@ class _NormAct(torch.autograd.Function):
         ctx.options, ctx.backend, ctx.all_gather = (eps, activation, slope), backend, all_gather
         ctx.save_for_backward(x, residual, weight, bias, mean, var, count)
         ctx.mark_non_differentiable(mean, var, count)
-        return packed_like(y), mean, var, count
+        return packed_output(y), mean, var, count
 
     @staticmethod
     @once_differentiable
@@ -78,7 +78,7 @@ class _NormUnpack(torch.autograd.Function):
         ctx.eps, ctx.backend, ctx.all_gather = eps, backend, all_gather
         ctx.save_for_backward(x, fill, weight, bias, mean, var, count, slot, coords)
         ctx.mark_non_differentiable(mean, var, count)
-        return packed_like(image), mean, var, count
+        return packed_output(image), mean, var, count
 
     @staticmethod
     @once_differentiable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import gather_patches, packed_empty, packed_like, scatter_patches
+from ..layout import gather_patches, packed_empty, packed_output, scatter_patches
 from .operator import operator
 
 __all__ = ["pack", "unpack"]
@@ -14,7 +14,7 @@ __all__ = ["pack", "unpack"]
 @operator("patchsparse::pack")
 def pack(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:
     """Return the active patches of ``image`` ``(B, C, H, W)``."""
-    return packed_like(gather_patches(image, slot, coords))
+    return packed_output(gather_patches(image, slot, coords))
 
 
 @pack.shape
@@ -26,7 +26,7 @@ def _(image, slot, coords):
 @operator("patchsparse::unpack")
 def unpack(packed: Tensor, fill: Tensor | None, slot: Tensor, coords: Tensor) -> Tensor:
     """Return the image with ``fill`` ``(C,)`` or 0 at inactive patches."""
-    return packed_like(scatter_patches(packed, slot, coords, fill))
+    return packed_output(scatter_patches(packed, slot, coords, fill))
 
 
 @unpack.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import packed_empty, packed_like
+from ..layout import packed_empty, packed_output
 from ..precision import sum_dtype
 from .calls import body, norm_call
 from .operator import operator
@@ -29,7 +29,7 @@ def batch_norm_act(
     """Return the result and the mean and biased variance used, those of ``x`` unless given."""
     chosen = body(norm_call("batch_norm_act", x, x.shape[0]), backend)
     y, *used = chosen.batch_norm_act(x, residual, weight, bias, mean, var, eps, activation, slope)
-    return packed_like(y), *used
+    return packed_output(y), *used
 
 
 @batch_norm_act.shape
@@ -56,8 +56,8 @@ def batch_norm_act_grad(
     chosen = body(norm_call("batch_norm_act_grad", x, x.shape[0]), backend)
     options = (eps, activation, slope, batch)
     gx, gr, gw, gb = chosen.batch_norm_act_grad(grad, x, residual, weight, bias, mean, var, *options)
-    gr = None if gr is None else packed_like(gr)  # an operator may return None, its schema cannot say so
-    return packed_like(gx), gr, gw, gb  # pyright: ignore[reportReturnType]
+    gr = None if gr is None else packed_output(gr)  # an operator may return None, its schema cannot say so
+    return packed_output(gx), gr, gw, gb  # pyright: ignore[reportReturnType]
 
 
 @batch_norm_act_grad.shape

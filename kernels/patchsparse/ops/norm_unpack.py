@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import packed_empty, packed_like
+from ..layout import packed_empty, packed_output
 from ..precision import sum_dtype
 from .calls import body, norm_call
 from .operator import operator
@@ -29,7 +29,7 @@ def batch_norm_unpack(
     """Return the images and the mean and biased variance used, those of ``x`` unless given."""
     chosen = body(norm_call("batch_norm_unpack", x, slot.numel()), backend)
     image, *used = chosen.batch_norm_unpack(x, fill, weight, bias, mean, var, slot, coords, eps)
-    return packed_like(image), *used
+    return packed_output(image), *used
 
 
 @batch_norm_unpack.shape
@@ -55,7 +55,7 @@ def batch_norm_unpack_grad(
     """Return the gradients at x, weight, bias and fill; all but the first in the statistics' type."""
     chosen = body(norm_call("batch_norm_unpack_grad", x, slot.numel()), backend)
     gx, gw, gb, gf = chosen.batch_norm_unpack_grad(grad, x, weight, mean, var, slot, coords, eps, batch)
-    return packed_like(gx), gw, gb, gf
+    return packed_output(gx), gw, gb, gf
 
 
 @batch_norm_unpack_grad.shape

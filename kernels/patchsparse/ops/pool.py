@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import packed_empty, packed_like
+from ..layout import packed_empty, packed_output
 from .calls import Ints, body, pool_call, stencil_of
 from .operator import operator
 
@@ -27,7 +27,7 @@ def max_pool2d(
     stencil = stencil_of(kernel, stride, padding, dilation)
     chosen = body(pool_call("max_pool2d", x, x.shape[2:], stencil), backend)
     pooled, tap = chosen.max_pool2d(x, slot, coords, stencil)
-    return packed_like(pooled), packed_like(tap)
+    return packed_output(pooled), packed_output(tap)
 
 
 @max_pool2d.shape
@@ -52,7 +52,7 @@ def max_pool2d_grad(
     stencil = stencil_of(kernel, stride, padding, dilation)
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     chosen = body(pool_call("max_pool2d_grad", grad, size, stencil), backend)
-    return packed_like(chosen.max_pool2d_grad(grad, tap, slot, coords, size, stencil))
+    return packed_output(chosen.max_pool2d_grad(grad, tap, slot, coords, size, stencil))
 
 
 @max_pool2d_grad.shape
@@ -75,7 +75,7 @@ def avg_pool2d(
     """Return the sum over each stencil by ``divisor``, or by its pixels in the image without ``count_include_pad``."""
     stencil = stencil_of(kernel, stride, padding, (1, 1))
     chosen = body(pool_call("avg_pool2d", x, x.shape[2:], stencil), backend)
-    return packed_like(chosen.avg_pool2d(x, slot, coords, stencil, divisor, count_include_pad))
+    return packed_output(chosen.avg_pool2d(x, slot, coords, stencil, divisor, count_include_pad))
 
 
 @avg_pool2d.shape
@@ -99,7 +99,7 @@ def avg_pool2d_grad(
     stencil = stencil_of(kernel, stride, padding, (1, 1))
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     chosen = body(pool_call("avg_pool2d_grad", grad, size, stencil), backend)
-    return packed_like(chosen.avg_pool2d_grad(grad, slot, coords, size, stencil, divisor, count_include_pad))
+    return packed_output(chosen.avg_pool2d_grad(grad, slot, coords, size, stencil, divisor, count_include_pad))
 
 
 @avg_pool2d_grad.shape

@@ -164,9 +164,10 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
         _run("ps_depthwise_wgrad", args)
         return matrix.t().unflatten(1, (1, kh, kw)).to(dtype)
     if c_in < 32 <= c_out:  # few input channels (a stem) would leave the vectors half empty
-        weight = x.new_empty(kh, kw, c_in, c_out, dtype=dtype).permute(3, 2, 0, 1)
+        strides = (1, c_out, kw * c_in * c_out, c_in * c_out)
     else:
-        weight = x.new_empty(c_out, kh, kw, c_in, dtype=dtype).permute(0, 3, 1, 2)
+        strides = (kh * kw * c_in, 1, kw * c_in, c_in)
+    weight = x.new_empty_strided((c_out, c_in, kh, kw), strides, dtype=dtype)
     args = native.Wgrad(
         *(plan.pointer, x.data_ptr(), grad.data_ptr(), weight.data_ptr(), weight.stride()),
         *(c_in, c_out, DTYPES[dtype], *_how(x)),
