@@ -5,8 +5,9 @@ Several models and baselines side by side, on the same pixels of the same window
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -107,13 +108,17 @@ def _load(options: Namespace, checkpoints: Sequence[str]) -> tuple[ScoringOption
     """Open everything that can be wrong before the work starts."""
     from spatspark_fast.evaluate.scoring import ScoringOptions
     from spatspark_fast.forecast.predictors import choose_device, load_predictor, split_name
+    from spatspark_fast.forecast.tiling import check_tile
 
     for name in ("data.batch_size", "max_windows", "steps"):
         need(options[name] is None or options[name] >= 1, name, options[name], "give a number of at least 1")
     need(options.panels >= 0, "panels", options.panels, "give a number of at least 0")
     device = choose_device(options.device)
     named = [split_name(word) for word in checkpoints]
-    predictors: list[Predictor] = [load_predictor(path, device, name, options.tile) for name, path in named]
+    models = [load_predictor(path, device, name, options.tile) for name, path in named]
+    for model in models:
+        check_tile(options.tile, model.loaded.multiple)
+    predictors: list[Predictor] = [*models]
     _name_apart(predictors, [path for _, path in named])
     predictors += load_baselines(options.baselines)
     needed = max(predictor.in_length for predictor in predictors)
@@ -205,7 +210,16 @@ def _write(
     sys.stdout.write(
         f"{first['windows']} windows, {first['lead_minutes'][-1]:g} minutes; CSI at thresholds in mm/h\n\n"
     )
-    sys.stdout.write("\n".join(overall_table(scores)) + f"\n\nwrote {out}\n")
+    sys.stdout.write("\n".join(overall_table(scores)) + f"\n{_undefined(scores)}\nwrote {out}\n")
+
+
+def _undefined(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say at which thresholds there is nothing to score; nothing if there are none."""
+    rates = next(iter(scores.values()))["thresholds_mm_per_hour"]
+    dry = [f"{rate:g}" for rate in rates if all(math.isnan(found["all"][f"csi@{rate:g}"]) for found in scores.values())]
+    if not dry:
+        return ""
+    return f"Neither observed nor forecast rain is above {', '.join(dry)} mm/h: scores are undefined there (-)\n"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ from typing import Any
 from spatspark_fast.common.files import atomic_path
 from spatspark_fast.scores.formulas import CATEGORICAL_SCORES
 
-__all__ = ["UNITS", "lead_time_table", "markdown", "overall_table", "split_name", "threshold_table", "write_reports"]
+__all__ = [
+    "UNITS",
+    "lead_time_table",
+    "markdown",
+    "overall_table",
+    "split_name",
+    "threshold_table",
+    "without_nan",
+    "write_reports",
+]
 
 UNITS: Mapping[str, str] = {
     "mse": "1",
@@ -44,7 +53,7 @@ def write_reports(out: Path, about: Mapping[str, Any], scores: Scores) -> None:
     """Write ``scores.json``, ``scores.csv`` and ``scores.md`` into a folder, each completely or not at all."""
     content = {**about, "models": scores}
     with atomic_path(out / "scores.json") as path:
-        path.write_text(json.dumps(_without_nan(content), indent=1, allow_nan=False) + "\n")
+        path.write_text(json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
     with atomic_path(out / "scores.csv") as path, path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("model", "lead_minutes", "score", "threshold_mm_per_hour", "scale_pixels", "value", "units"))
@@ -158,10 +167,10 @@ def _row(model: str, lead: str, key: str, value: float) -> Iterator[tuple[object
     yield model, lead, name, *blank, "" if math.isnan(value) else f"{value:.8g}", UNITS.get(name, "1")
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """Replace what is not finite by None: JSON has no NaN."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(one) for key, one in value.items()}
+        return {key: without_nan(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(one) for one in value]
+        return [without_nan(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -143,7 +143,12 @@ def evaluate_predictors(
             if index in keep:
                 made = {name: forecast[row].cpu() for name, forecast in forecasts.items()}
                 kept.append(Kept(index, past[row, -1].cpu(), future[row].cpu(), made))
-    return Evaluation({name: meter.compute() for name, meter in meters.items()}, kept)
+    scores = {name: meter.compute() for name, meter in meters.items()}
+    if not any(found["pixels"] for found in scores.values()):
+        least = "that has data and of which every method says something; try --region observed"
+        what = "with data" if options.region == "observed" else least
+        raise UserError(f"nothing to score: in {len(chosen)} windows there is no pixel {what}")
+    return Evaluation(scores, kept)
 
 
 def spread(length: int, count: int) -> list[int]:
@@ -190,7 +195,7 @@ class _Meter:
     def compute(self) -> dict[str, Any]:
         found = self._scores.compute()
         found["seconds_per_window"] = self._seconds / max(self._scores.windows, 1)
-        found["silent_share"] = (self._silent / self._pixels.clamp(min=1)).tolist()
+        found["silent_share"] = (self._silent / self._pixels).tolist()  # NaN where nothing was observed
         return found
 
 

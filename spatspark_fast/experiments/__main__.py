@@ -7,6 +7,7 @@ spread. Every run is a run directory of `pretrain` or `finetune`; what is there 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from spatspark_fast.common.cli import command_parser, run_command, underscored
 from spatspark_fast.common.errors import RunStopped, UserError
-from spatspark_fast.common.files import atomic_path, package_versions
+from spatspark_fast.common.files import atomic_path, make_folder, package_versions
 from spatspark_fast.common.options import need
 from spatspark_fast.experiments.tables import Results, markdown
 from spatspark_fast.finetune.cli import parse_finetune
@@ -55,9 +56,10 @@ def experiments(argv: Sequence[str]) -> None:
     arms, pairs = arms_of(options)
     out, data = Path(options.out), Path(options.data.path)
     plan = _plan(options)
-    _check(options, out, data, plan)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "experiment.json").write_text(json.dumps(plan, indent=1) + "\n")
+    _check(options, out, data, plan, arms)
+    make_folder(out)
+    with atomic_path(out / "experiment.json") as temporary:
+        temporary.write_text(json.dumps(plan, indent=1) + "\n")
     results: Results = {}
     for name, scores in _baselines(options, data).items():
         results[name] = {"-": scores}
@@ -67,7 +69,7 @@ def experiments(argv: Sequence[str]) -> None:
             if not (run / "scores.json").exists():
                 init = None if arm.ratio is None else _pretrained(options, out, data, arm.ratio, seed)
                 _finetuned(options, run, data, arm, init, seed)
-            results.setdefault(arm.name, {})[str(seed)] = json.loads((run / "scores.json").read_text())
+            results.setdefault(arm.name, {})[str(seed)] = _read_scores(run / "scores.json")
             _write(out, results, pairs, plan)
     sys.stdout.write(
         markdown(results, pairs, SCORES) + f"\nFiles in {out}: results.md, results.json, finetune/, pretrain/\n"
@@ -132,7 +134,7 @@ def _lengths(options: Namespace) -> tuple[int, int | None]:
     return data.input_length, data.output_length
 
 
-def _check(options: Namespace, out: Path, data: Path, plan: dict[str, Any]) -> None:
+def _check(options: Namespace, out: Path, data: Path, plan: dict[str, Any], arms: Sequence[Arm]) -> None:
     need(options.seeds >= 1, "seeds", options.seeds, "give a number of at least 1")
     for word in (*options.pretrain, *options.finetune):
         if "=" not in word or word.startswith("-"):
@@ -141,15 +143,31 @@ def _check(options: Namespace, out: Path, data: Path, plan: dict[str, Any]) -> N
 
     for split in ("train", "test"):
         NowcastDataset(data, split, *_lengths(options))
+    for arm in arms:
+        _check_arm(options, data, arm)
     note = out / "experiment.json"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     if not note.exists() and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out} is not empty and holds no experiment: choose another folder")
-    if note.exists() and json.loads(note.read_text()) != plan:
+    if note.exists() and _read_json(note) != plan:
         raise UserError(
             f"--out {out} holds an experiment with other data or options (see {note}): choose another folder"
         )
+
+
+def _check_arm(options: Namespace, data: Path, arm: Arm) -> None:
+    """Read the options of the trainings of an arm, so that no hours pass before one is refused."""
+    from spatspark_fast.pretrain.build import check_masks
+    from spatspark_fast.pretrain.cli import parse_pretrain
+    from spatspark_fast.training.windows import open_windows
+
+    here = f"--data.path={data}"
+    words = options.finetune if arm.ratio is None else _free(options.finetune)
+    parse_finetune([here, *FIXED, *arm.options, *_spelled(words)])
+    if arm.ratio is not None:
+        config = parse_pretrain([here, *_of_pretraining(arm.ratio), *_spelled(options.pretrain)]).config
+        check_masks(config, open_windows(config.data, output_length=0).image_size)
 
 
 def _baselines(options: Namespace, data: Path) -> dict[str, dict[str, float]]:
@@ -173,13 +191,13 @@ def _pretrained(options: Namespace, out: Path, data: Path, ratio: float, seed: i
     run = out / "pretrain" / f"ratio-{ratio:g}" / f"seed-{seed}"
     checkpoint = run / "checkpoints" / "last.ckpt"
     if not (run / "encoder.safetensors").exists():  # written at the end
-        fixed = [f"--mask.ratio={ratio}", "--trainer.savings=false", "--trainer.picture_every=0"]
-        _train(pretrain.main, run, data, seed, fixed, options.pretrain)
+        _train(pretrain.main, run, data, seed, _of_pretraining(ratio), options.pretrain)
     return checkpoint
 
 
 def _finetuned(options: Namespace, run: Path, data: Path, arm: Arm, init: Path | None, seed: int) -> None:
     """Finetune unless that is done, and write the scores of the best checkpoint on the test split."""
+    from spatspark_fast.evaluate.report import without_nan
     from spatspark_fast.evaluate.scoring import evaluate_forecaster
     from spatspark_fast.finetune import __main__ as finetune
     from spatspark_fast.forecast.predictors import choose_device
@@ -187,13 +205,23 @@ def _finetuned(options: Namespace, run: Path, data: Path, arm: Arm, init: Path |
     if not (run / "forecast.png").exists():  # written at the end
         fixed = [*FIXED, *arm.options]
         fixed += [] if init is None else [f"--init={init}"]
-        words = options.finetune if init is None else [word for word in options.finetune if not _of_weights(word)]
+        words = options.finetune if init is None else _free(options.finetune)
         _train(finetune.main, run, data, seed, fixed, words)
     device = choose_device(options.device)
     path = run / "checkpoints" / "best.ckpt"
     scores = evaluate_forecaster(path, data, split="test", fss_scales=(), spectrum=False, device=device)
     with atomic_path(run / "scores.json") as temporary:
-        temporary.write_text(json.dumps(_kept(scores)) + "\n")
+        temporary.write_text(json.dumps(without_nan(_kept(scores)), allow_nan=False) + "\n")
+
+
+def _of_pretraining(ratio: float) -> list[str]:
+    """Return the options of a pretraining that the experiment decides."""
+    return [f"--mask.ratio={ratio}", "--trainer.savings=false", "--trainer.picture_every=0"]
+
+
+def _free(words: Sequence[str]) -> list[str]:
+    """Return the options of finetuning that pretrained weights leave open."""
+    return [word for word in words if not _of_weights(word)]
 
 
 def _of_weights(word: str) -> bool:
@@ -224,6 +252,22 @@ def _train(
         raise UserError(f"the experiment ends here, since {run} could not be trained (see above)")
 
 
+def _read_scores(path: Path) -> dict[str, float]:
+    """Return the scores of a run; null, which JSON has for what is undefined, becomes NaN."""
+    return {name: math.nan if value is None else value for name, value in _read_json(path).items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return what the experiment wrote; raise `UserError` for a damaged file."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; remove it, and it is made again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no table of values: remove it, and it is made again")
+    return found
+
+
 def _kept(scores: dict[str, Any]) -> dict[str, float]:
     return {name: scores["all"][name] for name in SCORES}
 
@@ -233,9 +277,11 @@ def _slug(name: str) -> str:
 
 
 def _write(out: Path, results: Results, pairs: Sequence[tuple[str, str]], plan: dict[str, Any]) -> None:
+    from spatspark_fast.evaluate.report import without_nan
+
     record = {**plan, "versions": package_versions(), "compared": [list(pair) for pair in pairs], "scores": results}
     with atomic_path(out / "results.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        temporary.write_text(json.dumps(without_nan(record), indent=1, allow_nan=False) + "\n")
     with atomic_path(out / "results.md") as temporary:
         temporary.write_text(markdown(results, pairs, SCORES))
 

@@ -31,7 +31,7 @@ def markdown(results: Results, pairs: Sequence[tuple[str, str]], scores: Sequenc
     """Return a table of means ± standard deviations over seeds, and one of differences at equal seeds."""
     head = " | ".join(_title(score) for score in scores)
     lines = [
-        "Test split, all lead times and pixels with data; mean ± standard deviation over seeds.",
+        "Test split, all lead times and pixels with data; mean ± standard deviation over seeds. `-`: undefined.",
         "",
         f"| model | runs | {head} |",
         f"|---|---|{'---|' * len(scores)}",
@@ -74,6 +74,8 @@ def _cost(value: float, score: str) -> float:
 
 def _cell(values: Sequence[float], score: str, signed: bool = False) -> str:
     mean, spread = mean_and_spread(values)
+    if math.isnan(mean):
+        return "-"
     digits = 5 if score == "pmse" else 4
     shown = f"{mean:+.{digits}f}" if signed else f"{mean:.{digits}f}"
     return shown if math.isnan(spread) else f"{shown} ± {spread:.{digits}f}"

@@ -11,6 +11,7 @@ from spatspark_fast.training.options import (
     Optimiser,
     OptimOptions,
     TrainerOptions,
+    check_crop,
     check_training,
 )
 
@@ -142,6 +143,8 @@ def validate(config: FinetuneConfig) -> None:
     need(0 <= fraction < 1, "data.validation_fraction", fraction, "give a share of at least 0 and below 1")
     held = fraction > 0 or trainer.patience == 0
     need(held, "trainer.patience", trainer.patience, "without validation windows nothing can stop early; give 0")
+    if model.kind != "smaat":
+        check_crop(config)
     unfilled = model.freeze == "none" or (config.init is not None and model.kind != "smaat")
     need(unfilled, "model.freeze", model.freeze, "only weights that --init has filled can be frozen")
 

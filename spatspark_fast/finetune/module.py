@@ -16,6 +16,7 @@ from spatspark_fast.training.average import averaged
 from spatspark_fast.training.captured import Inputs
 from spatspark_fast.training.module import PlannedTraining, compile_parts
 from spatspark_fast.training.schedules import Plan
+from spatspark_fast.training.statistics import enough_values
 
 __all__ = ["ForecastTraining", "begin_norms"]
 
@@ -36,7 +37,8 @@ def begin_norms(model: Forecaster, frames: Tensor) -> None:
     others = {name: value.clone() for name, value in model.named_buffers()}
     for module in fresh:
         module.momentum = 1.0
-    model(frames)
+    with enough_values(len(frames)):
+        model(frames)
     for module, momentum in zip(fresh, momenta, strict=True):
         module.momentum = momentum
     ours = {id(buffer) for module in fresh for buffer in module.buffers()}
@@ -74,7 +76,8 @@ class ForecastTraining(PlannedTraining[Forecaster]):
     def loss(self, frames: Tensor, noise: Sequence[Tensor], counts: tuple[int, ...]) -> Tensor:
         """Return the loss of one batch ``(B, T_in + T_out, H, W)``, NaN where the future is unknown."""
         past, future = frames[:, : self.model.in_length], frames[:, self.model.in_length :]
-        return self.criterion(self.model(past), future)
+        with enough_values(len(frames)):
+            return self.criterion(self.model(past), future)
 
     def description(self) -> dict[str, Any]:
         """Say as plain values how to build the model again."""

@@ -20,8 +20,9 @@ from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, fore
 from spatspark_fast.finetune.initial import Initial
 from spatspark_fast.finetune.module import ForecastTraining, begin_norms
 from spatspark_fast.finetune.validation import THRESHOLDS, Validation
-from spatspark_fast.finetune.windows import Split, hold_out
+from spatspark_fast.finetune.windows import Split, check_rain, hold_out
 from spatspark_fast.models.forecaster import Forecaster, Persistence
+from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.registry import build_forecaster, load_forecaster
 from spatspark_fast.models.spatspark import SpatSpark
 from spatspark_fast.training.bar import Bar
@@ -58,9 +59,13 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
     prepare_process(options.threads)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     windows, plain, split = open_split(config)
+    check_rain(plain, split.train, "train")
+    if split.validation:
+        check_rain(plain, split.validation, "validate", THRESHOLDS[1] if options.score == "csi" else None)
     sample = wettest(plain, split.validation) if split.validation else wettest(windows, split.train)
     torch.manual_seed(options.seed)
     model, notes = _model(config, plain, initial)
+    grid_shape(windows.image_size, model.multiple)  # raises where it does not fit
     model.check(sample[:, : model.in_length])
     recorder = Recorder(options.log_every)
     validation = _validation(config, plain, split, run, console) if split.validation else None
@@ -76,13 +81,13 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
     plan = plan_of(options, config.optim, stream)
     take_up(state, plan, stream, checkpoint)
     _check_patience(state, validation, checkpoint)
+    if state is None:
+        first = stack_of(windows, split.train[: min(stream.batch_size, FIRST)])
+        begin_norms(model.train(), first[:, : model.in_length])
     if trainer.is_global_zero:
         open_run(run, to_plain(config), device, state, checkpoint)
         for note in (*_announce(config, stream, plan, split), *notes, *resume_notes(to_plain(config), state)):
             say(note)
-    if state is None:
-        first = stack_of(windows, split.train[: min(stream.batch_size, FIRST)])
-        begin_norms(model.train(), first[:, : model.in_length])
     module = ForecastTraining(config, model, plain.scale, plan)
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say
     started = time.perf_counter()

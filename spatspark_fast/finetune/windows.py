@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+
+import numpy as np
 
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.data.windows import WholeWindows
 
-__all__ = ["Split", "hold_out"]
+__all__ = ["Split", "check_rain", "hold_out"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,29 @@ def hold_out(windows: NowcastDataset | SyntheticRadar, fraction: float) -> Split
             "share frames with them are dropped: give more data, or --data.validation_fraction 0"
         )
     return Split(sorted(train), sorted(order[last:]), length - held - len(train), spans is not None)
+
+
+def check_rain(windows: WholeWindows, numbers: Sequence[int], what: str, above: float | None = None) -> None:
+    """Raise UserError unless one of the windows with these ``numbers`` has data in the frames to come.
+
+    With ``above`` it also has to rain more than that, in mm/h. ``what`` says what the windows do. Windows are read
+    until one is found.
+    """
+    if above is None and not windows.gaps:
+        return
+    for number in numbers:
+        frames = windows.untreated(number)[windows.past :]
+        if np.isfinite(frames).any() if above is None else (units.mm_per_hour(frames, windows.scale) > above).any():
+            return
+    if above is None:
+        raise UserError(
+            f"none of the {len(numbers)} windows that {what} has a pixel with data in the frames to come, so there is "
+            "nothing to learn from or to compare with: prepare the file with a larger --min_valid"
+        )
+    raise UserError(
+        f"in none of the {len(numbers)} windows that {what} it rains more than {above:g} mm/h, so that CSI is the same "
+        "for all: take --trainer.score mse, or more windows"
+    )
 
 
 def _spans(windows: NowcastDataset | SyntheticRadar) -> list[tuple[datetime, datetime]] | None:

@@ -45,9 +45,11 @@ def forecast(argv: Sequence[str]) -> None:
     if options.data.path is not None:
         check_folder(Path(options.out), options.overwrite)
     from spatspark_fast.forecast.predictors import choose_device, load_predictor, split_name
+    from spatspark_fast.forecast.tiling import check_tile
 
     name, checkpoint = split_name(options.checkpoint)
     predictor = load_predictor(checkpoint, choose_device(options.device), name, options.tile)
+    check_tile(options.tile, predictor.loaded.multiple)
     if options.data.path is not None:
         _forecast_all(options, predictor)
     if options.export is not None:

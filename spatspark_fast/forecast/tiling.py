@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.options import need
 from spatspark_fast.models.forecaster import Forecaster
 
-__all__ = ["predict_tiled", "tile_starts", "tile_weights"]
+__all__ = ["check_tile", "predict_tiled", "tile_starts", "tile_weights"]
+
+
+def check_tile(tile: int | None, multiple: int) -> None:
+    """Raise UserError unless ``tile`` is a positive multiple of what a model needs, or None; see `predict_tiled`."""
+    if tile is not None:
+        need(tile >= 1 and tile % multiple == 0, "tile", tile, f"give a multiple of {multiple} pixels for this model")
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -37,8 +43,7 @@ def predict_tiled(model: Forecaster, frames: Tensor, tile: int | None) -> Tensor
     height, width = frames.shape[-2:]
     if tile is None or (height <= tile and width <= tile):
         return model.predict(frames)
-    if tile < 1 or tile % model.multiple:
-        raise UserError(f"tile {tile} must be a multiple of {model.multiple} pixels for this model")
+    check_tile(tile, model.multiple)
     overlap = tile // 4
     shape = (frames.shape[0], model.out_length, height, width)
     total, weights = frames.new_zeros(shape), frames.new_zeros(height, width)

@@ -5,6 +5,7 @@ Options are read from here, so that ``--help`` is quick.
 
 from typing import Literal
 
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.options import check_choice, need
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "OutputNorm",
     "TranslationKind",
     "check_mask_ratios",
+    "check_ratio_of_grid",
 ]
 
 DecoderKind = Literal["unet", "light"]
@@ -65,3 +67,24 @@ def check_mask_ratios(ratio: float, ratio_end: float | None, schedule: MaskSched
     need(ratio_end is not None, "mask.ratio_end", None, f"the schedule {schedule} needs it")
     ordered = schedule != "interval" or (ratio_end is not None and ratio <= ratio_end)
     need(ordered, "mask.ratio_end", ratio_end, f"an interval needs ratio <= ratio_end, and --mask.ratio is {ratio}")
+
+
+def check_ratio_of_grid(option: str, ratio: float, shape: tuple[int, int], patch: int) -> None:
+    """Raise `UserError` unless a ``ratio`` hides a patch of a grid of ``shape`` (Gh, Gw), and leaves another visible.
+
+    ``option`` is where the ratio comes from; ``patch`` is the side of a patch in pixels.
+    """
+    patches = shape[0] * shape[1]
+    if patches == 1:
+        raise UserError(
+            f"an image of {patch} x {patch} pixels is a single patch, which cannot be hidden and seen at once: give "
+            "larger images, or a smaller --model.patch (with fewer --model.levels)"
+        )
+    visible = round(patches * (1 - ratio))
+    if 0 < visible < patches:
+        return
+    what, nearest = ("hides none", 1) if visible else ("leaves none visible", patches - 1)
+    raise UserError(
+        f"--{option} is {ratio}: of {shape[0]} x {shape[1]} patches it {what}; the nearest ratio that can be is "
+        f"{nearest / patches:.6g}, {nearest} of {patches} hidden"
+    )

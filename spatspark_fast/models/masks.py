@@ -121,6 +121,11 @@ class MaskSampler:
         noise = _gumbel(frames.shape[0], shape, generator)
         return self.grid(frames, noise.to(frames.device), num_visible(shape[0] * shape[1], ratio))
 
+    def least_visible(self, size: Sequence[int]) -> int:
+        """Return how many patches of an image of ``size`` (H, W) pixels are visible in the steps that hide most."""
+        rows, columns = grid_shape(size, self.patch)
+        return num_visible(rows * columns, max(self.ratio, self.ratio_end))
+
     def noise(self, batch: int, shape: tuple[int, int], step: int, rank: int = 0) -> Tensor:
         """Return the random part of the masks of a ``step``, ``(B, Gh, Gw)`` float32 on the CPU."""
         return _gumbel(batch, shape, _generator(_MASK_STREAM, self.seed, step, rank))
@@ -222,7 +227,10 @@ def grids_of(
     if not decoded:
         return grid, None
     if model.decodes_regions:
-        return grid, draw_region(_worth(model, frames, grid), noise[1], (decoded[0], decoded[1]), masks.patch)
+        rows, columns = decoded
+        # A region without any hidden patch would have a loss of 0; most are larger than all that is visible.
+        needed = ~grid.active if model.loss_on == "masked" and rows * columns <= visible else None
+        return grid, draw_region(_worth(model, frames, grid), noise[1], (rows, columns), masks.patch, needed)
     return grid, decoded_grid(grid, noise[1], decoded[0], model.loss_on == "masked")
 
 

@@ -95,13 +95,18 @@ def region_shape(grid: tuple[int, int], share: float) -> tuple[int, int]:
     return min(((r, c) for r in range(1, grid[0] + 1) for c in range(1, grid[1] + 1)), key=misfit)
 
 
-def draw_region(worth: Tensor, place: Tensor, shape: tuple[int, int], patch: int) -> Region:
+def draw_region(
+    worth: Tensor, place: Tensor, shape: tuple[int, int], patch: int, needed: Tensor | None = None
+) -> Region:
     """Draw a region of ``shape`` in each image, in proportion to what its patches are worth together.
 
-    ``worth`` of each patch is ``(B, Gh, Gw)``, above 0; ``place`` ``(B, 1)``, uniform in [0, 1), decides. Nothing is
-    read back from the device.
+    ``worth`` of each patch is ``(B, Gh, Gw)``, above 0; ``place`` ``(B, 1)``, uniform in [0, 1), decides. Every region
+    holds a patch that is ``needed``, bool ``(B, Gh, Gw)``, of which each image has one. Nothing is read back from the
+    device.
     """
     sums = F.avg_pool2d(worth.float().unsqueeze(1), shape, stride=1)
+    if needed is not None:
+        sums = sums * F.max_pool2d(needed.float().unsqueeze(1), shape, stride=1)
     up_to = sums.flatten(1).cumsum(1)
     drawn = torch.searchsorted(up_to, (place * up_to[:, -1:]).contiguous(), right=True).clamp(max=up_to.shape[1] - 1)
     columns = sums.shape[3]

@@ -179,9 +179,15 @@ class SparK(nn.Module):
             self._check_region(decoded, expected)
         elif decoded is not None:
             self._check_patches(decoded, grid)
-        if self.training and grid.num_active < 2:
+        if self.training:
+            self.check_visible(grid.num_active)
+
+    @staticmethod
+    def check_visible(patches: int) -> None:
+        """Raise UserError unless a batch with so many visible ``patches`` can be trained on."""
+        if patches < 2:
             raise UserError(
-                f"{grid.num_active} visible patch in a batch gives a norm no statistics to train with: "
+                f"{patches} visible patch in a batch gives a norm no statistics to train with: "
                 "take a larger batch, a larger image or a lower mask ratio"
             )
 

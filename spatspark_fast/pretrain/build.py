@@ -1,15 +1,19 @@
 """Turn options into what they name: model and masks."""
 
+from collections.abc import Sequence
+
 import torch
 
 from patchsparse import available_backends, why_unavailable
 from patchsparse.backends import ENGINES, requested
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.models.choices import check_ratio_of_grid
+from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.masks import MaskSampler
 from spatspark_fast.models.spark import SparK, build_spark
 from spatspark_fast.pretrain.config import PretrainConfig
 
-__all__ = ["build_masks", "build_model"]
+__all__ = ["build_masks", "build_model", "check_masks"]
 
 
 def build_model(config: PretrainConfig) -> SparK:
@@ -53,3 +57,12 @@ def build_masks(config: PretrainConfig) -> MaskSampler:
         patch=config.model.patch,
         seed=config.trainer.seed,
     )
+
+
+def check_masks(config: PretrainConfig, size: Sequence[int]) -> None:
+    """Raise `UserError` unless every step hides a patch of images of ``size`` (H, W) pixels, and shows another."""
+    mask, patch = config.mask, config.model.patch
+    shape = grid_shape(size, patch)
+    check_ratio_of_grid("mask.ratio", mask.ratio, shape, patch)
+    if mask.ratio_end is not None:
+        check_ratio_of_grid("mask.ratio_end", mask.ratio_end, shape, patch)

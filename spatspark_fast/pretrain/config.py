@@ -4,7 +4,14 @@ from dataclasses import dataclass, field
 
 from spatspark_fast.common.options import check_least, need
 from spatspark_fast.models.choices import LossOn, MaskSchedule, MaskStrategy, check_mask_ratios
-from spatspark_fast.training.options import DataOptions, ModelOptions, OptimOptions, TrainerOptions, check_training
+from spatspark_fast.training.options import (
+    DataOptions,
+    ModelOptions,
+    OptimOptions,
+    TrainerOptions,
+    check_crop,
+    check_training,
+)
 
 __all__ = ["MaskConfig", "ModelConfig", "PretrainConfig", "TrainerConfig", "validate"]
 
@@ -15,7 +22,7 @@ class MaskConfig:
 
     Args:
         strategy: "random", or "rain", which hides wet patches more often
-        ratio: share of patches that is hidden, at least 0 and below 1; the value at the start of a schedule
+        ratio: share of patches that is hidden, above 0 and below 1; the value at the start of a schedule
         schedule: ratio over training: "constant", "interval" (uniform between both values), "linear" or "cosine"
         ratio_end: the other value of a schedule; needed unless it is constant
         strength: for "rain": a patch that is wet all over is exp(strength) times as likely to be hidden as a dry one
@@ -77,10 +84,9 @@ def validate(config: PretrainConfig) -> None:
     check_least(config, ("mask.strength", "trainer.picture_every"), 0)
     mask, model = config.mask, config.model
     check_mask_ratios(mask.ratio, mask.ratio_end, mask.schedule)
-    hidden = mask.ratio > 0 or mask.schedule != "constant"
-    need(hidden, "mask.ratio", mask.ratio, "with nothing hidden there is nothing to learn from")
+    for option, ratio in (("mask.ratio", mask.ratio), ("mask.ratio_end", mask.ratio_end)):
+        need(ratio is None or ratio > 0, option, ratio, "with nothing hidden there is nothing to learn from")
     need(0 < model.decode_ratio <= 1, "model.decode_ratio", model.decode_ratio, "give a share above 0, at most 1")
     finish = config.trainer.exact_finish
     need(0 <= finish <= 1, "trainer.exact_finish", finish, "give a share of the steps, 0 to 1")
-    crop, patch = config.data.crop, model.patch
-    need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")
+    check_crop(config)

@@ -14,6 +14,7 @@ from spatspark_fast.training.average import averaged
 from spatspark_fast.training.captured import Inputs
 from spatspark_fast.training.module import PlannedTraining, compile_parts
 from spatspark_fast.training.schedules import Plan
+from spatspark_fast.training.statistics import enough_values
 
 __all__ = ["SparkPretraining"]
 
@@ -46,7 +47,9 @@ class SparkPretraining(PlannedTraining[SparK]):
     def loss(self, frames: Tensor, noise: Sequence[Tensor], counts: tuple[int, ...]) -> Tensor:
         """Return the loss of one batch under its masks."""
         visible, *decoded = counts
-        return self.spark(frames, *grids_of(self.spark, self.masks, frames, visible, decoded, noise)).loss
+        grids = grids_of(self.spark, self.masks, frames, visible, decoded, noise)
+        with enough_values(len(frames)):
+            return self.spark(frames, *grids).loss
 
     def _share(self) -> float:
         """Return the share of patches that the newest batch reconstructs."""

@@ -9,9 +9,8 @@ from rich.console import Console
 from spatspark_fast.common.options import to_plain
 from spatspark_fast.data.windows import WholeWindows
 from spatspark_fast.models.backbones import save_encoder
-from spatspark_fast.models.geometry import grid_shape
 from spatspark_fast.models.spark import SparK
-from spatspark_fast.pretrain.build import build_masks, build_model
+from spatspark_fast.pretrain.build import build_masks, build_model, check_masks
 from spatspark_fast.pretrain.clock import PARTS, WHOLE, StepClock
 from spatspark_fast.pretrain.config import PretrainConfig
 from spatspark_fast.pretrain.decoding import describe_decoding
@@ -51,7 +50,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     windows = open_windows(config.data, output_length=0, seed=options.seed)
     masks = build_masks(config)
-    grid_shape(windows.image_size, config.model.patch)  # checks that they fit
+    check_masks(config, windows.image_size)
     sample = wettest(windows, range(len(windows)))
     torch.manual_seed(options.seed)
     spark = build_model(config)
@@ -67,6 +66,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     stream = open_stream(config.data, windows, store, trainer, options.seed)
     plan = plan_of(options, config.optim, stream)
     take_up(state, plan, stream, checkpoint)
+    spark.check_visible(stream.batch_size * masks.least_visible(windows.image_size))
     if trainer.is_global_zero:
         open_run(run, to_plain(config), device, state, checkpoint)
         source = config.data.path or f"synthetic radar ({len(windows)} windows)"

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from spatspark_fast.common.options import check_least, need
 from spatspark_fast.models.choices import DecoderKind, DecoderNorm, InputScaling
+from spatspark_fast.models.geometry import check_patch
 
 __all__ = [
     "Compile",
@@ -24,6 +25,7 @@ __all__ = [
     "Resident",
     "TrainerOptions",
     "TrainingConfig",
+    "check_crop",
     "check_training",
     "notes_on_old",
     "under_new_names",
@@ -205,6 +207,13 @@ def check_training(config: TrainingConfig) -> None:
     need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)")
     need(devices == "auto" or devices.isdigit(), "trainer.devices", devices, 'give a number or "auto"')
     need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')
+    check_patch(config.model.patch, config.model.levels)
+
+
+def check_crop(config: TrainingConfig) -> None:
+    """Raise `UserError` unless a crop is whole patches."""
+    crop, patch = config.data.crop, config.model.patch
+    need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")
 
 
 GRAPHS_NOW = {"compile": "default", "graph": "auto"}

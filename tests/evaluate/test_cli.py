@@ -98,7 +98,7 @@ def test_wrong_options(file: Path, checkpoint: Path, tmp_path: Path, capsys: pyt
         (["--panels", "-1"], "--panels"),
         (["--region", "moon"], "region"),
         (["--device", "abacus"], "--device abacus"),
-        (["--checkpoint", str(checkpoint), "--tile", "40"], "tile 40"),
+        (["--checkpoint", str(checkpoint), "--tile", "40"], "--tile is 40"),
         (["--checkpoint", "/no/such.ckpt"], "/no/such.ckpt"),
         (["--checkpoint", str(file)], "no checkpoint of finetune"),
         (["--data.path", "/no/such.h5"], "/no/such.h5"),

@@ -51,7 +51,7 @@ def no_future(folder: Path) -> Path:
         (empty, ["empty"]),
         (too_few_frames, ["2 frames", "fewer than"]),
         (no_future, ["past.h5", "fewer than 3 + 3"]),
-        (odd_size, ["60 x 64", "multiples of 32"]),
+        (odd_size, ["60 x 64", "patches of 32"]),
         (nan_first, ["window 1", "NaN"]),
     ],
 )
@@ -95,7 +95,7 @@ def test_bad_values_found_while_validating_end_in_one_sentence(
         (["--data.validation_fraction=0.99", "--data.synthetic_windows=3"], ["none is left to train on"]),
         (["--data.output_length=0"], ["--data.output_length", "at least 1"]),
         (["--data.flip=true"], ["--data.path"]),
-        (["--data.synthetic_size=100"], ["100 x 100", "multiples of 32"]),
+        (["--data.synthetic_size=100"], ["100 x 100", "96 x 96 or 128 x 128"]),
         (["--loss.ssim_weight=-1"], ["--loss.ssim_weight", "at least 0"]),
         (["--loss.weighting=heavy"], ["--loss.weighting", "rain"]),
         (["--trainer.compile=yes"], ["--trainer.compile", "off"]),
