@@ -19,7 +19,7 @@ from .outcomes import BAD, OUTCOMES, Suite
 from .running import Limits, prepared, tried
 
 # Suites, and their share of the inputs.
-SUITES = {"nl50": 5, "checkpoints": 3, "commands": 4, "kernels": 7, "nowcast": 1}
+SUITES = {"nl50": 5, "checkpoints": 3, "commands": 4, "kernels": 7, "nowcast": 1, "radar": 1}
 SHOWN = 5  # seeds that are listed of one failure
 
 
@@ -35,14 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             part = share / sum(shares.values())
             suite, folder = suite_of(name), Path(place) / name
             prepared(suite, folder)
+            counts[name], begun = Counter(), time.monotonic()
             seeds = _seeds(options, part)
-            counts[name] = Counter()
             for seed, verdict in tried(name, suite, folder, seeds, options.jobs, limits):
                 counts[name][verdict.outcome] += 1
                 if verdict.outcome in BAD:
                     failures.setdefault((name, verdict.outcome, verdict.what), []).append(seed)
                 if options.only or options.verbose:
                     sys.stdout.write(f"{name} {seed}: {verdict.outcome} {verdict.what}\n")
+            sys.stderr.write(f"{name}: {counts[name].total()} inputs in {time.monotonic() - begun:.0f} s\n")
     sys.stdout.write("\n".join([*table(counts), *listed(failures)]) + "\n")
     return 1 if failures else 0
 

@@ -17,6 +17,7 @@ from spatspark_fast.pretrain.__main__ import main as pretrain
 from ..finetune.runs import SMALL as FINETUNE
 from ..forecast.forecasts import moving_rain, save_checkpoint, write_windows
 from ..options import OPTIONS
+from ..prepare.archives import write_archive
 from ..pretrain.runs import SMALL as PRETRAIN
 from .damage import NUMBERS, STRINGS, VALUES, damaged
 from .outcomes import Suite, Verdict, judge_command
@@ -41,10 +42,27 @@ LINES: dict[str, dict[str, Any]] = {
     },
     "forecast": {"data.path": "{rain}", "checkpoint": "{persistence}", "out": "{out}", "pictures": "false"},
     "prepare": {"merge": "{rain}", "out": "{out}.h5"},
+    "prepare from radar": {
+        **{
+            "source": "knmi",
+            "data.path": "{radar}",
+            "crop": "0:48,0:40",
+            "data.input_length": 3,
+            "data.output_length": 3,
+        },
+        **{"data.num_workers": 0, "wet_fraction": 0.1, "out": "{out}.h5"},
+    },
+    "forecast from radar": {
+        **{"data.path": "{radar}", "source": "knmi", "crop": "all", "checkpoint": "{persistence}", "out": "{out}"},
+        **{"pictures": "false"},
+    },
     "info": {},
     "experiments": {"data.path": "{no}", "out": "{out}"},
 }
-SHARES = {"pretrain": 4, "finetune": 4, "evaluate": 1, "forecast": 3, "prepare": 3, "info": 2, "experiments": 2}
+SHARES = {
+    **{"pretrain": 8, "finetune": 8, "evaluate": 2, "forecast": 4, "prepare": 3, "info": 4, "experiments": 4},
+    **{"prepare from radar": 5, "forecast from radar": 3},
+}
 # Taken at their word these numbers are a long wait, a full disk or a thousand processes, which anyone may ask for.
 ASKED = {
     "data.synthetic_windows": [0, -1, 1, 2, 3, 2**63, 10**30, "x", 1.5, ""],
@@ -67,16 +85,18 @@ def prepare(folder: Path) -> None:
     write_windows(folder / "rain.h5", moving_rain(2, 6, 64, 64))
     with h5py.File(folder / "rain.h5", "a") as file:
         file.copy("test", "train")
+    write_archive(folder / "radar", list(range(12)))
     save_checkpoint(folder / "persistence.ckpt", "persistence", lengths=(3, 3))
 
 
 def attempt(random: Random, folder: Path, scratch: Path) -> Verdict:
     """Draw a command with a small, right command line, change a few options, and run it."""
-    names = {"rain": folder / "rain.h5", "persistence": folder / "persistence.ckpt"}
+    names = {"rain": folder / "rain.h5", "persistence": folder / "persistence.ckpt", "radar": folder / "radar"}
     names |= {"out": scratch / "out", "cache": scratch / "cache", "no": scratch / "no.h5"}
     _odd_files(scratch)
-    command = random.choices(list(SHARES), list(SHARES.values()))[0]
-    options = {name: _filled(value, names) for name, value in LINES[command].items()}
+    line = random.choices(list(SHARES), list(SHARES.values()))[0]
+    command = line.split()[0]
+    options = {name: _filled(value, names) for name, value in LINES[line].items()}
     if command in ("pretrain", "finetune") and random.random() < 0.35:
         main: Callable[[list[str]], int] = pretrain if command == "pretrain" else finetune
         return judge_command(main, _by_yaml(random, options, command, scratch))
@@ -159,11 +179,13 @@ def _by_yaml(random: Random, options: dict[str, Any], command: str, scratch: Pat
             case _ if isinstance(tree.get(group, {}), dict):
                 value = _value(random, name) if name in ASKED or random.random() < 0.3 else random.choice(VALUES)
                 tree.setdefault(group, {})[leaf] = value
+    words = [f"--config={scratch / 'options.yaml'}", f"--out={out}", "--trainer.max_steps=1"]
     text = yaml.safe_dump(_plain(tree), allow_unicode=True).encode(errors="surrogatepass")
-    if random.random() < 0.3:
+    if random.random() < 0.3:  # what is lost is small on the command line, too
         text = damaged(random, text)
+        words += [f"--{name}={value}" for name, value in options.items()]
     (scratch / "options.yaml").write_bytes(text)
-    return [f"--config={scratch / 'options.yaml'}", f"--out={out}", "--trainer.max_steps=1"]
+    return words
 
 
 def _plain(value: Any) -> Any:

@@ -29,17 +29,17 @@ def attempt(random: Random, folder: Path, scratch: Path) -> Verdict:
     call = drawn(random)
     kind = random.choice(("right", "right", "argument", "argument", "argument", "maps", "grid"))
     if kind == "grid":
-        return _judged(partial(_make_grid, random), False)
+        return _judged(partial(_make_grid, random))
     if kind == "argument":
         name = random.choice(list(call.arguments))
         usual = call.arguments[name]
         call.arguments[name] = odd = _hostile(random, usual)
         if isinstance(odd, PatchGrid):
             call.active = odd.active
-        return _judged(partial(_compared, call, name), not _of_type(odd, usual))
+        return _judged(partial(_compared, call, name), not _of_type(odd, usual), _name(call).startswith("image_"))
     if kind == "maps" and _with_hostile_maps(random, call):
-        return _judged(partial(_compared, call, "maps"), False)
-    return _judged(partial(_compared_with_gradients, call), False)
+        return _judged(partial(_compared, call, "maps"))
+    return _judged(partial(_compared_with_gradients, call))
 
 
 def _of_type(value: Any, usual: Any) -> bool:
@@ -50,16 +50,18 @@ def _of_type(value: Any, usual: Any) -> bool:
     return isinstance(value, next((kind for usually, kind in kinds.items() if isinstance(usual, usually)), type(usual)))
 
 
-def _judged(function: Callable[[], Verdict | None], untyped: bool) -> Verdict:
+def _judged(function: Callable[[], Verdict | None], untyped: bool = False, left: bool = False) -> Verdict:
     """Judge a call.
 
     What is no sentence of ours, and refuses all the same: PyTorch's answer where the schema of an operator does not
-    fit or memory is short; Python's own TypeError and AttributeError where the annotation is broken (``untyped``).
+    fit, memory is short, or the call is ``left`` to PyTorch; and Python's own TypeError and AttributeError where the
+    annotation is broken (``untyped``).
     """
     verdict = judge_call(function)
     if verdict.outcome != "traceback":
         return verdict
     refused = untyped and verdict.what.startswith(("AttributeError", "TypeError"))
+    refused |= left and verdict.what.startswith("RuntimeError at patchsparse/backends/gather/local.py")
     refused |= any(words in verdict.what for words in REFUSALS_OF_PYTORCH)
     return REFUSED if refused else verdict
 
@@ -137,7 +139,7 @@ def _exact(arguments: dict[str, Any]) -> dict[str, Any]:
             raise TypeError("no numbers that can be convolved")
         return value if value.is_complex() else value.double()
 
-    return {name: exact(value) for name, value in arguments.items()}
+    return {name: value if name in ("slot", "coords") else exact(value) for name, value in arguments.items()}
 
 
 def _sane(value: Any) -> bool:
@@ -146,11 +148,9 @@ def _sane(value: Any) -> bool:
         return all(map(_sane, value))
     if isinstance(value, int | float):
         return abs(value) <= LARGE
-    return (
-        value is None
-        or isinstance(value, Tensor | PatchGrid)
-        or value in (*ENGINES, "identity", "relu", "leaky_relu", "silu")
-    )
+    if isinstance(value, str):
+        return value in (*ENGINES, "identity", "relu", "leaky_relu", "silu")
+    return value is None or isinstance(value, Tensor | PatchGrid)
 
 
 def _kind(value: Any) -> str:

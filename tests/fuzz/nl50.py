@@ -131,7 +131,7 @@ def edit(random: Random, path: Path) -> None:
             random.choice(EDITS)(random, file, random.choice(names))
 
 
-REFUSALS = (ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError, OverflowError)
+REFUSALS = (MemoryError, ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError, OverflowError)
 
 
 def _remove(random: Random, file: h5py.File, name: str) -> None:

@@ -41,7 +41,7 @@ class Limits:
     seconds: float = 60.0
     space: int = 4 << 30
     peak: int = 1 << 30
-    growth: int = 256 << 20
+    growth: int = 512 << 20
     batch: int = 60
 
 
