@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -32,9 +33,11 @@ from spatspark_fast.training.feed import open_store, open_stream, plain_place
 from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
 from spatspark_fast.training.recorder import Recorder
 from spatspark_fast.training.rundir import RunDirectory
+from spatspark_fast.training.samedata import mark_of
 from spatspark_fast.training.schedules import Plan
 from spatspark_fast.training.stream import BatchStream
 from spatspark_fast.training.trainer import (
+    complete,
     known_warnings_off,
     make_trainer,
     open_run,
@@ -79,8 +82,11 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
     if validation is not None:
         validation.place = plain_place(config.data, plain, store)
     plan = plan_of(options, config.optim, stream)
-    take_up(state, plan, stream, checkpoint)
-    _check_patience(state, validation, checkpoint)
+    data = mark_of(plain, stream.numbers, store)
+    at_end = take_up(state, plan, stream, data, checkpoint)
+    if state is not None and (words := _complete(run, state, checkpoint, trainer, validation, at_end)) is not None:
+        say(words)
+        return
     if state is None:
         first = stack_of(windows, split.train[: min(stream.batch_size, FIRST)])
         begin_norms(model.train(), first[:, : model.in_length])
@@ -90,16 +96,19 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
             say(note)
     module = ForecastTraining(config, model, plain.scale, plan)
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say
+    module.data = data
     started = time.perf_counter()
     with known_warnings_off():
         trainer.fit(module, stream, ckpt_path=checkpoint)
     if trainer.is_global_zero:
         best = _finish(module, run, sample, validation is not None)
-        run.add_to_session({"speed": recorder.speed.summary()})
         say(describe_training(module, recorder, time.perf_counter() - started, " (mm/5min)^2"))
         if validation is not None:
             say(f"Best checkpoint: epoch {validation.best_epoch:.4g}, {validation.describe(validation.best)}")
-        say(describe_speed(recorder.speed, {}))
+        if recorder.speed.rows:
+            run.add_to_session({"speed": recorder.speed.summary()})
+            say(describe_speed(recorder.speed, {}))
+        run.finish(trainer.global_step, run.best, run.forecast)
         say(
             f"Files in {run.root}: checkpoints/best.ckpt ({best}), checkpoints/last.ckpt, forecast.png, metrics.csv, "
             "config.yaml"
@@ -160,18 +169,27 @@ def _validation(
     )
 
 
-def _check_patience(state: dict[str, Any] | None, validation: Validation | None, checkpoint: Path | None) -> None:
-    """Refuse to go on with a run that had stopped early, unless it has more patience now."""
-    if state is None or validation is None:
-        return
-    saved = state["callbacks"].get(validation.state_key)
-    if saved is not None:
+def _complete(
+    run: RunDirectory,
+    state: dict[str, Any],
+    checkpoint: Path | None,
+    trainer: L.Trainer,
+    validation: Validation | None,
+    at_end: bool,
+) -> str | None:
+    """Say that a run is complete, at the end of its plan or stopped early; None where anything is left to do."""
+    saved = None if validation is None else state["callbacks"].get(validation.state_key)
+    if validation is not None and saved is not None:
         validation.load_state_dict(saved)
-    if validation.exhausted:
-        raise UserError(
-            f"{checkpoint} stopped early after {validation.since_best} validations without a better score: give more "
+    if at_end:
+        return complete(run, state, checkpoint, trainer)
+    if validation is not None and validation.exhausted:
+        more = (
+            f"it stopped early after {validation.since_best} validations without a better score; give more "
             "--trainer.patience to go on (0 never stops)"
         )
+        return complete(run, state, checkpoint, trainer, more)
+    return None
 
 
 def _announce(config: FinetuneConfig, stream: BatchStream, plan: Plan, split: Split) -> list[str]:

@@ -95,12 +95,19 @@ class Validation(L.Callback):
         """Tell whether patience is at its end."""
         return bool(self.patience) and self.since_best >= self.patience
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Validate at the last step, if that lies within an epoch; the checkpoint that follows knows of it."""
+        module = cast(ForecastTraining, pl_module)
+        if module.between_steps and not module.epoch_complete and trainer.global_step >= module.plan.total_steps:
+            self._validate(trainer, module)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate, if this epoch is one of them or the last."""
         module = cast(ForecastTraining, pl_module)
         final = trainer.global_step >= module.plan.total_steps
-        due = module.epoch_complete and round(module.epochs_done) % self.every == 0
-        if final or due:
+        if module.epoch_complete and (final or round(module.epochs_done) % self.every == 0):
             self._validate(trainer, module)
             trainer.should_stop = trainer.should_stop or self.exhausted
 

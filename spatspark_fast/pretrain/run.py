@@ -24,7 +24,9 @@ from spatspark_fast.training.feed import open_store, open_stream
 from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
 from spatspark_fast.training.recorder import Recorder
 from spatspark_fast.training.rundir import RunDirectory
+from spatspark_fast.training.samedata import mark_of
 from spatspark_fast.training.trainer import (
+    complete,
     known_warnings_off,
     make_trainer,
     open_run,
@@ -65,7 +67,11 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     store = open_store(config.data, windows, say)
     stream = open_stream(config.data, windows, store, trainer, options.seed)
     plan = plan_of(options, config.optim, stream)
-    take_up(state, plan, stream, checkpoint)
+    data = mark_of(windows, stream.numbers, store)
+    at_end = take_up(state, plan, stream, data, checkpoint)
+    if state is not None and at_end and (words := complete(run, state, checkpoint, trainer)) is not None:
+        say(words)
+        return
     spark.check_visible(stream.batch_size * masks.least_visible(windows.image_size))
     if trainer.is_global_zero:
         open_run(run, to_plain(config), device, state, checkpoint)
@@ -77,6 +83,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
             say(note)
     module = SparkPretraining(config, spark, masks, plan)
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say
+    module.data = data
     started = time.perf_counter()
     with known_warnings_off():
         trainer.fit(module, stream, ckpt_path=checkpoint)
@@ -84,11 +91,13 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
         pictures.draw(module)
         scaling = spark.input_scaling
         run.write(run.encoder, lambda path: save_encoder(module.kept.encoder, path, input_scaling=scaling))
-        run.add_to_session({"speed": recorder.speed.summary()})
         say(describe_training(module, recorder, time.perf_counter() - started))
-        say(describe_speed(recorder.speed, {**PARTS, WHOLE: "whole training steps"}))
+        if recorder.speed.rows:
+            run.add_to_session({"speed": recorder.speed.summary()})
+            say(describe_speed(recorder.speed, {**PARTS, WHOLE: "whole training steps"}))
         if options.savings:
             say(_savings(config, spark.to(device), windows, run))
+        run.finish(trainer.global_step, run.encoder, run.picture)
         say(
             f"Files in {run.root}: encoder.safetensors (timm's keys), checkpoints/last.ckpt, reconstruction.png, "
             "metrics.csv, config.yaml"

@@ -28,7 +28,7 @@ __all__ = ["AtomicCheckpointIO", "Checkpoints", "read_checkpoint"]
 COUNTS = ("position", "global_step", "batches_per_epoch")
 ENTRIES: dict[str, Any] = {
     **dict.fromkeys(COUNTS, int),
-    **dict.fromkeys(("config", "state_dict", "loops", "callbacks"), dict),
+    **dict.fromkeys(("config", "state_dict", "loops", "callbacks", "data"), dict),
     **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
 }
 

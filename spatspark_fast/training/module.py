@@ -44,7 +44,7 @@ class PlannedTraining(L.LightningModule, Generic[Model]):
     ``last`` holds what the newest step has to log: the detached loss, and the norm of the gradient. The trained
     model is `trained`, its average is ``ema``. With ``graphs`` a whole step is captured once and then replayed: its
     results are in place when `training_step` returns, and Lightning's backward pass, clipping and optimiser step are
-    left out. ``say`` is told of it.
+    left out. ``say`` is told of it. ``data`` marks the windows (`samedata`), for a run that goes on.
     """
 
     def __init__(self, optim: OptimOptions, seed: int, plan: Plan) -> None:
@@ -57,6 +57,7 @@ class PlannedTraining(L.LightningModule, Generic[Model]):
         self.say: Callable[[str], None] = lambda text: None
         self.captured: CapturedStep | None = None
         self.last: dict[str, Tensor] = {}
+        self.data: dict[str, Any] = {}
         self.position = -1
         self._broken: Tensor | None = None
 
@@ -213,9 +214,10 @@ class PlannedTraining(L.LightningModule, Generic[Model]):
             self.ema.update_parameters(self.trained)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the position, as plain values."""
+        """Add the position and what tells the data, as plain values."""
         checkpoint["position"] = self.position + 1
         checkpoint["batches_per_epoch"] = self.plan.batches_per_epoch
+        checkpoint["data"] = self.data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the position of the checkpoint."""

@@ -51,6 +51,8 @@ def resume_notes(plain: dict[str, Any], state: dict[str, Any] | None) -> list[st
     changed = differences(plain, state["config"])
     note = [f"Note: options changed since then: {', '.join(changed)}"] if changed else []
     old = [f"Note: {text}" for text in state["notes"]]
+    if not state.get("data"):
+        old.append("Note: the checkpoint is of a version that did not mark its data; see that they are the same")
     return [f"Going on after step {state['global_step']}", *note, *old]
 
 

@@ -118,6 +118,18 @@ class RunDirectory:
         with atomic_path(self.versions) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
+    def finish(self, step: int, *files: Path) -> None:
+        """Write down that this session has written all that a run leaves after its last step, the ``files`` too."""
+        self.add_to_session({"finished": {"step": step, "files": [str(path.relative_to(self.root)) for path in files]}})
+
+    def finished(self, step: int) -> bool:
+        """Tell whether the newest session ended with ``step`` and with all files, and these are still there."""
+        try:
+            done = json.loads(self.versions.read_text())["sessions"][-1]["finished"]
+            return done["step"] == step and all((self.root / name).exists() for name in done["files"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return False  # of a session that was killed, or of an older version: written once more
+
     def kept(self, epoch: int) -> Path:
         """Return the path of the checkpoint that is kept after ``epoch`` epochs."""
         return self.checkpoints / f"epoch-{epoch:04d}.ckpt"

@@ -17,10 +17,11 @@ from spatspark_fast.training.checkpoints import AtomicCheckpointIO
 from spatspark_fast.training.metrics import MetricsCsv, trim_metrics
 from spatspark_fast.training.options import OptimOptions, TrainerOptions
 from spatspark_fast.training.rundir import RunDirectory
+from spatspark_fast.training.samedata import check_same
 from spatspark_fast.training.schedules import Plan, make_plan
 from spatspark_fast.training.stream import BatchStream
 
-__all__ = ["known_warnings_off", "make_trainer", "open_run", "plan_of", "prepare_process", "take_up"]
+__all__ = ["complete", "known_warnings_off", "make_trainer", "open_run", "plan_of", "prepare_process", "take_up"]
 
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
@@ -95,25 +96,44 @@ def plan_of(trainer: TrainerOptions, optim: OptimOptions, stream: BatchStream) -
     )
 
 
-def take_up(state: dict[str, Any] | None, plan: Plan, stream: BatchStream, checkpoint: Path | None) -> None:
-    """Bring the stream to the place of a checkpoint's ``state``, if there is one.
+def take_up(
+    state: dict[str, Any] | None, plan: Plan, stream: BatchStream, data: dict[str, Any], checkpoint: Path | None
+) -> bool:
+    """Bring the stream to the place of a checkpoint's ``state``, if there is one; tell whether that is the end.
 
-    Raises UserError if that place means another one now, or is the end already.
+    ``data`` is what `samedata` says of the windows. Raises UserError if that place means another one now.
     """
     if state is None:
-        return
+        return False
     if state["batches_per_epoch"] != plan.batches_per_epoch:
         raise UserError(
             f"{checkpoint} is of a run with {state['batches_per_epoch']} batches an epoch, now there are "
             f"{plan.batches_per_epoch}: the data, --data.batch_size or the number of devices changed; "
             "give the same again, or start a new run"
         )
-    if state["global_step"] >= plan.total_steps:
-        raise UserError(
-            f"{checkpoint} is at step {state['global_step']} of {plan.total_steps}, so it is complete: "
-            "give more --trainer.epochs (or --trainer.max_steps) to go on"
-        )
+    check_same(state, data, checkpoint)
     stream.load_state_dict(state)  # Lightning restores a loader only within an epoch
+    return state["global_step"] >= plan.total_steps
+
+
+def complete(
+    run: RunDirectory,
+    state: dict[str, Any],
+    checkpoint: Path | None,
+    trainer: L.Trainer,
+    more: str = "give more --trainer.epochs (or --trainer.max_steps) to go on",
+) -> str | None:
+    """Say that a run whose training is at its end is complete; where files are missing, train no more and return None.
+
+    Raises UserError if the checkpoint is not the newest one of the run.
+    """
+    step = state["global_step"]
+    if checkpoint is None or checkpoint.absolute() != run.last.absolute():
+        raise UserError(f"{checkpoint} is at step {step}, so it is complete: {more}")
+    if run.finished(step):
+        return f"{run.root} is complete, at step {step}: {more}"
+    trainer.limit_train_batches = 0  # Lightning loads the checkpoint, and that is all
+    return None
 
 
 def open_run(

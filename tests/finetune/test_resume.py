@@ -81,8 +81,9 @@ def test_patience_ends_a_run_early_and_the_best_stays(
     assert "Best checkpoint: epoch 2, validation: MSE [(mm/5min)^2] 0.2000" in shown
     assert checkpoint(out)["global_step"] == 16
     assert torch.load(out / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 2
-    assert finetune(out, "--resume", trainer__patience=2, trainer__epochs=9) == 2
-    assert "stopped early after 2 validations without a better score" in capsys.readouterr().err
+    assert finetune(out, "--resume", trainer__patience=2, trainer__epochs=9) == 0
+    shown = capsys.readouterr().out
+    assert "is complete, at step 16: it stopped early after 2 validations without a better score" in shown
     assert finetune(out, "--resume", trainer__patience=3, trainer__epochs=9) == 0
     assert checkpoint(out)["global_step"] > 16
 
@@ -91,7 +92,6 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path: Path, capsys: pytest.C
     out = tmp_path / "run"
     assert finetune(out, trainer__epochs=2) == 0
     cases = [
-        (["--resume"], "at step 8 of 8, so it is complete"),
         (["--resume", "--model.translation=identity", "--trainer.epochs=5"], "is of another model: model.translation"),
         (["--resume", "--init=other.ckpt", "--trainer.epochs=5"], "leave --init out"),
         ([], "already holds a run"),

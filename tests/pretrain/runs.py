@@ -49,10 +49,10 @@ def pretrain(out: Path, *more: str, **changes: Any) -> int:
     return main(arguments(out, *more, **changes))
 
 
-def start(argv: list[str], strict: bool = True) -> subprocess.Popen[str]:
-    """Start the command in a process of its own; ``strict`` turns warnings into errors."""
+def start(argv: list[str], strict: bool = True, command: str = "pretrain") -> subprocess.Popen[str]:
+    """Start a command in a process of its own; ``strict`` turns warnings into errors."""
     return subprocess.Popen(
-        [sys.executable, *(["-W", "error"] if strict else []), "-m", "spatspark_fast.pretrain", *argv],
+        [sys.executable, *(["-W", "error"] if strict else []), "-m", f"spatspark_fast.{command}", *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

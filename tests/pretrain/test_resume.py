@@ -188,7 +188,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"model__encoder": "test_convnext", "trainer__epochs": 2}, ["another model", "test_resnet -> test_convnext"]),
         ({"data__input_length": 4, "trainer__epochs": 2}, ["data.input_length (3 -> 4)"]),
         ({"data__synthetic_windows": 6, "trainer__epochs": 2}, ["4 batches an epoch", "now there are 3"]),
-        ({"trainer__epochs": 1}, ["complete", "--trainer.epochs"]),
     ],
 )
 def test_resume_refuses_what_cannot_go_on(

@@ -140,7 +140,7 @@ class _Copy:
             if list(pool.map(_checksum, codes)) != sums.tolist():
                 _logger.warning("%s is damaged; it is made anew", self.path)
                 return None
-        return WindowStore(codes, encoding)
+        return WindowStore(codes, encoding, zlib.crc32(sums.tobytes()))
 
     def make(self, windows: WholeWindows, workers: int, say: Callable[[str], None]) -> None:
         """Write the copy; with 16 bits a pixel if all windows allow it, else with 32."""

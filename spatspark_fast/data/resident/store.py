@@ -58,10 +58,14 @@ class Encoding:
 
 @dataclass(frozen=True)
 class WindowStore:
-    """Hold the windows ``codes`` ``(N, T, H, W)``, in memory or mapped from a file, and how they are encoded."""
+    """Hold the windows ``codes`` ``(N, T, H, W)``, in memory or mapped from a file, and how they are encoded.
+
+    ``checksum`` is one of all codes, where it is known.
+    """
 
     codes: Frames
     encoding: Encoding
+    checksum: int | None = None
 
     def __len__(self) -> int:
         return len(self.codes)
