@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.options import check_choice
 from spatspark_fast.common.progress import Track, silently
 from spatspark_fast.data.nl50 import NowcastDataset
 from spatspark_fast.data.synthetic import SyntheticRadar
-from spatspark_fast.forecast.predictors import ModelPredictor, Predictor
+from spatspark_fast.forecast.predictors import ModelPredictor, Predictor, choose_device
 from spatspark_fast.models.forecaster import Forecaster
 from spatspark_fast.models.registry import LoadedForecaster, load_forecaster
 from spatspark_fast.scores.defaults import FSS_SCALES, THRESHOLDS
@@ -24,6 +26,7 @@ from spatspark_fast.scores.nowcast import NowcastScores
 
 __all__ = ["Evaluation", "Kept", "ScoringOptions", "Windows", "evaluate_forecaster", "evaluate_predictors"]
 
+Region = Literal["observed", "common"]
 Windows: TypeAlias = NowcastDataset | SyntheticRadar
 
 
@@ -46,11 +49,20 @@ class ScoringOptions:
     thresholds: Sequence[float] = THRESHOLDS
     fss_scales: Sequence[int] = FSS_SCALES
     spectrum: bool = True
-    region: Literal["observed", "common"] = "observed"
+    region: Region = "observed"
     steps: int | None = None
     batch_size: int = 4
     max_windows: int | None = None
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for numbers below 1 and regions that there are not."""
+        for name in ("steps", "batch_size", "max_windows"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not whole and (value is not None or name == "batch_size"):
+                raise UserError(f"{name} is {value!r}: give a whole number of at least 1")
+        check_choice("region", self.region, Region)
 
 
 @dataclass(frozen=True)
@@ -75,22 +87,31 @@ def evaluate_forecaster(
     model: Forecaster | LoadedForecaster | str | Path,
     data: Windows | str | Path,
     *,
-    split: str = "test",
+    split: str | None = None,
     scale: float | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Score one model on the windows of a file; return plain numbers, see `NowcastScores.compute`.
 
     ``model`` is a checkpoint of `finetune`, or a model with ``scale``, the mm per 5 min of its data value 1 (default:
-    that of the data). It is put into evaluation mode, and back. ``data`` is a file or a data set, whose images are
-    taken whole, without augmentation. ``options`` are those of `ScoringOptions`::
+    that of the data). It is put into evaluation mode, and back. ``data`` is a file, of which the ``split`` "test" is
+    read unless another is named, or a data set, whose images are taken whole, without augmentation. ``options`` are
+    those of `ScoringOptions`. Raises UserError (a ValueError) for what cannot be read or scored, TypeError for what is
+    no model, no data or no option::
 
         scores = evaluate_forecaster(model, "knmi.h5", split="test", fss_scales=(), spectrum=False)
         scores["all"]["pmse"], scores["all"]["csi@0.5"], scores["by_lead_time"]["csi@0.5"][11]
     """
+    options["device"] = choose_device(options.get("device", "cpu"))
     settings = ScoringOptions(**options)
+    if scale is not None and not isinstance(model, Forecaster):
+        raise UserError(f"scale is {scale}, but a checkpoint knows its own: leave it out")
+    if scale is not None and not 0 < scale < math.inf:
+        raise UserError(f"scale is {scale}: give the mm per 5 min of data value 1, above 0")
     if isinstance(model, str | Path):
         model = load_forecaster(model, settings.device)
+    if not isinstance(model, Forecaster | LoadedForecaster):
+        raise TypeError(f"model is a {type(model).__name__}: give the path of a checkpoint, or a Forecaster")
     windows = _open_windows(data, split, model.in_length)
     if isinstance(model, Forecaster):
         lengths = model.in_length, model.out_length
@@ -99,12 +120,13 @@ def evaluate_forecaster(
         )
     else:
         loaded = model
-    training = loaded.model.training
+    modes = {module: module.training for module in loaded.model.modules()}
     loaded.model.eval()
     try:
         return evaluate_predictors([ModelPredictor(loaded, "model")], windows, settings).scores["model"]
     finally:
-        loaded.model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def evaluate_predictors(
@@ -199,13 +221,17 @@ class _Meter:
         return found
 
 
-def _open_windows(data: Windows | str | Path, split: str, in_length: int) -> Windows:
+def _open_windows(data: Windows | str | Path, split: str | None, in_length: int) -> Windows:
     """Open a file, or a data set again, such that images are whole and pixels without data are known."""
+    if isinstance(data, str | Path):
+        return NowcastDataset(data, split or "test", input_length=in_length, include_valid=True)
+    if not isinstance(data, Windows):
+        raise TypeError(f"data is a {type(data).__name__}: give the path of a file, or a data set of windows")
+    if split is not None and split != getattr(data, "split", None):
+        raise UserError(f"split is {split!r}, but the data set is open already: leave it out")
     if isinstance(data, SyntheticRadar):
         return data
-    if isinstance(data, NowcastDataset):
-        return NowcastDataset(data.path, data.split, data.input_length, data.output_length, include_valid=True)
-    return NowcastDataset(data, split, input_length=in_length, include_valid=True)
+    return NowcastDataset(data.path, data.split, data.input_length, data.output_length, include_valid=True)
 
 
 def _lead_times(predictors: Sequence[Predictor], windows: Windows, options: ScoringOptions) -> int:

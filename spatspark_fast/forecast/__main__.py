@@ -46,9 +46,12 @@ def forecast(argv: Sequence[str]) -> None:
         check_folder(Path(options.out), options.overwrite)
     from spatspark_fast.forecast.predictors import choose_device, load_predictor, split_name
     from spatspark_fast.forecast.tiling import check_tile
+    from spatspark_fast.models.forecaster import LONGEST
 
     name, checkpoint = split_name(options.checkpoint)
     predictor = load_predictor(checkpoint, choose_device(options.device), name, options.tile)
+    longest = f"give at most {LONGEST}, two weeks of 5 minutes"
+    need(options.steps is None or options.steps <= LONGEST, "steps", options.steps, longest)
     check_tile(options.tile, predictor.loaded.multiple)
     if options.data.path is not None:
         _forecast_all(options, predictor)

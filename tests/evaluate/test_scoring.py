@@ -184,3 +184,48 @@ def test_memory_does_not_grow_with_the_file(file: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(NowcastScores, "update", counting_update)
     evaluate_forecaster(Shift(), file, batch_size=2, **FEW)
     assert (alive, most) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"batch_size": 0}, UserError, "batch_size is 0"),
+        ({"batch_size": None}, UserError, "batch_size is None"),
+        ({"max_windows": 0}, UserError, "max_windows is 0"),
+        ({"max_windows": -1}, UserError, "max_windows is -1"),
+        ({"steps": 0}, UserError, "steps is 0"),
+        ({"steps": True}, UserError, "steps is True"),
+        ({"steps": 1.5}, UserError, "steps is 1.5"),
+        ({"steps": 10**30}, UserError, "must be from 1 to 3"),
+        ({"region": "Common"}, UserError, "region must be one of observed, common"),
+        ({"device": "abacus"}, UserError, "device abacus"),
+        ({"split": "moon"}, UserError, "no split 'moon'"),
+        ({"scale": math.nan}, UserError, "scale is nan"),
+        ({"scale": 0.0}, UserError, "scale is 0"),
+        ({"thresholds": (math.nan,)}, ValueError, "thresholds"),
+        ({"fss_scales": (0,)}, ValueError, "scales"),
+        ({"colour": "red"}, TypeError, "colour"),
+    ],
+)
+def test_wrong_options_of_an_evaluation_are_named(
+    options: dict[str, Any], error: type[Exception], words: str, file: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        evaluate_forecaster(Persistence(4, 3), file, **options)
+
+
+def test_what_would_be_ignored_is_refused_and_modes_come_back(file: Path) -> None:
+    model = loaded(Shift())
+    with pytest.raises(UserError, match="a checkpoint knows its own"):
+        evaluate_forecaster(model, file, scale=3.0)
+    windows = NowcastDataset(file, "test", 4)
+    with pytest.raises(UserError, match="is open already"):
+        evaluate_forecaster(model, windows, split="train")
+    with pytest.raises(TypeError, match="data is a list"):
+        evaluate_forecaster(model, [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model is a Identity"):
+        evaluate_forecaster(torch.nn.Identity(), windows)  # type: ignore[arg-type]
+    mixed = Persistence(4, 3).train()
+    mixed.frozen = torch.nn.BatchNorm2d(1).eval()
+    evaluate_forecaster(mixed, windows, **FEW)
+    assert (mixed.training, mixed.frozen.training) == (True, False)

@@ -128,6 +128,19 @@ def test_pysteps_calling_convention(tmp_path: Path) -> None:
         (lambda rates: rates - 15.0, "not in dB"),
         (lambda rates: rates + np.inf, "infinite"),
         (lambda rates: rates[:, :0], "T of at least 4"),
+        (lambda rates: rates[:0], "T of at least 4"),
+        (lambda rates: rates[None], "T of at least 4"),
+        (lambda rates: rates - np.inf, "infinite"),
+        (lambda rates: rates + 2e6, "beyond any rain"),
+        (lambda rates: rates.astype("f8") + 1e300, "beyond any rain"),
+        (lambda rates: rates.astype(complex), "no array of numbers"),
+        (lambda rates: rates.astype(str), "no array of numbers"),
+        (lambda rates: rates.astype(object), "no array of numbers"),
+        (lambda rates: rates.astype("M8[s]"), "no array of numbers"),
+        (lambda rates: [rates[0], rates[1, :3]], "no array of numbers"),
+        (lambda rates: None, "no array of numbers"),
+        (lambda rates: "rain.h5", "no array of numbers"),
+        (lambda rates: torch.from_numpy(rates).requires_grad_(), "no array of numbers"),
     ],
 )
 def test_wrong_frames(change, word: str) -> None:
@@ -135,18 +148,110 @@ def test_wrong_frames(change, word: str) -> None:
         nowcast(change(frames()), 2, loaded(Shift()))
 
 
-@pytest.mark.parametrize("steps", [0, -1, [], [2, 1], [0.0, 1.0], [1, float("nan")]])
+NO_STEPS = [
+    *(0, -1, -(10**30), [], [2, 1], [1, 1], [0.0, 1.0], [-1.0, 2.0], [1, float("nan")], [float("inf")], float("nan")),
+    *(
+        3.0,
+        True,
+        [True],
+        "3",
+        ["1", "2"],
+        None,
+        1j,
+        [1j],
+        [[1, 2]],
+        [[1], [1, 2]],
+        {"a": 1},
+        object(),
+        np.zeros((0, 2)),
+    ),
+    *(np.float32(3), np.bool_(True), np.array([[1.0]]), np.datetime64("2020-01-01"), b"3"),
+]
+TOO_FAR = [10**9, [1e9], [1, 1e300], 4097, [0.5, 4096.5], 10**30, 2**31, 2**63, 2**64, np.uint64(2**63), [10**400]]
+
+
+@pytest.mark.parametrize("steps", [*NO_STEPS, *TOO_FAR], ids=lambda steps: repr(steps)[:30])
 def test_wrong_steps(steps) -> None:
-    with pytest.raises(ValueError, match="timesteps"):
+    with pytest.raises(
+        UserError, match=r"timesteps .{1,90} (must be|go .* steps of 5 minutes ahead: give at most 4096)"
+    ):
         nowcast(frames(), steps, loaded(Shift()))
 
 
-def test_wrong_tile_and_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("steps", "plain"),
+    [
+        (np.int64(2), 2),
+        (np.array(2), 2),
+        (np.uint8(2), 2),
+        (range(1, 3), 2),
+        ((1, 2), [1, 2]),
+        (np.array([1, 2]), [1, 2]),
+        (np.array([0.5], np.float16), [0.5]),
+        (torch.tensor([1, 2]), [1, 2]),
+    ],
+)
+def test_steps_of_all_kinds(steps, plain) -> None:
+    assert np.array_equal(nowcast(frames(), steps, loaded(Shift())), nowcast(frames(), plain, loaded(Shift())))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rates: np.asfortranarray(rates),
+        lambda rates: np.ascontiguousarray(rates[::-1])[::-1],
+        lambda rates: rates.astype(">f4"),
+        lambda rates: rates.tolist(),
+        lambda rates: torch.from_numpy(rates),
+        lambda rates: np.repeat(rates, 2, axis=2)[:, :, ::2],
+        lambda rates: np.ma.array(rates),
+    ],
+)
+def test_frames_may_lie_in_memory_as_they_like(change) -> None:
+    assert np.array_equal(nowcast(change(frames()), 2, loaded(Shift())), nowcast(frames(), 2, loaded(Shift())))
+
+
+def test_frames_without_data_and_of_one_pixel() -> None:
+    nothing = np.full((4, 3, 5), np.nan)
+    assert np.isnan(nowcast(nothing, 2, loaded(Shift()))).all()
+    one = nowcast(np.full((4, 1, 1), 2, np.int64), [0.5, 2], loaded(Shift(multiple=8)))
+    assert one.dtype == np.float32
+    assert np.allclose(one, 2)
+
+
+def test_wrong_tile_file_model_and_device(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="multiple of 8"):
         nowcast(frames(), 1, loaded(Shift()), tile=12)
     (tmp_path / "no.ckpt").write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=r"no\.ckpt"):
-        nowcast(frames(), 1, tmp_path / "no.ckpt")
+    checkpoint = save_checkpoint(tmp_path / "m.ckpt", lengths=(4, 3))
+    for call in (lambda *a, **k: nowcast(frames(), 1, *a, **k), pysteps_method):
+        with pytest.raises(UserError, match=r"no\.ckpt"):
+            call(tmp_path / "no.ckpt")
+        with pytest.raises(UserError, match="device abacus cannot be used"):
+            call(checkpoint, device="abacus")
+        with pytest.raises(UserError, match="device is cpu, but the model is loaded"):
+            call(loaded(Shift()), device="cpu")
+        for model in (None, 3, Shift(), torch.nn.Identity()):
+            with pytest.raises(TypeError, match="model is a"):
+                call(model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tiles is no option"):
+        pysteps_method(checkpoint, tiles=64)
+
+
+def test_the_tile_of_a_predictor_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int | None] = []
+
+    def spied(model: Forecaster, x: torch.Tensor, tile: int | None) -> torch.Tensor:
+        seen.append(tile)
+        return predict_tiled(model, x, tile)
+
+    monkeypatch.setattr("spatspark_fast.forecast.predictors.predict_tiled", spied)
+    predictor = ModelPredictor(loaded(Shift(multiple=8)), tile=16)
+    nowcast(frames(), 1, predictor)
+    nowcast(frames(), 1, predictor, tile=24)
+    pysteps_method(predictor)(frames(), None, 1)
+    pysteps_method(predictor, tile=32)(frames(), None, 1)
+    assert seen == [16, 24, 16, 32]
 
 
 LIGHT = """
