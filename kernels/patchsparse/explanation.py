@@ -180,9 +180,10 @@ def _max_pool2d(
 
 
 def _avg_pool2d(
-    packed: Tensor, grid: PatchGrid, kernel_size: Pair, stride: Pair | None, padding: Pair, **_: Any
+    packed: Tensor, grid: PatchGrid, kernel_size: Pair, stride: Pair | None, padding: Pair, ceil_mode: bool, **_: Any
 ) -> Asked:
-    return _pooling("avg_pool2d", packed, grid, pool.avg_pool2d_stencil(packed, grid, kernel_size, stride, padding))
+    stencil = pool.avg_pool2d_stencil(packed, grid, kernel_size, stride, padding, ceil_mode)
+    return _pooling("avg_pool2d", packed, grid, stencil)
 
 
 def _pooling(operation: str, packed: Tensor, grid: PatchGrid, stencil: Stencil) -> Asked:

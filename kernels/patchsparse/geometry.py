@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from operator import index
+from typing import Any, NamedTuple
 
 import torch
 
 from .eager import once
 
-__all__ = ["POINT", "Call", "Pair", "Stencil", "aligned_stencil", "pair"]
+__all__ = ["LARGEST", "POINT", "Call", "Pair", "Stencil", "aligned_stencil", "pair", "plain", "whole"]
 
+LARGEST = 2**31 - 1  # engines count pixels and rows in int32
 Pair = int | tuple[int, int]
 
 
-def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    """Return ``(vertical, horizontal)`` from an int or a pair; raise ValueError naming the argument."""
-    if isinstance(value, int):
-        return value, value
-    if len(value) != 2:
+def whole(value: Any, name: str) -> int:
+    """Return an int, numpy's too, as an int; raise TypeError naming the argument for anything else, a bool as well."""
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    """Return ``(vertical, horizontal)`` from an int or a pair of ints, numpy's too.
+
+    Raises:
+        ValueError: naming the argument, if there are not two.
+        TypeError: if they are not ints; a bool is none.
+    """
+    sides: Any = value if hasattr(value, "__len__") and getattr(value, "ndim", 1) else (value, value)
+    if len(sides) != 2:
         raise ValueError(f"{name} must be an int or a pair of ints, got {value!r}")
-    return int(value[0]), int(value[1])
+    return whole(sides[0], name), whole(sides[1], name)
+
+
+def plain(values: Sequence[Any]) -> bool:
+    """Return whether all values are ints and pairs of them, spelled as the key of a memo must be.
+
+    A memo takes 1, 1.0 and True for the same, so this is asked before it.
+    """
+    for value in values:
+        if type(value) is tuple and len(value) == 2:
+            if type(value[0]) is not int or type(value[1]) is not int:
+                return False
+        elif type(value) is not int:
+            return False
+    return True
 
 
 class Stencil(NamedTuple):
@@ -74,25 +104,37 @@ class Stencil(NamedTuple):
         """Return the pixels of a patch after the operation."""
         return size[0] // self.stride[0], size[1] // self.stride[1]
 
+    def check_range(self, name: str) -> None:
+        """Raise ValueError for numbers that no operation can have, or that engines cannot count."""
+        for k, s, pad, d in zip(self.kernel, self.stride, self.padding, self.dilation, strict=True):
+            if min(k, s, d) < 1 or pad < 0 or max(s, pad, d, d * (k - 1) + 1) > LARGEST:
+                raise ValueError(
+                    f"{name}: kernel {k}, stride {s}, padding {pad} or dilation {d} is out of range; the first, second "
+                    f"and last are 1 or more, the padding 0 or more, and all they reach is at most {LARGEST} pixels"
+                )
+
     def check(self, size: tuple[int, int], name: str, ceil_mode: bool = False) -> None:
         """Raise ValueError unless an image of whole patches of ``size`` pixels maps to whole patches.
 
         With ``reach = dilation * (kernel - 1)``, dense output is ``floor((H + 2 * padding - reach - 1) / stride) + 1``;
         it equals ``H / stride`` if and only if ``reach + 1 - stride <= 2 * padding <= reach``.
-        With ``ceil_mode`` the quotient is rounded up and both bounds are lower by ``stride - 1``.
+        With ``ceil_mode`` the quotient is rounded up and both bounds are lower by ``stride - 1``, unless what is added
+        begins beyond image and padding, where PyTorch leaves it out.
         """
+        self.check_range(name)
         for axis, (p, k, s, pad, d) in enumerate(
             zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
         ):
             side = "height" if axis == 0 else "width"
-            if min(k, s, d) < 1 or pad < 0:
-                raise ValueError(f"{name}: kernel {k}, stride {s}, padding {pad} or dilation {d} is out of range")
+            if p < 1:
+                raise ValueError(f"{name}: the patches have a {side} of {p} pixels; give them one at least")
             if p % s:
                 raise ValueError(
                     f"{name}: stride {s} does not divide the patch {side} of {p} pixels; "
                     f"use larger patches or fewer strided layers"
                 )
-            most = d * (k - 1) - (s - 1 if ceil_mode else 0)
+            reach = d * (k - 1)
+            most = reach - (s - 1 if ceil_mode and (pad > 0 or reach >= s) else 0)
             least = most + 1 - s
             if not least <= 2 * pad <= most:
                 raise ValueError(
@@ -101,11 +143,19 @@ class Stencil(NamedTuple):
                 )
 
 
-@once
 def aligned_stencil(
     kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, size: Sequence[int], name: str, ceil_mode: bool
 ) -> Stencil:
-    """Return the stencil of a module's arguments; raise ValueError as `pair` and :meth:`Stencil.check` do."""
+    """Return the stencil of a module's arguments; raise ValueError and TypeError as `pair` and `Stencil.check` do."""
+    if not plain((stride, padding, dilation)):
+        stride, padding, dilation = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+    return _aligned(kernel, stride, padding, dilation, size, name, bool(ceil_mode))
+
+
+@once
+def _aligned(
+    kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair, size: Sequence[int], name: str, ceil_mode: bool
+) -> Stencil:
     sides = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
     stencil = Stencil((int(kernel[0]), int(kernel[1])), *sides)
     stencil.check((size[0], size[1]), name, ceil_mode)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Number
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,16 @@ def pack(x: Tensor, grid: PatchGrid) -> Tensor:
         ``(N, C, H / Gh, W / Gw)`` in channels_last memory, rows in the order of ``grid.coords``.
 
     Raises:
-        ValueError: if the batch differs from the grid's or the grid does not divide the image.
+        ValueError: if batch or device differ from the grid's, or the grid does not divide the image.
+        TypeError: if ``x`` is no tensor or ``grid`` no grid.
 
     Equivalent to::
 
         patches = x.unflatten(2, (Gh, -1)).unflatten(4, (Gw, -1)).permute(0, 2, 4, 1, 3, 5)
         packed = patches[grid.active]
     """
+    if not isinstance(grid, PatchGrid) or not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor and grid a PatchGrid, got {type(x).__name__} and {type(grid).__name__}")
     if x.dim() != 4 or x.shape[0] != grid.batch_size:
         raise ValueError(f"x must be (B, C, H, W) with B={grid.batch_size} as the grid, got {tuple(x.shape)}")
     grid.patch_size(x.shape[2:])  # raises where it does not divide
@@ -48,7 +53,9 @@ def unpack(packed: Tensor, grid: PatchGrid, fill: float | Tensor = 0.0) -> Tenso
         ``(B, C, Gh * ph, Gw * pw)`` in channels_last memory.
 
     Raises:
-        ValueError: if N differs from ``grid.num_active`` or ``fill`` is not a number or ``(C,)``.
+        ValueError: if N differs from ``grid.num_active``, devices differ, or ``fill`` is not ``(C,)`` or a number that
+            the dtype can hold.
+        TypeError: if ``fill`` is of another kind, ``packed`` no tensor or ``grid`` no grid.
 
     Equivalent to::
 
@@ -61,27 +68,47 @@ def unpack(packed: Tensor, grid: PatchGrid, fill: float | Tensor = 0.0) -> Tenso
 
 
 def fill_values(fill: float | Tensor, packed: Tensor) -> Tensor | None:
-    """Return ``fill`` as ``(C,)``, None for 0; raise ValueError unless it is a number or one value per channel."""
-    channels = packed.shape[1]
+    """Return ``fill`` as ``(C,)``, None for 0; raise unless it is a number or one value per channel of that kind.
+
+    A fill that the dtype of ``packed`` cannot hold, such as 0.5 among integers, is refused.
+    """
+    channels, whole_numbers = packed.shape[1], not (packed.is_floating_point() or packed.is_complex())
     if isinstance(fill, Tensor):
+        if fill.device != packed.device:
+            raise ValueError(f"packed is on {packed.device} and fill on {fill.device}; bring them to one device")
+        if whole_numbers and (fill.is_floating_point() or fill.is_complex()):
+            raise TypeError(f"packed is {packed.dtype} and fill {fill.dtype}; cast one")
         if fill.numel() == channels:
             return fill.reshape(-1)
         if fill.numel() == 1:
             return fill.reshape(1).expand(channels)
         raise ValueError(f"fill must have one value per channel ({channels}), got {tuple(fill.shape)}")
-    return None if fill == 0 else torch.full((channels,), fill, dtype=packed.dtype, device=packed.device)
+    if not isinstance(fill, Number):
+        raise TypeError(f"fill must be a number or a tensor (C,), got {fill!r}")
+    if fill == 0:
+        return None
+    if whole_numbers and packed.dtype != torch.bool:
+        limits = torch.iinfo(packed.dtype)
+        if isinstance(fill, complex) or fill % 1 != 0 or not limits.min <= fill <= limits.max:
+            raise ValueError(f"fill={fill} is no {packed.dtype}; give a number that it can hold")
+    return torch.full((channels,), fill, dtype=packed.dtype, device=packed.device)
 
 
 def check_packed(packed: Tensor, grid: PatchGrid) -> None:
-    """Raise ValueError unless ``packed`` is ``(N, C, ph, pw)`` of this grid and on its device."""
-    if packed.dim() != 4 or packed.shape[0] != grid.num_active:
+    """Raise unless ``packed`` is ``(N, C, ph, pw)`` of this grid and on its device."""
+    if not isinstance(grid, PatchGrid) or not isinstance(packed, Tensor):
+        raise TypeError(
+            f"packed must be a tensor and grid a PatchGrid, got {type(packed).__name__} and {type(grid).__name__}"
+        )
+    shape, count = packed.shape, grid.coords.shape[0]
+    if len(shape) != 4 or shape[0] != count:
         raise ValueError(
-            f"packed must be (N, C, ph, pw) with N={grid.num_active} active patches of the grid, "
-            f"got {tuple(packed.shape)}; was it packed with another grid?"
+            f"packed must be (N, C, ph, pw) with N={count} active patches of the grid, "
+            f"got {tuple(shape)}; was it packed with another grid?"
         )
     _check_device(packed, grid)
 
 
 def _check_device(x: Tensor, grid: PatchGrid) -> None:
-    if x.device.type != grid.device.type:
-        raise ValueError(f"the tensor is on {x.device} and the grid on {grid.device}; use grid.to({x.device.type!r})")
+    if x.device != grid.slot.device:
+        raise ValueError(f"the tensor is on {x.device} and the grid on {grid.device}; use grid.to({str(x.device)!r})")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .backends import choose, gather
 from .functional import patch_conv2d, patch_conv_transpose2d
-from .geometry import POINT, Call, Stencil
+from .geometry import POINT, Call, Stencil, whole
 from .grid import PatchGrid, whole_grid
 from .ops.calls import call_on, is_plain
 from .pointwise import local_conv2d
@@ -36,10 +36,12 @@ def image_engine(image: Tensor, out_channels: int, backend: str = "auto") -> boo
     autocast, ``torch.compile`` and subclasses of Tensor.
 
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: for an unknown backend, or if ``image`` is not four-dimensional.
+        TypeError: if ``out_channels`` is not an int.
         RuntimeError: if a named backend cannot run here, with its reason.
     """
-    return choose(conv2d_call(image, out_channels, THREE.kernel), backend) == "cpp"
+    _check_image(image)
+    return choose(conv2d_call(image, whole(out_channels, "out_channels"), THREE.kernel), backend) == "cpp"
 
 
 def image_grid(image: Tensor, backend: str = "auto") -> PatchGrid | None:
@@ -50,6 +52,7 @@ def image_grid(image: Tensor, backend: str = "auto") -> PatchGrid | None:
 
         grid = PatchGrid.from_active(torch.ones(B, 1, 1, dtype=torch.bool))
     """
+    _check_image(image)
     return whole_grid(image.shape[0]) if choose(grid_call(image), backend) == "cpp" else None
 
 
@@ -61,7 +64,7 @@ def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, back
 
     Args:
         image: ``(B, C_in, H, W)``, any float dtype.
-        weight: ``(C_out, C_in, k, k)`` of the same dtype, k = 1 or 3.
+        weight: ``(C_out, C_in, k, k)`` of the same dtype, k odd; an engine takes 1 and 3.
         bias: ``(C_out,)`` or None.
         backend: ``"auto"`` and ``"cpp"`` may take that engine, see `image_engine`; any other is left to PyTorch.
 
@@ -69,9 +72,13 @@ def image_conv2d(image: Tensor, weight: Tensor, bias: Tensor | None = None, back
         ``(B, C_out, H, W)``; in channels_last memory if the engine computed it.
 
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: if shapes or devices disagree, for an even kernel or an unknown backend.
+        TypeError: if dtypes disagree.
         RuntimeError: if a named backend cannot run here, with its reason.
     """
+    _check_operands(image, weight, bias, 1)
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(f"image_conv2d keeps the size of images, which an even kernel cannot: {tuple(weight.shape)}")
     if weight.shape[2:] == (1, 1) and image_grid(image, backend) is not None:
         return local_conv2d(image.contiguous(memory_format=torch.channels_last), weight, bias, POINT, 1, backend)
     if choose(conv2d_call(image, weight.shape[0], weight.shape[2:]), backend) == "cpp":
@@ -93,13 +100,38 @@ def image_conv_transpose2d(image: Tensor, weight: Tensor, bias: Tensor | None = 
         ``(B, C_out, 2 H, 2 W)``; in channels_last memory if the engine computed it.
 
     Raises:
-        ValueError: for an unknown backend.
+        ValueError: if shapes or devices disagree, for another kernel than 4x4 or an unknown backend.
+        TypeError: if dtypes disagree.
         RuntimeError: if a named backend cannot run here, with its reason.
     """
+    _check_operands(image, weight, bias, 0)
+    if weight.shape[2:] != (4, 4):
+        raise ValueError(f"image_conv_transpose2d enlarges twofold by a 4x4 kernel, got weight {tuple(weight.shape)}")
     if choose(conv_transpose2d_call(image, weight), backend) == "cpp":
         grid = whole_grid(image.shape[0])
         return patch_conv_transpose2d(image, weight, bias, grid, stride=2, padding=1, backend="cpp")
     return gather.image_conv_transpose2d(image, weight, bias)
+
+
+def _check_operands(image: Tensor, weight: Tensor, bias: Tensor | None, axis: int) -> None:
+    """Raise unless ``weight`` takes ``image`` ``(B, C_in, H, W)``, C_in being its size along ``axis``, and a bias."""
+    _check_image(image)
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or weight.shape[axis] != image.shape[1] or 0 in weight.shape:
+        found = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight {found} does not take images {tuple(image.shape)}; C_in must be {image.shape[1]}")
+    if bias is not None and bias.shape != (weight.shape[1 - axis],):
+        raise ValueError(f"bias must be ({weight.shape[1 - axis]},), got {tuple(bias.shape)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.device != image.device:
+            raise ValueError(f"images are on {image.device} and {name} on {x.device}; bring them to one device")
+        if x is not None and x.dtype != image.dtype and not torch.is_autocast_enabled(image.device.type):
+            raise TypeError(f"images are {image.dtype} and {name} {x.dtype}; cast one, or use torch.autocast")
+
+
+def _check_image(image: Tensor) -> None:
+    if not isinstance(image, Tensor) or image.dim() != 4:
+        found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"image must be (B, C, H, W), got {found}")
 
 
 def conv2d_call(image: Tensor, out_channels: int, kernel: Sequence[int]) -> Call:

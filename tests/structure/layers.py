@@ -23,8 +23,8 @@ LAYERS = (
 )
 KERNEL_LAYERS = (
     ("patchsparse.eager",),
+    ("patchsparse.geometry", "patchsparse.maps"),
     (
-        "patchsparse.geometry",
         "patchsparse.grid",
         "patchsparse.layout",
         "patchsparse.capturing",

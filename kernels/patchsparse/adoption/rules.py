@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..functional.conv import enlarging_stencil
 from ..geometry import Stencil, pair
 from . import fused
 from . import modules as patch_nn
@@ -82,13 +84,10 @@ def _conv(module: nn.Conv2d) -> str | None:
 
 def _conv_transpose(module: nn.ConvTranspose2d) -> str | None:
     w = stencil_of(module)
-    extra = _pair_of(module.output_padding)
-    for k, s, p, d, e in zip(w.kernel, w.stride, w.padding, w.dilation, extra, strict=True):
-        if d * (k - 1) + 1 + e - 2 * p != s:
-            return (
-                f"kernel {k}, stride {s}, padding {p}, output_padding {e} does not map an image of H pixels to "
-                f"{s}*H; choose kernel = stride + 2 * padding"
-            )
+    try:
+        enlarging_stencil(w.kernel, w.stride, w.padding, _pair_of(module.output_padding), w.dilation, (1, 1))
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -99,7 +98,8 @@ def _max_pool(module: nn.MaxPool2d) -> str | None:
 
 
 def _avg_pool(module: nn.AvgPool2d) -> str | None:
-    return _misaligned(stencil_of(module), module.ceil_mode)
+    stencil = stencil_of(module)
+    return _misaligned(stencil) or _misaligned(stencil, module.ceil_mode)
 
 
 def _adaptive(module: Any) -> str | None:
@@ -272,6 +272,7 @@ def _is_exactly(name: str, module: nn.Module) -> bool:
     return type(module) is not nn.Sequential or fused.holds_pair(module)
 
 
+_LAZY = _because("it has no parameters yet; run a batch through the model first, then sparsify it")
 _TABLE = dict([*_torch_rules(), *_timm_rules(), *_fused_rules()])
 
 
@@ -281,8 +282,13 @@ def qualified_name(kind: type) -> str:
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """Return the rule for ``module``: of its type, or of a base whose ``forward`` it inherits unchanged."""
+    """Return the rule for ``module``: of its type, or of a base whose ``forward`` it inherits unchanged.
+
+    A lazy module is refused until its first batch has made its parameters, and has given it the type that it will have.
+    """
     kind = type(module)
+    if isinstance(module, LazyModuleMixin):
+        return _LAZY
     for base in kind.__mro__:
         rule = _TABLE.get(qualified_name(base))
         if rule is not None:

@@ -7,6 +7,7 @@ operation that ``BODIES`` lists for it. Engines are imported when they are first
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -14,16 +15,18 @@ from types import ModuleType
 import torch
 
 from ..eager import once
-from ..geometry import Call
+from ..geometry import LARGEST, Call
 from ..processor import ISA
 
 __all__ = [
     "BODIES",
     "BOTH_GRADIENTS_AT_ONCE",
+    "DTYPES",
     "ENGINES",
     "FUSED_NORMS",
     "OPERATIONS",
     "OVERRIDE",
+    "check",
     "check_name",
     "choose",
     "engine",
@@ -34,6 +37,7 @@ __all__ = [
     "why_unusable",
 ]
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ENGINES = ("triton", "cpp", "gather", "minkowski", "dense")
 OVERRIDE = "PATCHSPARSE_BACKEND"
 
@@ -147,6 +151,53 @@ def order(call: Call) -> tuple[str, ...]:
     return best, "gather"
 
 
+def check(call: Call) -> None:
+    """Raise for a call that no engine computes; it is asked once for all calls alike.
+
+    Raises:
+        ValueError: for a stencil, patches, channels or groups out of range, which an engine would follow anywhere.
+        TypeError: for a dtype that is not a float one.
+    """
+    name, (channels, out), stencil = call.operation, (call.in_channels, call.out_channels), call.stencil
+    if name in _IMAGES:  # PyTorch's own; an engine that takes one asks again for patches
+        return
+    if call.dtype not in DTYPES:
+        raise TypeError(f"{name} takes float64, float32, bfloat16 and float16, not {call.dtype}; use x.float()")
+    if name in _NORMS:
+        return
+    if min(channels, out) < 1 or max(channels, out) > LARGEST:
+        raise ValueError(f"{name}: {channels} channels in and {out} out; it takes at least one of both")
+    if not 1 <= call.groups <= channels or channels % call.groups or out % call.groups:
+        raise ValueError(f"{name}: groups={call.groups} must be 1 or more and divide {channels} and {out} channels")
+    if min(call.size) < 1:
+        raise ValueError(f"{name}: it takes patches and images of one pixel or more, got {call.size[0]}x{call.size[1]}")
+    if name in (*_CONVOLUTION, "conv2d_gradients"):
+        _check_reach(call, 0, [max(0, d - s) for d, s in zip(stencil.dilation, stencil.stride, strict=True)])
+    elif name in (*_MAX_POOL, "avg_pool2d", "avg_pool2d_grad"):
+        _check_reach(call, 1, (0, 0))
+    else:
+        stencil.check_range(name)
+
+
+def _check_reach(call: Call, up: int, extra: Sequence[int]) -> None:
+    """Raise ValueError unless the stencil maps patches to patches, up to what a caller chose before.
+
+    Pooling may round the number of its outputs up (``up`` = 1); the stencil of a transposed convolution reaches
+    ``extra`` pixels less on the other side, those of ``output_padding``.
+    """
+    stencil = call.stencil
+    stencil.check_range(call.operation)
+    for p, k, s, pad, d, more in zip(
+        call.size, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, extra, strict=True
+    ):
+        reach = d * (k - 1)
+        if p % s or not (reach + 1 - s) - up * (s - 1) <= 2 * pad <= reach + more:
+            raise ValueError(
+                f"{call.operation}: kernel {k}, stride {s}, padding {pad}, dilation {d} does not map patches of {p} "
+                "pixels to patches; see patchsparse.patch_conv2d"
+            )
+
+
 def requested(backend: str) -> str:
     """Return the backend that is asked for: ``PATCHSPARSE_BACKEND`` replaces ``"auto"``."""
     return os.environ.get(OVERRIDE) or "auto" if backend == "auto" else backend
@@ -160,7 +211,8 @@ def choose(call: Call, backend: str) -> str:
         backend: ``"auto"`` or a name. The environment variable ``PATCHSPARSE_BACKEND`` replaces ``"auto"``.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or numbers that no engine computes with.
+        TypeError: for a dtype that none computes with.
         RuntimeError: if the named engine cannot run here, or not this call, with its reason.
     """
     return _choice(call, requested(backend), os.environ.get(ISA) if call.device == "cpu" else None)
@@ -169,6 +221,7 @@ def choose(call: Call, backend: str) -> str:
 @once
 def _choice(call: Call, name: str, isa: str | None) -> str:
     """Choose for what is requested; ``isa`` is what the C++ engine reads of the environment, so that it is a key."""
+    check(call)
     if name == "auto":
         best = order(call)[0]
         return best if best == "gather" or _why_not(best, call, left=False) is None else "gather"

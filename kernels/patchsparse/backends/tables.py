@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..geometry import Stencil
+from ..maps import check_maps, ordinary
 
 __all__ = ["OUTSIDE", "TapPairs", "adjoint_bags", "halo_rows", "remember", "tap_pairs", "tap_rows"]
 
@@ -28,13 +29,18 @@ _memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def remember(slot: Tensor, key: tuple[Any, ...], build: Callable[[], T]) -> T:
-    """Return ``build()``, computed once per slot map and key."""
+    """Return ``build()``, computed once per slot map and key; each time for a map made in inference mode.
+
+    Such a map does not tell when it is changed. What is built in inference mode for any other serves training, too.
+    """
     entry = _memo.get(slot)
+    if entry is None and slot.is_inference():
+        return build()
     if entry is None or entry[0] != slot._version:
         entry = _memo[slot] = (slot._version, {})
     tables = entry[1]
     if key not in tables:
-        tables[key] = build()
+        tables[key] = ordinary(build)()
     return tables[key]
 
 
@@ -66,6 +72,7 @@ def halo_rows(
     """Return ``(N, before + ph + after, before + pw + after)`` rows of each patch with its halo."""
 
     def build() -> Tensor:
+        check_maps(slot, coords)
         v = torch.arange(-before[0], size[0] + after[0], device=slot.device)
         h = torch.arange(-before[1], size[1] + after[1], device=slot.device)
         return _rows_at(slot, coords, size, v, h)
@@ -75,6 +82,7 @@ def halo_rows(
 
 def tap_rows(slot: Tensor, coords: Tensor, size: tuple[int, int], stencil: Stencil) -> Tensor:
     """Return ``(M, taps)``: the input row that each output row reads at each tap, M = output pixels of all patches."""
+    check_maps(slot, coords)
     axes = []
     for axis in range(2):
         out = torch.arange(size[axis] // stencil.stride[axis], device=slot.device) * stencil.stride[axis]

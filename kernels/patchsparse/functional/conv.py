@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from ..eager import once
-from ..geometry import Pair, Stencil, aligned_stencil, pair
+from ..geometry import LARGEST, Pair, Stencil, aligned_stencil, pair, plain, whole
 from ..grid import PatchGrid
 from ..ops import conv as ops
 from ..packing import check_packed
 from ..pointwise import local_conv2d
 
-__all__ = ["autocast", "conv2d_stencil", "patch_conv2d", "patch_conv_transpose2d", "transposed_stencil"]
+__all__ = [
+    "autocast",
+    "conv2d_stencil",
+    "enlarging_stencil",
+    "patch_conv2d",
+    "patch_conv_transpose2d",
+    "transposed_stencil",
+]
 
 
 def patch_conv2d(
@@ -45,8 +52,9 @@ def patch_conv2d(
         ``(N, C_out, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if shapes disagree, the stencil does not map patches to patches, or the backend is unknown.
-        TypeError: if dtypes disagree.
+        ValueError: if shapes or devices disagree, numbers are out of range, the stencil does not map patches to
+            patches, or the backend is unknown.
+        TypeError: if dtypes disagree or are no float ones, or a number is not an int.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
@@ -84,7 +92,7 @@ def patch_conv_transpose2d(
         stride: pixels; the output must be ``stride`` times the image, that is
             ``dilation * (kernel - 1) + 1 + output_padding - 2 * padding = stride``.
         padding: pixels, as in ``F.conv_transpose2d``.
-        output_padding: pixels, likewise.
+        output_padding: pixels, likewise; less than the stride or the dilation.
         groups: likewise.
         dilation: pixels between taps.
         backend: ``"auto"`` or the name of an engine.
@@ -93,8 +101,9 @@ def patch_conv_transpose2d(
         ``(N, C_out, ph * stride, pw * stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if shapes disagree, the output is not ``stride`` times the image, or the backend is unknown.
-        TypeError: if dtypes disagree.
+        ValueError: if shapes or devices disagree, numbers are out of range, the output is not ``stride`` times the
+            image, or the backend is unknown.
+        TypeError: if dtypes disagree or are no float ones, or a number is not an int.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
@@ -121,7 +130,7 @@ def conv2d_stencil(
 ) -> Stencil:
     """Check the arguments of :func:`patch_conv2d` and return the stencil."""
     check_packed(packed, grid)
-    _check_weight(packed, weight, bias, weight.shape[1] * groups, weight.shape[0], groups)
+    _check_weight(packed, weight, bias, groups, 1)
     return aligned_stencil(weight.shape[2:], stride, padding, dilation, packed.shape[2:], "patch_conv2d", False)
 
 
@@ -138,18 +147,32 @@ def transposed_stencil(
 ) -> Stencil:
     """Check the arguments of :func:`patch_conv_transpose2d` and return the stencil."""
     check_packed(packed, grid)
-    _check_weight(packed, weight, bias, weight.shape[0], weight.shape[1] * groups, groups)
-    return _enlarging_stencil(weight.shape[2:], stride, padding, output_padding, dilation)
+    _check_weight(packed, weight, bias, groups, 0)
+    if not plain((stride, padding, output_padding, dilation)):
+        stride, padding, dilation = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
+        output_padding = pair(output_padding, "output_padding")
+    return enlarging_stencil(weight.shape[2:], stride, padding, output_padding, dilation, packed.shape[2:])
 
 
 @once
-def _enlarging_stencil(
-    kernel: Sequence[int], stride: Pair, padding: Pair, output_padding: Pair, dilation: Pair
+def enlarging_stencil(
+    kernel: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    dilation: Pair,
+    size: Sequence[int],
 ) -> Stencil:
     """Return the stencil of a transposed convolution whose image is ``stride`` times the input; raise ValueError."""
+    name = "patch_conv_transpose2d"
     sides = (pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"))
     stencil, extra = Stencil((int(kernel[0]), int(kernel[1])), *sides), pair(output_padding, "output_padding")
+    stencil.check_range(name)
+    if min(size) < 1 or max(s * n for s, n in zip(stencil.stride, size, strict=True)) > LARGEST:
+        raise ValueError(f"{name}: patches of {size[0]}x{size[1]} pixels cannot be enlarged by {stencil.stride}")
     for k, s, p, d, e in zip(stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, extra, strict=True):
+        if not 0 <= e < max(s, d):
+            raise ValueError(f"{name}: output_padding {e} must be 0 or more, and less than stride {s} or dilation {d}")
         if d * (k - 1) + 1 + e - 2 * p != s:
             raise ValueError(
                 f"patch_conv_transpose2d: kernel {k}, stride {s}, padding {p}, output_padding {e}, dilation {d} gives "
@@ -176,14 +199,31 @@ def autocast(packed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
     return cast(packed), cast(weight, layout), None if bias is None else cast(bias)
 
 
-def _check_weight(packed: Tensor, weight: Tensor, bias: Tensor | None, expected: int, out: int, groups: int) -> None:
-    channels = packed.shape[1]
-    if weight.dim() != 4 or channels != expected or groups < 1 or channels % groups or out % groups:
+def _check_weight(packed: Tensor, weight: Tensor, bias: Tensor | None, groups: int, axis: int) -> None:
+    """Raise unless ``weight`` takes ``packed``, whose channels are its first axis or, by groups, its second."""
+    if type(groups) is not int:
+        groups = whole(groups, "groups")
+    if not isinstance(weight, Tensor) or not (bias is None or isinstance(bias, Tensor)):
+        raise TypeError(f"weight and bias must be tensors, got {type(weight).__name__} and {type(bias).__name__}")
+    shape, channels = weight.shape, packed.shape[1]
+    if len(shape) != 4 or groups < 1 or 0 in shape or channels < 1:
         raise ValueError(
-            f"weight {tuple(weight.shape)} with groups={groups} takes {expected} input channels, "
+            f"weight {tuple(shape)} with groups={groups} takes no packed {tuple(packed.shape)}; it must be "
+            "four-dimensional with one channel and one tap or more, and groups 1 or more"
+        )
+    one, many = shape[0], shape[1] * groups
+    expected, out = (one, many) if axis == 0 else (many, one)
+    if channels != expected or channels % groups or out % groups:
+        raise ValueError(
+            f"weight {tuple(shape)} with groups={groups} takes {expected} input channels, "
             f"packed {tuple(packed.shape)} has {channels}"
         )
     if bias is not None and bias.shape != (out,):
         raise ValueError(f"bias must be ({out},), got {tuple(bias.shape)}")
-    if weight.dtype != packed.dtype or (bias is not None and bias.dtype != packed.dtype):
-        raise TypeError(f"packed is {packed.dtype} and weight {weight.dtype}; cast one, or use torch.autocast")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is None:
+            continue
+        if x.dtype != packed.dtype:
+            raise TypeError(f"packed is {packed.dtype} and {name} {x.dtype}; cast one, or use torch.autocast")
+        if x.device != packed.device:
+            raise ValueError(f"packed is on {packed.device} and {name} on {x.device}; bring them to one device")

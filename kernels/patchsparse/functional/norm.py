@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -11,6 +15,7 @@ from ..grid import PatchGrid
 from ..ops import norm, norm_unpack
 from ..ops.calls import norm_call
 from ..ops.joined_norm import AllGather, joined_batch_norm_act, joined_batch_norm_unpack
+from ..ops.operands import check_vectors
 from ..packing import check_packed, fill_values
 
 __all__ = ["ACTIVATIONS", "check_norm_act", "given_statistics", "patch_batch_norm_act", "patch_batch_norm_unpack"]
@@ -38,8 +43,7 @@ def patch_batch_norm_act(
 
     Args:
         packed: ``(N, C, ph, pw)``.
-        weight: ``(C,)`` or None.
-        bias: ``(C,)`` or None.
+        weight, bias: ``(C,)`` or None.
         running_mean: ``(C,)`` float, updated in place if ``training``; None uses the statistics of the batch always.
         running_var: the same for the variance.
         training: use the statistics of this batch.
@@ -58,8 +62,9 @@ def patch_batch_norm_act(
         ``(N, C, ph, pw)`` in channels_last memory. First derivatives only.
 
     Raises:
-        ValueError: for an unknown activation or backend, a residual of another shape, or one value per channel in
-            training.
+        ValueError: for an unknown activation or backend, a residual or vectors of another shape or device, numbers out
+            of range, or one value per channel in training.
+        TypeError: if ``packed`` or a vector is of no float dtype, or ``momentum`` no number.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
@@ -68,6 +73,7 @@ def patch_batch_norm_act(
         y = activation(z if residual is None else z + residual)
     """
     check_norm_act(packed, activation, residual)
+    _check_norm(packed, (weight, bias, running_mean, running_var), eps, momentum, training or all_gather is not None)
     given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
     operands, options = (packed, residual, weight, bias), (eps, activation, slope, backend)
     if all_gather is None or given[0] is not None:
@@ -99,8 +105,7 @@ def patch_batch_norm_unpack(
     Args:
         packed: ``(N, C, ph, pw)``.
         grid: N active patches.
-        weight: ``(C,)`` or None.
-        bias: ``(C,)`` or None.
+        weight, bias: ``(C,)`` or None.
         running_mean: ``(C,)`` float, updated in place if ``training``; None uses the statistics of the batch always.
         running_var: the same for the variance.
         fill: value of inactive patches: a number, or a ``(C,)`` tensor such as a learned mask token (differentiable).
@@ -118,8 +123,9 @@ def patch_batch_norm_unpack(
         ``(B, C, Gh * ph, Gw * pw)`` in channels_last memory and the dtype of ``packed``. First derivatives only.
 
     Raises:
-        ValueError: if N differs from ``grid.num_active``, ``fill`` is not a number or ``(C,)``, there is one value per
-            channel in training, or the backend is unknown.
+        ValueError: if N differs from ``grid.num_active``, vectors have another shape or device, ``fill`` is not a
+            number or ``(C,)``, numbers are out of range, or there is one value per channel in training.
+        TypeError: if ``packed`` or a vector is of no float dtype, ``momentum`` no number, or ``grid`` no grid.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
@@ -128,6 +134,7 @@ def patch_batch_norm_unpack(
         x = unpack(z, grid, fill)
     """
     check_packed(packed, grid)
+    _check_norm(packed, (weight, bias, running_mean, running_var), eps, momentum, training or all_gather is not None)
     given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
     operands = (packed, fill_values(fill, packed), weight, bias)
     maps = (grid.slot, grid.coords)
@@ -148,14 +155,28 @@ def check_norm_act(packed: Tensor, activation: str, residual: Tensor | None) -> 
         raise ValueError(f"residual {tuple(residual.shape)} must have the shape of packed {tuple(packed.shape)}")
 
 
+def _check_norm(packed: Tensor, vectors: Sequence[Tensor | None], eps: float, momentum: float, unseen: bool) -> None:
+    """Raise for numbers out of range, and for wrong ``vectors`` where some stay ``unseen`` by the operator's checks."""
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be 0 or more, got {eps}")
+    if unseen:
+        if isinstance(momentum, bool) or not isinstance(momentum, Real):
+            raise TypeError(f"momentum must be a number, got {momentum!r}; 1 / batches gives a cumulative average")
+        names = ("weight", "bias", "running_mean", "running_var")
+        check_vectors(packed, **dict(zip(names, vectors, strict=True)))
+
+
 def given_statistics(
     packed: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, joined: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the statistics to normalise with, None for those of the batch.
 
     Raises:
-        ValueError: if the batch has one value for each channel, unless it is ``joined`` with others.
+        ValueError: if the batch has one value for each channel, unless it is ``joined`` with others, or one of mean and
+            variance is missing.
     """
+    if (running_mean is None) is not (running_var is None):
+        raise ValueError("running_mean and running_var belong together; give both or None for both")
     if not training and running_mean is not None and running_var is not None:
         return running_mean, running_var
     if _rows(packed) == 1 and not joined:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends import choose, gather
-from ..geometry import Pair, Stencil, aligned_stencil, pair
+from ..geometry import LARGEST, Pair, Stencil, aligned_stencil, pair, whole
 from ..grid import PatchGrid
 from ..ops import pool as ops
 from ..packing import check_packed
@@ -40,7 +40,8 @@ def patch_max_pool2d(
         ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if the stencil does not map patches to patches, or the backend is unknown.
+        ValueError: if the stencil does not map patches to patches, a number is out of range, or the backend is unknown.
+        TypeError: if ``packed`` is of no float dtype, or a number is not an int.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
@@ -73,7 +74,7 @@ def patch_avg_pool2d(
         kernel_size: pixels.
         stride: pixels; None is the kernel size. It must divide the patch.
         padding: pixels around the image.
-        ceil_mode: accepted where it changes nothing.
+        ceil_mode: taken where it changes nothing.
         count_include_pad: whether pixels of the padding count; those of inactive patches always do.
         divisor_override: what the sum is divided by; None is the number of pixels.
         backend: ``"auto"`` or the name of an engine; the body in ``gather`` serves for all, as no other has one.
@@ -82,7 +83,8 @@ def patch_avg_pool2d(
         ``(N, C, ph / stride, pw / stride)`` in channels_last memory.
 
     Raises:
-        ValueError: if the stencil does not map patches to patches, or the backend is unknown.
+        ValueError: if the stencil does not map patches to patches, a number is out of range, or the backend is unknown.
+        TypeError: if ``packed`` is of no float dtype, or a number is not an int.
         RuntimeError: if a named backend cannot run, with its reason.
 
     Equivalent to::
@@ -90,8 +92,10 @@ def patch_avg_pool2d(
         dense = F.avg_pool2d(unpack(packed, grid), kernel_size, stride, padding, False, count_include_pad, divisor)
         y = pack(dense, grid)
     """
-    stencil = avg_pool2d_stencil(packed, grid, kernel_size, stride, padding)
-    divisor = divisor_override or stencil.taps
+    stencil = avg_pool2d_stencil(packed, grid, kernel_size, stride, padding, ceil_mode)
+    divisor = stencil.taps if divisor_override is None else whole(divisor_override, "divisor_override")
+    if not 0 < divisor <= LARGEST:
+        raise ValueError(f"divisor_override must be None or a positive int32, got {divisor_override}")
     if stencil.local:
         choose(local_pool_call("local_avg_pool2d", packed, stencil), backend)
         return gather.local_avg_pool2d(packed, stencil, divisor)
@@ -119,10 +123,12 @@ def max_pool2d_stencil(
 
 
 def avg_pool2d_stencil(
-    packed: Tensor, grid: PatchGrid, kernel_size: Pair, stride: Pair | None, padding: Pair
+    packed: Tensor, grid: PatchGrid, kernel_size: Pair, stride: Pair | None, padding: Pair, ceil_mode: bool
 ) -> Stencil:
     """Check the arguments of :func:`patch_avg_pool2d` and return the stencil."""
     check_packed(packed, grid)
+    if ceil_mode:  # must map patches to patches both ways: then the last stencil is the same
+        _stencil(packed, kernel_size, stride, padding, 1, "patch_avg_pool2d", True)
     return _stencil(packed, kernel_size, stride, padding, 1, "patch_avg_pool2d", False)
 
 

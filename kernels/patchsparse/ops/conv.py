@@ -12,6 +12,7 @@ from torch import Tensor
 from ..backends import BOTH_GRADIENTS_AT_ONCE, requested
 from ..layout import packed_empty, packed_output
 from .calls import Ints, body, call_on, conv_call, stencil_of
+from .operands import check_like, check_packed, check_weight
 from .operator import operator
 
 __all__ = ["conv2d", "conv2d_dgrad", "conv2d_gradients", "conv2d_wgrad"]
@@ -31,6 +32,8 @@ def conv2d(
     backend: str,
 ) -> Tensor:
     """Convolve packed ``x`` ``(N, C_in, ph, pw)`` with ``weight`` ``(C_out, C_in / groups, kh, kw)``."""
+    check_packed(x, slot, coords)
+    check_weight(x, weight, bias, groups)
     stencil = stencil_of(weight.shape[2:], stride, padding, dilation)
     chosen = body(conv_call("conv2d", x, weight, stencil, groups), backend)
     return packed_output(chosen.conv2d(x, weight, bias, slot, coords, stencil, groups))
@@ -54,6 +57,8 @@ def conv2d_dgrad(
     backend: str,
 ) -> Tensor:
     """Return the input gradient of :func:`conv2d`, which is also the transposed convolution of ``grad``."""
+    check_packed(grad, slot, coords)
+    check_weight(grad, weight, None, groups, transposed=True)
     stencil = stencil_of(weight.shape[2:], stride, padding, dilation)
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     channels = (weight.shape[1] * groups, weight.shape[0])
@@ -81,9 +86,12 @@ def conv2d_wgrad(
     backend: str,
 ) -> Tensor:
     """Return the weight gradient of :func:`conv2d` in channels_last memory."""
+    check_packed(x, slot, coords)
+    check_packed(grad, slot, coords)
     stencil = stencil_of(kernel, stride, padding, dilation)
     channels = (x.shape[1], grad.shape[1])
     chosen = body(call_on("conv2d_wgrad", x, x.shape[2:], channels, stencil, groups), backend)
+    check_like(x, grad, "grad", stencil.output_size((x.shape[2], x.shape[3])), channels[1])
     return packed_output(chosen.conv2d_wgrad(x, grad, slot, coords, stencil, groups))
 
 
@@ -106,8 +114,11 @@ def conv2d_gradients(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return what :func:`conv2d_dgrad` and :func:`conv2d_wgrad` return."""
+    check_packed(x, slot, coords)
+    check_weight(x, weight, None, groups)
     stencil = stencil_of(weight.shape[2:], stride, padding, dilation)
     chosen = body(conv_call("conv2d_gradients", x, weight, stencil, groups), backend)
+    check_like(x, grad, "grad", stencil.output_size((x.shape[2], x.shape[3])), weight.shape[0])
     grad_x, grad_weight = chosen.conv2d_gradients(grad, x, weight, slot, coords, stencil, groups)
     return packed_output(grad_x), packed_output(grad_weight)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layout import gather_patches, packed_empty, packed_output, scatter_patches
+from .operands import check_fill, check_image, check_packed
 from .operator import operator
 
 __all__ = ["pack", "unpack"]
@@ -14,6 +15,7 @@ __all__ = ["pack", "unpack"]
 @operator("patchsparse::pack")
 def pack(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:
     """Return the active patches of ``image`` ``(B, C, H, W)``."""
+    check_image(image, slot, coords)
     return packed_output(gather_patches(image, slot, coords))
 
 
@@ -26,6 +28,8 @@ def _(image, slot, coords):
 @operator("patchsparse::unpack")
 def unpack(packed: Tensor, fill: Tensor | None, slot: Tensor, coords: Tensor) -> Tensor:
     """Return the image with ``fill`` ``(C,)`` or 0 at inactive patches."""
+    check_packed(packed, slot, coords)
+    check_fill(packed, fill)
     return packed_output(scatter_patches(packed, slot, coords, fill))
 
 

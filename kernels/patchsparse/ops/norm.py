@@ -8,6 +8,7 @@ from torch import Tensor
 from ..layout import packed_empty, packed_output
 from ..precision import sum_dtype
 from .calls import body, norm_call
+from .operands import check_same, check_vectors
 from .operator import operator
 
 __all__ = ["batch_norm_act", "batch_norm_act_grad"]
@@ -27,6 +28,8 @@ def batch_norm_act(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result and the mean and biased variance used, those of ``x`` unless given."""
+    check_vectors(x, weight=weight, bias=bias, mean=mean, var=var)
+    check_same(x, residual=residual)
     chosen = body(norm_call("batch_norm_act", x, x.shape[0]), backend)
     y, *used = chosen.batch_norm_act(x, residual, weight, bias, mean, var, eps, activation, slope)
     return packed_output(y), *used
@@ -53,6 +56,8 @@ def batch_norm_act_grad(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients at x, residual (None without one), weight and bias (both as the statistics' type)."""
+    check_vectors(x, weight=weight, bias=bias, mean=mean, var=var)
+    check_same(x, grad=grad, residual=residual)
     chosen = body(norm_call("batch_norm_act_grad", x, x.shape[0]), backend)
     options = (eps, activation, slope, batch)
     gx, gr, gw, gb = chosen.batch_norm_act_grad(grad, x, residual, weight, bias, mean, var, *options)

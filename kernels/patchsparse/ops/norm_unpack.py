@@ -8,6 +8,7 @@ from torch import Tensor
 from ..layout import packed_empty, packed_output
 from ..precision import sum_dtype
 from .calls import body, norm_call
+from .operands import check_image, check_packed, check_vectors
 from .operator import operator
 
 __all__ = ["batch_norm_unpack", "batch_norm_unpack_grad"]
@@ -27,6 +28,8 @@ def batch_norm_unpack(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the images and the mean and biased variance used, those of ``x`` unless given."""
+    check_packed(x, slot, coords)
+    check_vectors(x, fill=fill, weight=weight, bias=bias, mean=mean, var=var)
     chosen = body(norm_call("batch_norm_unpack", x, slot.numel()), backend)
     image, *used = chosen.batch_norm_unpack(x, fill, weight, bias, mean, var, slot, coords, eps)
     return packed_output(image), *used
@@ -53,6 +56,9 @@ def batch_norm_unpack_grad(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients at x, weight, bias and fill; all but the first in the statistics' type."""
+    check_packed(x, slot, coords)
+    check_image(grad, slot, coords)
+    check_vectors(x, weight=weight, mean=mean, var=var)
     chosen = body(norm_call("batch_norm_unpack_grad", x, slot.numel()), backend)
     gx, gw, gb, gf = chosen.batch_norm_unpack_grad(grad, x, weight, mean, var, slot, coords, eps, batch)
     return packed_output(gx), gw, gb, gf

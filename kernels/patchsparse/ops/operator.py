@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.library import custom_op, infer_schema
 
 from ..eager import PLAIN, is_traced, is_transformed
+from .operands import one_device
 
 __all__ = ["Operator", "operator"]
 _NO_TENSOR = (type(None), bool, int, float, str, tuple, list)  # which need not be asked whether they are one
@@ -55,7 +56,12 @@ class Operator:
 
     def shape(self, function: Callable[..., Any]) -> None:
         """Take the function that returns results without values: their shapes, dtypes and strides."""
-        self._definition.register_fake(function)
+
+        def on_one_device(*arguments: Any) -> Any:
+            one_device(arguments)
+            return function(*arguments)
+
+        self._definition.register_fake(on_one_device)
 
     def differentiable(self, context: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Take what `torch.autograd.Function` calls ``setup_context`` and ``backward``; both ways use them."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layout import packed_empty, packed_output
 from .calls import Ints, body, pool_call, stencil_of
+from .operands import check_packed, check_taps
 from .operator import operator
 
 __all__ = ["avg_pool2d", "avg_pool2d_grad", "max_pool2d", "max_pool2d_grad"]
@@ -24,6 +25,7 @@ def max_pool2d(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the maximum over each stencil of packed ``x`` and the winning tap (uint8)."""
+    check_packed(x, slot, coords)
     stencil = stencil_of(kernel, stride, padding, dilation)
     chosen = body(pool_call("max_pool2d", x, x.shape[2:], stencil), backend)
     pooled, tap = chosen.max_pool2d(x, slot, coords, stencil)
@@ -49,6 +51,8 @@ def max_pool2d_grad(
     backend: str,
 ) -> Tensor:
     """Return the input gradient of :func:`max_pool2d`."""
+    check_packed(grad, slot, coords)
+    check_taps(grad, tap, kernel[0] * kernel[1])
     stencil = stencil_of(kernel, stride, padding, dilation)
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     chosen = body(pool_call("max_pool2d_grad", grad, size, stencil), backend)
@@ -73,6 +77,7 @@ def avg_pool2d(
     backend: str,
 ) -> Tensor:
     """Return the sum over each stencil by ``divisor``, or by its pixels in the image without ``count_include_pad``."""
+    check_packed(x, slot, coords)
     stencil = stencil_of(kernel, stride, padding, (1, 1))
     chosen = body(pool_call("avg_pool2d", x, x.shape[2:], stencil), backend)
     return packed_output(chosen.avg_pool2d(x, slot, coords, stencil, divisor, count_include_pad))
@@ -96,6 +101,7 @@ def avg_pool2d_grad(
     backend: str,
 ) -> Tensor:
     """Return the input gradient of :func:`avg_pool2d`, its adjoint."""
+    check_packed(grad, slot, coords)
     stencil = stencil_of(kernel, stride, padding, (1, 1))
     size = (grad.shape[2] * stride[0], grad.shape[3] * stride[1])
     chosen = body(pool_call("avg_pool2d_grad", grad, size, stencil), backend)

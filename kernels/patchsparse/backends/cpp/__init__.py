@@ -55,7 +55,8 @@ def _how(x: Tensor) -> tuple[int, int, int]:
 
 def _compute(x: Tensor, groups: int) -> Tensor:
     """Return ``x`` packed, and widened where the engine has no kernel for its dtype."""
-    return packed_like(x) if groups == 1 and multiplies_bfloat16() else _widened(x)
+    as_it_is = x.dtype != torch.bfloat16 or (groups == 1 and multiplies_bfloat16())
+    return packed_like(x) if as_it_is else _widened(x)
 
 
 def _parameters(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +65,9 @@ def _parameters(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> 
     bfloat16 weights stay as they are, but for depthwise ones: they are widened while they are packed. A bias stays
     where the processor multiplies bfloat16 itself.
     """
-    sums = x.dtype if multiplies_bfloat16() or x.dtype != torch.bfloat16 else torch.float32
+    if x.dtype != torch.bfloat16 and weight.dtype == x.dtype:
+        return weight, None if bias is None else bias.contiguous()
+    sums = x.dtype if x.dtype != torch.bfloat16 or multiplies_bfloat16() else torch.float32
     narrow = groups == 1 and weight.dtype == torch.bfloat16
     return weight if narrow else weight.to(sums), None if bias is None else bias.to(sums).contiguous()
 
