@@ -16,12 +16,14 @@ from typing import Any
 from spatspark_fast.common.errors import UserError, WriteError, remedy
 
 __all__ = [
+    "LOCK",
     "atomic_path",
     "check_file",
     "check_folder",
     "load_plain",
-    "make_folder",
     "package_versions",
+    "usable",
+    "used",
     "writing",
 ]
 
@@ -128,12 +130,13 @@ def check_file(option: str, path: Path, overwrite: bool) -> None:
     Raises:
         UserError: it is a folder, lies in a folder that does not exist, or exists and ``overwrite`` is not asked for.
     """
-    if path.is_dir():
-        raise UserError(f"--{option} {path} is a folder; name a file in it")
-    if path.exists() and not overwrite:
-        raise UserError(f"--{option} {path} exists already; give another name or --overwrite")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"--{option} {path}: the folder {path.parent} does not exist")
+    with usable(option, path):
+        if path.is_dir():
+            raise UserError(f"--{option} {path} is a folder; name a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(f"--{option} {path} exists already; give another name or --overwrite")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"--{option} {path}: the folder {path.parent} does not exist")
 
 
 def check_folder(out: Path, overwrite: bool) -> None:
@@ -142,23 +145,38 @@ def check_folder(out: Path, overwrite: bool) -> None:
     Raises:
         UserError: it is a file, cannot be written, or holds something and ``overwrite`` is not asked for.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--out {out} cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--out {out} cannot be written: no permission in {existing}")
-    if out.is_dir() and not overwrite and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty: choose another folder, or --overwrite")
+    with usable("out", out):
+        existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            file = existing.samefile(out) if out.exists() else False
+            raise UserError(f"--out {out} is a file; name a folder" if file else f"--out {out}: {existing} is a file")
+        if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"--out {out} cannot be written: no permission in {existing}")
+        if not overwrite and used(out):
+            raise UserError(f"--out {out} is not empty: choose another folder, or --overwrite")
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder; raise `UserError` where the system does not let us."""
+@contextlib.contextmanager
+def usable(option: str, path: Path) -> Iterator[None]:
+    """Turn what the system says against the name of a file or folder into a sentence."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {_reason(error)}") from error
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = _reason(error) if isinstance(error, OSError) else "it is no text that the system can write"
+        raise UserError(f"--{option} {str(path)[:80]!r} cannot be used: {reason}") from error
+    except ValueError as error:
+        if isinstance(error, UserError) or "null" not in str(error):
+            raise
+        raise UserError(f"--{option} {str(path)[:80]!r} cannot be used: {error}") from error
+
+
+LOCK = ".lock"  # the file in a folder that its owner holds
+
+
+def used(folder: Path) -> bool:
+    """Tell whether a folder holds anything but a lock and what a killed process left half written."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return any(name != LOCK and not (name.startswith(".") and name.endswith(".tmp")) for name in names)
 
 
 def load_plain(path: Path, makers: str) -> Any:

@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import writing
+from spatspark_fast.common.files import LOCK, check_folder, writing
 
-__all__ = ["LOCK", "lock", "owned", "used"]
-
-LOCK = ".lock"  # name of the file in a folder that its owner holds
+__all__ = ["lock", "owned", "results_folder", "same_file"]
 
 _held: set[int] = set()
 
@@ -47,10 +45,17 @@ def owned(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def used(folder: Path) -> bool:
-    """Tell whether a folder holds anything but the lock and the rests of an owner that was killed."""
-    rest = (path.name for path in folder.iterdir()) if folder.exists() else ()
-    return any(name != LOCK and not (name.startswith(".") and name.endswith(".tmp")) for name in rest)
+@contextlib.contextmanager
+def results_folder(out: Path, overwrite: bool) -> Iterator[None]:
+    """Own the folder that results are written to in the block; see `check_folder` and `owned`.
+
+    Raises:
+        UserError: it cannot be written, another process owns it, or it holds something without ``overwrite``.
+    """
+    check_folder(out, overwrite)
+    with owned(out):
+        check_folder(out, overwrite)  # another process may have written there
+        yield
 
 
 def _taken(folder: Path, path: Path) -> int:

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser, Namespace
 from spatspark_fast import __version__
 from spatspark_fast.common.cli import command_parser, run_command
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import check_folder, make_folder
+from spatspark_fast.common.locks import results_folder
 from spatspark_fast.common.options import need
 from spatspark_fast.common.progress import track
 from spatspark_fast.forecast.baselines import BASELINES_HELP, Baseline, load_baselines
@@ -47,17 +47,16 @@ def evaluate(argv: Sequence[str]) -> None:
     if not checkpoints and not options.baselines:
         raise UserError("nothing to score: give a --checkpoint of finetune, or --baselines persistence")
     out = Path(options.out)
-    check_folder(out, options.overwrite)
-    settings, predictors, windows = _load(options, checkpoints)
-    from spatspark_fast.evaluate.scoring import evaluate_predictors, spread
+    with results_folder(out, options.overwrite):
+        settings, predictors, windows = _load(options, checkpoints)
+        from spatspark_fast.evaluate.scoring import evaluate_predictors, spread
 
-    keep = spread(len(windows), options.panels) if options.panels else []
-    if settings.max_windows:
-        chosen = spread(len(windows), settings.max_windows)
-        keep = [chosen[i] for i in spread(len(chosen), options.panels)] if options.panels else []
-    evaluation = evaluate_predictors(predictors, windows, settings, keep, track)
-    make_folder(out)
-    _write(out, options, settings, checkpoints, windows, evaluation)
+        keep = spread(len(windows), options.panels) if options.panels else []
+        if settings.max_windows:
+            chosen = spread(len(windows), settings.max_windows)
+            keep = [chosen[i] for i in spread(len(chosen), options.panels)] if options.panels else []
+        evaluation = evaluate_predictors(predictors, windows, settings, keep, track)
+        _write(out, options, settings, checkpoints, windows, evaluation)
 
 
 def _parser() -> ArgumentParser:

@@ -18,7 +18,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from spatspark_fast.common.cli import command_parser, run_command, underscored
 from spatspark_fast.common.errors import RunStopped, UserError
-from spatspark_fast.common.files import atomic_path, make_folder, package_versions
+from spatspark_fast.common.files import atomic_path, check_folder, package_versions, used
+from spatspark_fast.common.locks import owned
 from spatspark_fast.common.options import need
 from spatspark_fast.experiments.tables import Results, markdown
 from spatspark_fast.finetune.cli import parse_finetune
@@ -56,10 +57,18 @@ def experiments(argv: Sequence[str]) -> None:
     arms, pairs = arms_of(options)
     out, data = Path(options.out), Path(options.data.path)
     plan = _plan(options)
-    _check(options, out, data, plan, arms)
-    make_folder(out)
-    with atomic_path(out / "experiment.json") as temporary:
-        temporary.write_text(json.dumps(plan, indent=1) + "\n")
+    check_folder(out, overwrite=True)
+    with owned(out):
+        _check(options, out, data, plan, arms)
+        with atomic_path(out / "experiment.json") as temporary:
+            temporary.write_text(json.dumps(plan, indent=1) + "\n")
+        _run(options, out, data, plan, arms, pairs)
+
+
+def _run(
+    options: Namespace, out: Path, data: Path, plan: dict[str, Any], arms: list[Arm], pairs: list[tuple[str, str]]
+) -> None:
+    """Train and score what is missing; write the table after every run."""
     results: Results = {}
     for name, scores in _baselines(options, data).items():
         results[name] = {"-": scores}
@@ -146,9 +155,7 @@ def _check(options: Namespace, out: Path, data: Path, plan: dict[str, Any], arms
     for arm in arms:
         _check_arm(options, data, arm)
     note = out / "experiment.json"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if not note.exists() and out.exists() and any(out.iterdir()):
+    if not note.exists() and used(out):
         raise UserError(f"--out {out} is not empty and holds no experiment: choose another folder")
     if note.exists() and _read_json(note) != plan:
         raise UserError(

@@ -5,6 +5,7 @@ No targets are needed. Reads an NL-50 file or a folder of raw radar files; write
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from spatspark_fast.common.cli import command_parser, run_command
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import check_file, check_folder, make_folder
+from spatspark_fast.common.files import check_file
+from spatspark_fast.common.locks import results_folder
 from spatspark_fast.common.options import need
 
 if TYPE_CHECKING:
@@ -42,8 +44,14 @@ def forecast(argv: Sequence[str]) -> None:
         raise UserError("--out is missing: name the folder for the forecasts")
     if options.export is not None:
         check_file("export", Path(options.export), options.overwrite)
-    if options.data.path is not None:
-        check_folder(Path(options.out), options.overwrite)
+    with contextlib.ExitStack() as stack:
+        if options.data.path is not None:
+            stack.enter_context(results_folder(Path(options.out), options.overwrite))
+        _work(options)
+
+
+def _work(options: Namespace) -> None:
+    """Load the model, then forecast or export."""
     from spatspark_fast.forecast.predictors import choose_device, load_predictor, split_name
     from spatspark_fast.forecast.tiling import check_tile
     from spatspark_fast.models.forecaster import LONGEST
@@ -136,7 +144,6 @@ def _forecast_all(options: Namespace, predictor: ModelPredictor) -> None:
     made = 0
     for start in read_starts(path, predictor.in_length, selection):
         result = make_forecast(predictor, start, steps)
-        make_folder(out)
         names = _write(out, result, pictures)
         made += 1
         sys.stdout.write(f"{_summary(result)}: wrote {', '.join(names)}\n")

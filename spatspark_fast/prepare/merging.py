@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import atomic_path
 from spatspark_fast.data.synthetic import SyntheticRadar
+from spatspark_fast.prepare.output import hdf5_output
 
 __all__ = ["merge_files"]
 
@@ -34,13 +34,14 @@ def merge_files(
     """
     if synthetic < 0:
         raise UserError(f"--data.synthetic_windows is {synthetic}: give a number of at least 0")
-    with atomic_path(out) as part, h5py.File(part, "w") as target:
+    with hdf5_output(out) as (target, below):
         attributes: dict[str, Any] = {}
         for path in files:
             with _opened(path) as source:
                 attributes = attributes or dict(source.attrs)
                 _check_scale(source, path, attributes)
                 _append(source, "train", target, "train", path)
+            below.check()  # a full disk is told early
         _append_synthetic(target, synthetic, seed, attributes["scale_mm_per_5min"])
         last = test or files[0]
         with _opened(last) as source:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import zlib
 from collections import deque
 from collections.abc import Mapping
@@ -15,10 +15,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.radar.timestamps import format_timestamp
 from spatspark_fast.prepare.cutter import Window
-from spatspark_fast.prepare.output import OutputFile
+from spatspark_fast.prepare.output import hdf5_output
 
 __all__ = ["SPLITS", "NL50Writer"]
 
@@ -45,15 +44,13 @@ class NL50Writer:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], scale: float, threads: int = 1) -> None:
-        self._path = path
-        self._part = path.with_name(path.name + ".part")
         self._scale = scale
         self._count: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self._data: dict[tuple[str, str], h5py.Dataset] = {}
         self._waiting: deque[Future[_Chunks]] = deque()
         self._limit = 2 * max(1, threads)
-        self._output = OutputFile(self._part)
-        self._file = h5py.File(self._output, "w")
+        self._stack = contextlib.ExitStack()
+        self._file, self._output = self._stack.enter_context(hdf5_output(path))
         self._pool = ThreadPoolExecutor(max(1, threads))
         for split in SPLITS:
             self._create(split, shape)
@@ -64,24 +61,13 @@ class NL50Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        complete = False
-        try:
+        with self._stack:  # what is raised here throws the file away
             try:
-                if kind is None:
-                    self._write_until(0)
+                if error is not None:
+                    raise error
+                self._write_until(0)
             finally:
-                self._file.close()
-            self._output.sync()
-            self._check()
-            complete = kind is None
-        finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            # Renamed or thrown away before it is closed, which gives up the lock.
-            if complete:
-                os.replace(self._part, self._path)
-            else:
-                self._part.unlink(missing_ok=True)
-            self._output.close()
+                self._pool.shutdown(wait=True, cancel_futures=True)
 
     def add(self, window: Window) -> None:
         """Append a window to its split."""
@@ -134,8 +120,4 @@ class NL50Writer:
             chunks = self._waiting.popleft().result()
             for name, content in (("images", chunks.images), ("valid", chunks.valid)):
                 self._data[chunks.split, name].id.write_direct_chunk((chunks.position, 0, 0, 0), content)
-            self._check()
-
-    def _check(self) -> None:
-        if self._output.error is not None:
-            raise UserError(f"cannot write {self._part}: {self._output.error.strerror}")
+            self._output.check()

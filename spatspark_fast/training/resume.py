@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spatspark_fast.common.errors import UserError, WriteError
+from spatspark_fast.common.files import check_folder
 from spatspark_fast.common.locks import owned
 from spatspark_fast.common.options import differences, from_plain, groups_of, to_plain
 from spatspark_fast.training.command import Request, TrainingCommand, parse_training
@@ -31,7 +32,7 @@ def begin(command: TrainingCommand[Any], argv: Sequence[str]) -> Iterator[tuple[
     writes = _is_first_process() and len(words) == len(argv)
     with contextlib.ExitStack() as stack:
         if writes:
-            run.check_folder()
+            check_folder(run.root, overwrite=True)
             stack.enter_context(owned(run.root))
         checkpoint = _checkpoint_of(request, run)
         inside = checkpoint is None or checkpoint.absolute().parent == run.checkpoints.absolute()

@@ -15,7 +15,6 @@
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -27,8 +26,7 @@ from typing import Any
 import yaml
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.files import atomic_path, package_versions, writing
-from spatspark_fast.common.locks import used
+from spatspark_fast.common.files import atomic_path, package_versions, used, writing
 
 __all__ = ["RunDirectory"]
 
@@ -49,14 +47,6 @@ class RunDirectory:
         self.forecast = root / "forecast.png"
         self.encoder = root / "encoder.safetensors"
         self.tensorboard = root / "tensorboard"
-
-    def check_folder(self) -> None:
-        """Check that the folder can be written to; raise `UserError` naming the path and the remedy."""
-        existing = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
-        if not existing.is_dir():
-            raise UserError(f"--out {self.root} cannot be made: {existing} is a file")
-        if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-            raise UserError(f"--out {self.root} cannot be written: no permission in {existing}")
 
     def check_unused(self) -> None:
         """Check that the folder holds nothing; raise `UserError` naming the path and the remedy."""

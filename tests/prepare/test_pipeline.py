@@ -300,7 +300,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
             [sys.executable, "-c", LIMITED, str(limit), *argv], capture_output=True, text=True, check=False
         )
         assert done.returncode == 2, done.stderr
-        assert "out.h5.part: File too large" in done.stderr
+        assert "out.h5.part: File too large; raise the limit" in done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
