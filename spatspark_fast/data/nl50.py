@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from torch.utils.data import Dataset, get_worker_info
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.augment import Augmentation
+from spatspark_fast.data.hdf5 import BROKEN, open_hdf5, read_row, why
+from spatspark_fast.data.layout import find_split, read_attributes
 from spatspark_fast.data.radar.timestamps import parse_timestamp
 
 __all__ = ["NowcastDataset"]
 
 _logger = logging.getLogger(__name__)
+
+LARGEST_DEPTH = 1000.0  # mm in 5 minutes, five times what the heaviest minute ever measured (38 mm) would make
+LONGEST_INTERVAL = 24 * 60  # minutes
 
 
 class NowcastDataset(Dataset[dict[str, Any]]):
@@ -38,9 +44,9 @@ class NowcastDataset(Dataset[dict[str, Any]]):
     pickled.
 
     Raises:
-        UserError: the file is missing, truncated or not HDF5, has no such split or no windows in it, or its
-            windows are too short or too small; and, when it is read, a window that holds NaN, infinite or
-            negative values or cannot be decompressed.
+        UserError: the file is missing, truncated, locked or not HDF5, has no such split or no windows in it, is not
+            in the layout (see `find_split`), or its windows are too short or too small; and, when it is read, a
+            window that cannot be unpacked or holds NaN, infinite, negative values, or more rain than there can be.
     """
 
     def __init__(
@@ -64,11 +70,12 @@ class NowcastDataset(Dataset[dict[str, Any]]):
         self._worker_epoch: int | None = None
         self._file: h5py.File | None = None
         self._pid = -1
-        with _open(self.path) as file:
-            images = _images(file, self.path, split)
-            self._length, frames, height, width = (int(length) for length in images.shape)
+        with open_hdf5(self.path) as file:
+            found = find_split(file, self.path, split)
+            self._length, frames, height, width = (int(length) for length in found.images.shape)
             self._stored_frames = frames
-            self.attributes = {name: _plain(value) for name, value in file.attrs.items()}
+            self._has = {"valid": found.valid is not None, "timestamps": found.timestamps is not None}
+            self.attributes = read_attributes(file, self.path)
         self.stored_size = (height, width)
         self.input_length = input_length
         self.output_length = frames - input_length if output_length is None else output_length
@@ -78,6 +85,7 @@ class NowcastDataset(Dataset[dict[str, Any]]):
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
         self.scale = self._read_scale()
+        self.interval_minutes = self._read_interval()
 
     def __len__(self) -> int:
         return self._length
@@ -124,8 +132,7 @@ class NowcastDataset(Dataset[dict[str, Any]]):
 
     def timestamps(self, index: int) -> list[str]:
         """Return the times of all frames of a window as the file spells them; empty if it has none."""
-        group = self._opened()[self.split]
-        if not isinstance(group, h5py.Group) or not isinstance(group.get("timestamps"), h5py.Dataset):
+        if not self._has["timestamps"]:
             return []
         stamps = self._read("timestamps", self._checked(index)).reshape(-1)
         return [stamp.decode(errors="replace") if isinstance(stamp, bytes) else str(stamp) for stamp in stamps]
@@ -138,13 +145,13 @@ class NowcastDataset(Dataset[dict[str, Any]]):
         """Return ``(T, H, W)`` bool, False where the radar gave no data; True if the file does not say."""
         index = self._checked(index)
         if self.has_valid:
-            return self._read("valid", index).astype(np.bool_, copy=False)
+            return self._read("valid", index) != 0
         return np.ones((self._stored_frames, *self.stored_size), dtype=np.bool_)
 
     @property
     def has_valid(self) -> bool:
         """Tell whether the file says where the radar gave no data."""
-        return "valid" in self._opened()[self.split]  # pyright: ignore[reportOperatorIssue]
+        return self._has["valid"]
 
     def close(self) -> None:
         """Close the file; the next access opens it again."""
@@ -165,21 +172,21 @@ class NowcastDataset(Dataset[dict[str, Any]]):
         if self._file is None or self._pid != os.getpid():
             # A handle that came with a fork shares the parent's place in the file.
             self.close()
-            self._file, self._pid = _open(self.path), os.getpid()
+            self._file, self._pid = open_hdf5(self.path), os.getpid()
         return self._file
 
     def _read(self, name: str, index: int, frames: int | None = None) -> np.ndarray:
-        dataset: Any = self._opened()[f"{self.split}/{name}"]
+        where = f"{self.path}, {self.split} window {index}: {name}"
+        file = self._opened()
         try:
-            return dataset[index] if frames is None else dataset[index, :frames]
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{self.path}, {self.split} window {index}: {name} cannot be read ({error}); "
-                f"the file is damaged, prepare or download it again"
-            ) from error
+            dataset: Any = file[f"{self.split}/{name}"]
+        except BROKEN as error:
+            raise UserError(f"{where} {why(error)}") from error
+        return read_row(dataset, index, where, frames)
 
     def _frames(self, index: int, total: int) -> np.ndarray:
-        window = self._read("images", index, total).astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # numbers of 64 bits that become infinite are found below
+            window = self._read("images", index, total).astype(np.float32, copy=False)
         self._check_values(window, index)
         return window
 
@@ -187,10 +194,15 @@ class NowcastDataset(Dataset[dict[str, Any]]):
         if window.size == 0:
             return
         # NaN compares false, so this finds it too.
-        if window.min() >= 0 and window.max() < np.inf:
+        least, most = float(window.min()), float(window.max())
+        if least >= 0 and most * self.scale <= LARGEST_DEPTH:
             return
-        what = "negative values" if np.isfinite(window).all() else "values that are not finite (NaN or Inf)"
-        raise UserError(f"{self.path}, {self.split} window {index} holds {what}; prepare the file again")
+        what = f"up to {most * self.scale:g} mm of rain in 5 minutes; divide data by scale_mm_per_5min, or correct that"
+        if not np.isfinite(window).all():
+            what = "values that are not finite (NaN or Inf); prepare the file again"
+        elif least < 0:
+            what = "negative values; prepare the file again"
+        raise UserError(f"{self.path}, {self.split} window {index} holds {what}")
 
     def _check_lengths(self, frames: int) -> None:
         if self.input_length < 1:
@@ -213,42 +225,16 @@ class NowcastDataset(Dataset[dict[str, Any]]):
                 units.NL50_SCALE,
             )
             return units.NL50_SCALE
-        if not isinstance(scale, int | float) or not 0 < scale < float("inf"):
-            raise UserError(f"{self.path}: attribute scale_mm_per_5min is {scale!r}, not a positive number")
-        return float(scale)
+        try:
+            return units.check_scale(scale)
+        except UserError as error:
+            raise UserError(f"{self.path}: attribute {error}; correct it, or prepare the file again") from None
 
-
-def _open(path: Path) -> h5py.File:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        kind = "truncated" if "truncated" in str(error) else "not a readable HDF5 file"
-        raise UserError(f"{path} is {kind} ({error}); prepare or download it again") from error
-
-
-def _images(file: h5py.File, path: Path, split: str) -> h5py.Dataset:
-    if split not in file:
-        raise UserError(f"{path} has no split {split!r}; it holds {', '.join(file) or 'nothing'}")
-    images = file.get(f"{split}/images")
-    if not isinstance(images, h5py.Dataset):
-        raise UserError(f"{path} has no data set {split}/images, so it is not in the layout of NL-50")
-    if images.ndim != 4 or images.dtype.kind != "f":
+    def _read_interval(self) -> float:
+        minutes = self.attributes.get("interval_minutes", units.FRAME_MINUTES)
+        if isinstance(minutes, int | float) and 0 < minutes <= LONGEST_INTERVAL:
+            return float(minutes)
         raise UserError(
-            f"{path}: {split}/images is {images.dtype} of shape {images.shape}, not floating point of shape "
-            f"(windows, frames, height, width); python -m spatspark_fast.prepare makes such files"
+            f"{self.path}: attribute interval_minutes is {reprlib.repr(minutes)}, no number of minutes between frames; "
+            "correct it, or prepare the file again"
         )
-    if images.shape[0] == 0:
-        raise UserError(f"{path}: split {split!r} is empty; prepare it with more data or another --test_fraction")
-    return images
-
-
-def _plain(value: object) -> str | int | float | object:
-    """Turn what h5py gives for an attribute into a plain Python value."""
-    array = np.asarray(value)
-    if array.size != 1:
-        return array.tolist()
-    item = array.reshape(-1)[0]
-    item = item.item() if isinstance(item, np.generic) else item
-    return item.decode(errors="replace") if isinstance(item, bytes) else item

@@ -10,6 +10,9 @@ import h5py
 import numpy as np
 
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.units import check_scale
+from spatspark_fast.data.hdf5 import member, open_hdf5, read_row, write_attributes
+from spatspark_fast.data.layout import find_split, read_attributes
 from spatspark_fast.data.synthetic import SyntheticRadar
 from spatspark_fast.prepare.output import hdf5_output
 
@@ -37,66 +40,55 @@ def merge_files(
     with hdf5_output(out) as (target, below):
         attributes: dict[str, Any] = {}
         for path in files:
-            with _opened(path) as source:
-                attributes = attributes or dict(source.attrs)
-                _check_scale(source, path, attributes)
+            with open_hdf5(path) as source:
+                found = read_attributes(source, path)
+                attributes = attributes or found
+                _check_scale(found, path, attributes)
                 _append(source, "train", target, "train", path)
             below.check()  # a full disk is told early
         _append_synthetic(target, synthetic, seed, attributes["scale_mm_per_5min"])
         last = test or files[0]
-        with _opened(last) as source:
-            _check_scale(source, last, attributes)
-            own = len(_dataset(source, "test/images", last)) if "test" in source else 0
+        with open_hdf5(last) as source:
+            _check_scale(read_attributes(source, last), last, attributes)
+            images = member(source, last, "test/images")
+            own = images.shape[0] if isinstance(images, h5py.Dataset) and images.shape else 0
             if not own and last.resolve() in {path.resolve() for path in files}:
                 raise UserError(f"{last} has no test windows, and its training windows are trained on")
             _append(source, "test" if own else "train", target, "test", last)
         names = [path.name for path in files] + ([f"{synthetic} synthetic"] if synthetic else [])
-        target.attrs.update(attributes | {"merged_from": ", ".join(names)})
+        write_attributes(target, attributes | {"merged_from": ", ".join(names)})
         return {split: len(cast(h5py.Dataset, target[f"{split}/images"])) for split in ("train", "test")}
 
 
-def _opened(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _dataset(source: h5py.File, name: str, path: Path) -> h5py.Dataset:
-    found = source.get(name)
-    if not isinstance(found, h5py.Dataset):
-        raise UserError(f"{path} has no {name}: merge files that prepare has written")
-    return found
-
-
-def _check_scale(source: h5py.File, path: Path, attributes: dict[str, Any]) -> None:
-    scales = source.attrs.get("scale_mm_per_5min"), attributes.get("scale_mm_per_5min")
-    if scales[0] is None:
+def _check_scale(found: dict[str, Any], path: Path, attributes: dict[str, Any]) -> None:
+    scale, first = found.get("scale_mm_per_5min"), attributes.get("scale_mm_per_5min")
+    if scale is None:
         raise UserError(f"{path} has no attribute scale_mm_per_5min: merge files that prepare has written")
-    if scales[0] != scales[1]:
-        raise UserError(f"{path} has scale {scales[0]}, not {scales[1]}: prepare all files with one --scale")
+    try:
+        check_scale(scale)
+    except UserError as error:
+        raise UserError(f"{path}: attribute {error}; merge files that prepare has written") from None
+    if scale != first:
+        raise UserError(f"{path} has scale {scale}, not {first}: prepare all files with one --scale")
 
 
 def _append(source: h5py.File, split: str, target: h5py.File, to: str, path: Path) -> None:
+    found = find_split(source, path, split, empty=True)
     for name in NAMES:
-        windows = _dataset(source, f"{split}/{name}", path)
+        windows: h5py.Dataset | None = getattr(found, name)
+        if windows is None:
+            raise UserError(f"{path} has no {split}/{name}: merge files that prepare has written")
         key, shape = f"{to}/{name}", windows.shape[1:]
         if key not in target:
-            target.create_dataset(key, (0, *shape), windows.dtype, maxshape=(None, *shape), chunks=(1, *shape))
+            options = {"maxshape": (None, *shape), "chunks": (1, *shape), "fletcher32": windows.dtype.kind != "O"}
+            target.create_dataset(key, (0, *shape), windows.dtype, **options)
         written = cast(h5py.Dataset, target[key])
         if written.shape[1:] != shape:
             raise UserError(f"{path} has windows of {shape}, not {written.shape[1:]} frames, rows and columns")
         start = len(written)
         written.resize(start + len(windows), axis=0)
         for index in range(len(windows)):
-            written[start + index] = _read(windows, index, path)
-
-
-def _read(windows: h5py.Dataset, index: int, path: Path) -> np.ndarray:
-    try:
-        return np.asarray(windows[index])
-    except OSError as error:
-        raise UserError(f"{path} is damaged, {windows.name} window {index}: {error}; prepare it again") from error
+            written[start + index] = read_row(windows, index, f"{path}, {split} window {index}: {name}")
 
 
 def _append_synthetic(target: h5py.File, count: int, seed: int, scale: float) -> None:

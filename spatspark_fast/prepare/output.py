@@ -13,6 +13,7 @@ import h5py
 from spatspark_fast.common.errors import UserError, WriteError, remedy
 from spatspark_fast.common.files import writing
 from spatspark_fast.common.locks import lock, same_file
+from spatspark_fast.data.hdf5 import LIBVER
 
 __all__ = ["OutputFile", "hdf5_output"]
 
@@ -31,7 +32,7 @@ def hdf5_output(path: Path) -> Iterator[tuple[h5py.File, OutputFile]]:
     output = OutputFile(part)
     complete = False
     try:
-        with h5py.File(output, "w") as file:
+        with h5py.File(output, "w", libver=LIBVER) as file:
             yield file, output
         output.sync()
         output.check()

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from spatspark_fast.data.hdf5 import write_attributes
 from spatspark_fast.data.radar.timestamps import format_timestamp
 from spatspark_fast.prepare.cutter import Window
 from spatspark_fast.prepare.output import hdf5_output
@@ -82,7 +83,7 @@ class NL50Writer:
 
     def set_attributes(self, attributes: Mapping[str, str | float | int]) -> None:
         """Write attributes of the file."""
-        self._file.attrs.update(attributes)
+        write_attributes(self._file, attributes)
 
     def _create(self, split: str, shape: tuple[int, int, int]) -> None:
         group = self._file.create_group(split)

@@ -115,7 +115,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> N
 def test_augmentation_treats_all_frames_alike_and_loses_nothing(tmp_path: Path) -> None:
     size = (40, 40)
     data = np.arange(np.prod(size), dtype=np.float32).reshape(1, 1, *size) + np.zeros((1, 24, 1, 1), np.float32)
-    path = write(tmp_path / "a.h5", data, scale_mm_per_5min=1.0)
+    path = write(tmp_path / "a.h5", data, scale_mm_per_5min=0.01)
     with h5py.File(path, "a") as file:
         file["train/valid"] = data % 7 > 0
     dataset = NowcastDataset(path, flip=True, quarter_turns=True, include_valid=True)
@@ -133,7 +133,7 @@ def test_augmentation_treats_all_frames_alike_and_loses_nothing(tmp_path: Path) 
 
 def test_crops_reach_every_corner(tmp_path: Path) -> None:
     data = np.arange(36, dtype=np.float32).reshape(1, 1, 6, 6) + np.zeros((1, 24, 1, 1), np.float32)
-    dataset = NowcastDataset(write(tmp_path / "a.h5", data), crop=(4, 5))
+    dataset = NowcastDataset(write(tmp_path / "a.h5", data, scale_mm_per_5min=1.0), crop=(4, 5))
     assert dataset.image_size == (4, 5)
     corners = set()
     for epoch in range(80):

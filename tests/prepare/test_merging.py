@@ -85,8 +85,8 @@ def test_files_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path: Path
         del file["train/valid"]
     h5py.File(empty, "w").close()
     for wrong, words in (
-        (tmp_path / "text.h5", "cannot be read"),
-        (tmp_path / "absent.h5", "cannot be read"),
+        (tmp_path / "text.h5", "is not a readable HDF5 file"),
+        (tmp_path / "absent.h5", "does not exist"),
         (other, "one --scale"),
         (small, "has windows of"),
         (foreign, "has no train/valid"),
@@ -106,7 +106,7 @@ def test_a_damaged_window_is_named(tmp_path: Path) -> None:
         del opened["train/images"]
         packed = opened.create_dataset("train/images", data=images, chunks=(1, *images.shape[1:]), compression="gzip")
         packed.id.write_direct_chunk((1, 0, 0, 0), b"no gzip stream")
-    with pytest.raises(UserError, match=r"a\.h5 is damaged, /train/images window 1"):
+    with pytest.raises(UserError, match=r"a\.h5, train window 1: images cannot be read"):
         merge_files([file], tmp_path / "all.h5")
     assert not (tmp_path / "all.h5").exists()
 

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
+from spatspark_fast.data.layout import read_attributes
 from spatspark_fast.data.parallel import ordered_map
 from spatspark_fast.data.radar.frames import Crop
 from spatspark_fast.data.radar.sources import get_source
@@ -103,7 +104,7 @@ def test_real_windows_are_exactly_those_that_the_rule_keeps(
 
 def test_real_attributes(real: tuple[Path, Report]) -> None:
     with h5py.File(real[0]) as file:
-        attributes: dict[str, Any] = dict(file.attrs)
+        attributes: dict[str, Any] = read_attributes(file, real[0])
     assert attributes["scale_mm_per_5min"] == 47.83
     assert attributes["units"] == "mm per 5 min, divided by scale_mm_per_5min"
     assert attributes["source"] == "knmi"
