@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import h5py
 import yaml
 
 from spatspark_fast.__main__ import main as spatspark
+from spatspark_fast.common.options import groups_of
 from spatspark_fast.finetune.__main__ import main as finetune
+from spatspark_fast.finetune.config import FinetuneConfig
 from spatspark_fast.pretrain.__main__ import main as pretrain
+from spatspark_fast.pretrain.config import PretrainConfig
 
 from ..finetune.runs import SMALL as FINETUNE
 from ..forecast.forecasts import moving_rain, save_checkpoint, write_windows
@@ -134,9 +137,37 @@ ODD_PATHS = [
 ]
 
 
+def _values_of_types() -> dict[str, list[Any]]:
+    """Return values of the right type for each option of a training: choices, numbers, true and false."""
+    found: dict[str, list[Any]] = {}
+    for config in (PretrainConfig, FinetuneConfig):
+        for group, options in groups_of(config).items():
+            for name, hint in get_type_hints(options).items():
+                choices: list[Any] = [choice for choice in get_args(hint) if isinstance(choice, str)]
+                found[f"{group}.{name}"] = choices or TYPED.get(next(iter(get_args(hint)), hint), [])
+    return {name: values for name, values in found.items() if values}
+
+
+INTS = [-1, 0, 1, 2, 3, 4, 7, 8, 16, 32, 33, 64, 96, 2**31, 2**63, 10**30]
+FLOATS = [-0.1, 0.0, 1e-9, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 1.0, 2.0, 47.83, 1e9, 1e300, float("inf"), float("nan")]
+TYPED: dict[Any, list[Any]] = {int: INTS, float: FLOATS, bool: ["true", "false"]}
+OF_TYPES = {
+    **_values_of_types(),
+    **dict.fromkeys(("stride", "steps", "tile", "max_windows", "fss_scales"), INTS),
+    **dict.fromkeys(
+        ("interval_minutes", "wet_fraction", "wet_threshold", "min_valid", "scale", "test_fraction"), FLOATS
+    ),
+    **dict.fromkeys(("thresholds", "mask.ratios"), FLOATS),
+    **{"start": ["every", "newest", "2020-06-01T12:25"], "region": ["observed", "common"]},
+    **{"wet_rule": ["target-mean", "target-last", "frame-after"], "crop": ["0:40,0:32", "0:0,0:1", "9:8,0:9"]},
+}
+
+
 def _value(random: Random, name: str) -> Any:
     if name in ASKED:
         return random.choice(ASKED[name])
+    if name in OF_TYPES and random.random() < 0.7:
+        return random.choice(OF_TYPES[name])
     if name in PATHS:
         return random.choice(ODD_PATHS)
     return random.choice(random.choice((NUMBERS, NUMBERS, STRINGS)))
