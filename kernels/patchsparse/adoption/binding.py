@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..grid import PatchGrid
 from ..ops.joined_norm import AllGather
+from .bound import Bound, entered
 
-__all__ = ["Binding", "bind", "join_statistics"]
+__all__ = ["Binding", "bind", "bindings_of", "is_recomputed", "join_statistics"]
 
-_REPLAY_HELP = (
-    "a sparsified module was recomputed during backward, outside of bind(), and the grid of its forward pass is "
-    "not known. Enter bind(model, grid, checkpointing=True) when you use torch.utils.checkpoint yourself"
-)
 _RECOMPUTED = ("grad_checkpointing", "gradient_checkpointing")  # attributes of modules that recompute in backward
 
 
-class Binding:
+class Binding(Bound):
     """Hold the grid that the modules of one sparsified model run on; ``None`` means the plain dense model.
 
     Every Patch module of a model refers to the same Binding, as a plain attribute that is no part of the state dict.
@@ -31,74 +27,34 @@ class Binding:
         backend: name of the engine that the modules ask for.
         fuse: whether norms run as one operator with what follows them; None does it where it is faster.
         all_gather: joins the statistics of batch norms over processes, see :func:`join_statistics`; None does not.
-        grid: grid of the innermost :func:`bind` block, or None.
-        replay: grid of the forward pass that activation checkpointing is recomputing, or None.
     """
 
     def __init__(self, backend: str = "auto", fuse: bool | None = None):
+        super().__init__()
         self.backend = backend
         self.fuse = fuse
         self.all_gather: AllGather | None = None
-        self.grid: PatchGrid | None = None
-        self.replay: PatchGrid | None = None
-        self._replay_task = -1
-        self._unsafe = False  # a forward pass ran on a grid that a recomputation cannot find, and none densely since
-
-    def current(self) -> PatchGrid | None:
-        """Return the grid to run on, or None for the dense path.
-
-        Raises:
-            RuntimeError: if called by a recomputation during backward whose grid is not known.
-        """
-        if torch.compiler.is_compiling():  # a graph cannot ask for the task; `replay` is reset when backward ends
-            return self.grid if self.replay is None else self.replay
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            if self.grid is None:
-                self._unsafe = False
-            return self.grid
-        if task == self._replay_task:
-            return self.replay
-        if self.grid is None and self._unsafe:
-            raise RuntimeError(_REPLAY_HELP)
-        return self.grid
-
-    def enter(self, grid: PatchGrid | None, replayable: bool) -> PatchGrid | None:
-        """Switch to ``grid`` and return the one before; ``replayable`` says that recomputation will find the grid."""
-        previous, self.grid = self.grid, grid
-        if torch._C._current_graph_task_id() == -1:
-            self.replay, self._replay_task = None, -1  # may be left over from a backward pass that raised
-        self._unsafe |= grid is not None and not replayable
-        return previous
-
-    def replay_with(self, grid: PatchGrid | None) -> None:
-        """Make recomputation use ``grid`` until the running backward pass ends or this is called again."""
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            return
-        if task != self._replay_task:
-            engine = cast(Any, torch.autograd.Variable)._execution_engine
-            engine.queue_callback(self._end_replay)
-        self.replay, self._replay_task = grid, task
-
-    def _end_replay(self) -> None:
-        self.replay, self._replay_task = None, -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Binding:
         memo[id(self)] = copy = Binding(self.backend, self.fuse)
         copy.all_gather = self.all_gather
         return copy
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"backend": self.backend, "fuse": self.fuse}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Binding, (self.backend, self.fuse)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a pickle written before there was `__reduce__`
         self.__init__(state["backend"], state.get("fuse"))
 
 
 def bindings_of(model: nn.Module) -> list[Binding]:
     """Return every distinct Binding in ``model``, in module order."""
     return _held_by(model)[0]
+
+
+def is_recomputed(model: nn.Module) -> bool:
+    """Return whether a module says that activation checkpointing recomputes parts of ``model``."""
+    return _held_by(model)[1]
 
 
 def _held_by(model: nn.Module) -> tuple[list[Binding], bool]:
@@ -154,7 +110,9 @@ def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None
 
     Leaving the block brings back what was bound before. Blocks nest, also for the same model; models with different
     grids may alternate. ``model`` may be wrapped (DistributedDataParallel, ``torch.compile``) or hold several
-    sparsified parts. ``backward`` may come after the block.
+    sparsified parts. ``backward`` may come after the block, and from another thread. The block concerns the thread, or
+    the task of asyncio, that enters it: others that run the model at the same time enter blocks of their own, and
+    without one they run the dense model.
 
     Args:
         model: module that holds at least one sparsified part.
@@ -171,29 +129,5 @@ def bind(model: nn.Module, grid: PatchGrid | None, *, checkpointing: bool | None
     if grid is not None and not isinstance(grid, PatchGrid):
         raise TypeError(f"grid must be a PatchGrid or None, got {type(grid).__name__}; see PatchGrid.from_active")
     bindings, recomputed = _held_by(model)
-    bindings, replayable = _some_of(bindings, model), recomputed if checkpointing is None else checkpointing
-    before = [binding.enter(grid, replayable) for binding in bindings]
-    try:
-        with _remember(bindings, grid) if replayable else nullcontext():
-            yield model
-    finally:
-        for binding, previous in zip(bindings, before, strict=True):
-            binding.grid = previous
-
-
-def _remember(bindings: list[Binding], grid: PatchGrid | None) -> torch.autograd.graph.saved_tensors_hooks:
-    """Attach ``grid`` to every tensor saved for backward in the block.
-
-    A checkpoint saves its inputs under these hooks, and unpacks them right before it recomputes. At that moment the
-    modules must know the grid again. Tensors inside a checkpoint do not come through these hooks.
-    """
-
-    def pack(tensor: Tensor) -> Tensor:
-        return tensor
-
-    def unpack(tensor: Tensor) -> Tensor:
-        for binding in bindings:
-            binding.replay_with(grid)
-        return tensor
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with entered(_some_of(bindings, model), grid, recomputed if checkpointing is None else checkpointing):
+        yield model

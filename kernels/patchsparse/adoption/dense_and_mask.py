@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..geometry import pair
 from ..grid import PatchGrid
 from .adopt import UnsupportedModuleError
+from .binding import is_recomputed
+from .bound import Bound, entered
 from .fused import PatchContainer
 from .modules import PatchImageModule, PatchLinear, PatchModule, PatchPointwiseConv2d
 from .rules import find_rule
@@ -35,7 +37,7 @@ class DenseAndMask(nn.Module):
 
     Attributes:
         model: the copy; names of modules and parameters are those of the original.
-        grid: the active patches; another grid may be set at any time.
+        grid: the active patches of calls that are given none; another grid may be set at any time.
     """
 
     def __init__(self, model: nn.Module, grid: PatchGrid):
@@ -47,23 +49,31 @@ class DenseAndMask(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         self.grid = grid
+        self._bound = Bound()  # the grid of the call that runs in this thread
         inner: set[nn.Module] = set()  # what belongs to a module that is masked as a whole
         for path, module in self.model.named_modules():
             if module not in inner and self._mask(module, _patch_class(path, module)):
                 inner.update(module.modules())
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor, grid: PatchGrid | None = None, *, checkpointing: bool | None = None) -> Any:
         """Return what the model makes of ``(B, C, H, W)``.
+
+        Args:
+            images: ``(B, C, H, W)``.
+            grid: B images; None takes the attribute. Threads that share the module give each call its own.
+            checkpointing: as in :func:`patchsparse.bind`.
 
         Raises:
             ValueError: if the grid has another number of images, or does not divide them.
         """
-        if images.dim() != 4 or images.shape[0] != self.grid.batch_size:
+        grid = self.grid if grid is None else grid
+        if images.dim() != 4 or images.shape[0] != grid.batch_size:
             raise ValueError(
-                f"images must be (B, C, H, W) with B={self.grid.batch_size} as the grid, got {tuple(images.shape)}"
+                f"images must be (B, C, H, W) with B={grid.batch_size} as the grid, got {tuple(images.shape)}"
             )
-        self.grid.patch_size(images.shape[2:])  # raises where it does not divide
-        return self.model(images)
+        grid.patch_size(images.shape[2:])  # raises where it does not divide
+        with entered((self._bound,), grid, is_recomputed(self.model) if checkpointing is None else checkpointing):
+            return self.model(images)
 
     def _mask(self, module: nn.Module, kind: type[PatchModule] | None) -> bool:
         """Replace the forward of one module where it needs that; return whether its children are done with it."""
@@ -79,19 +89,24 @@ class DenseAndMask(nn.Module):
             target.forward = partial(self._zeroed, target.forward)
         return False
 
-    def _fits(self, x: Tensor) -> bool:
-        """Whether ``x`` is a feature map of the images, and not one value per image, say."""
-        batch, rows, columns = self.grid.active.shape
-        return x.dim() == 4 and x.shape[0] == batch and not (x.shape[2] % rows or x.shape[3] % columns)
+    def _grid_of(self, x: Tensor) -> PatchGrid | None:
+        """Return the grid if ``x`` is a feature map of the images, and not one value per image, say."""
+        grid = self._bound.current()
+        if grid is None or x.dim() != 4:
+            return None
+        batch, rows, columns = grid.active.shape
+        return grid if x.shape[0] == batch and not (x.shape[2] % rows or x.shape[3] % columns) else None
 
     def _zeroed(self, forward: Forward, x: Tensor) -> Tensor:
-        return forward(x * self.grid.pixels(x.shape[2:]).unsqueeze(1) if self._fits(x) else x)
+        grid = self._grid_of(x)
+        return forward(x if grid is None else x * grid.pixels(x.shape[2:]).unsqueeze(1))
 
     def _active_only(self, forward: Forward, x: Tensor) -> Tensor:
         """Call ``forward`` on the active pixels of all images as one column."""
-        if not self._fits(x):
+        grid = self._grid_of(x)
+        if grid is None:
             return forward(x)
-        active = self.grid.pixels(x.shape[2:])
+        active = grid.pixels(x.shape[2:])
         column = forward(x.permute(0, 2, 3, 1)[active][:, :, None, None])
         y = column.new_zeros(x.shape[0], x.shape[2], x.shape[3], column.shape[1])
         y[active] = column[:, :, 0, 0]
@@ -100,11 +115,12 @@ class DenseAndMask(nn.Module):
     def _per_image(self, forward: Forward, pools: bool, channels_last: bool, x: Tensor) -> Tensor:
         """Call ``forward`` on the active pixels of each image as an image that is one pixel high."""
         image = x.permute(0, 3, 1, 2) if channels_last else x
-        if not self._fits(image):
+        grid = self._grid_of(image)
+        if grid is None:
             return forward(x)
-        if len(set(self.grid.counts().tolist())) > 1:
+        if len(set(grid.counts().tolist())) > 1:
             raise ValueError("modules that reduce over an image need the same number of active patches in each image")
-        active = self.grid.pixels(image.shape[2:])
+        active = grid.pixels(image.shape[2:])
         rows = image.permute(0, 2, 3, 1)[active]
         lines = rows.view(image.shape[0], 1, rows.shape[0] // image.shape[0], rows.shape[1])
         out = forward(lines if channels_last else lines.permute(0, 3, 1, 2))

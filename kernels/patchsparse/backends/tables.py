@@ -7,6 +7,7 @@ the layers of a stage share them: they are remembered for as long as the slot ma
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 # A memo of pure functions of a slot map, not state: entries die with the map, and a map changed in place is recomputed.
 _memo: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_building = threading.RLock()  # threads that share a grid wait for the one that builds; a builder may ask for more
 
 
 def remember(slot: Tensor, key: tuple[Any, ...], build: Callable[[], T]) -> T:
@@ -40,7 +42,9 @@ def remember(slot: Tensor, key: tuple[Any, ...], build: Callable[[], T]) -> T:
         entry = _memo[slot] = (slot._version, {})
     tables = entry[1]
     if key not in tables:
-        tables[key] = ordinary(build)()
+        with _building:
+            if key not in tables:
+                tables[key] = ordinary(build)()
     return tables[key]
 
 
