@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import pack, testing, unpack
+from patchsparse.onednn import keep_clear
 
 from ..subjects.convolutions import Problem, Shape
 from .base import Layer, Peer
@@ -60,6 +61,7 @@ def conv_of(p: Problem) -> nn.Conv2d:
     s = p.shape
     conv = nn.Conv2d(s.c_in, s.c_out, s.k, s.stride, s.k // 2, groups=s.groups, bias=False)
     conv.weight = nn.Parameter(p.weight.detach().clone(memory_format=torch.channels_last))
+    keep_clear(conv)
     return conv
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchsparse import PatchGrid, pack, unpack
+from patchsparse import PatchGrid, onednn, pack, unpack
 from patchsparse.geometry import Stencil
 from patchsparse.precision import exact_float32
 
@@ -156,7 +156,7 @@ def problem(
 def dense_and_mask(p: Problem, x: Tensor, weight: Tensor) -> Tensor:
     """Return the packed output of a convolution of the whole image in which inactive patches are 0."""
     stride, padding, dilation, groups = p.options
-    return pack(F.conv2d(unpack(x, p.grid), weight, None, stride, padding, dilation, groups), p.grid)
+    return pack(onednn.conv2d(unpack(x, p.grid), weight, None, stride, padding, dilation, groups), p.grid)
 
 
 def reference(p: Problem) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsparse import UnsupportedModuleError, sparsify
+from patchsparse.onednn import keep_clear
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.choices import InputScaling
 from spatspark_fast.models.geometry import strides_of
@@ -42,7 +43,7 @@ def build_encoder(name: str, in_chans: int, backend: str = "auto", levels: int =
     Raises UserError for an unknown name (suggesting close ones), for a model without these strides, and for
     one with a module that has no exact sparse counterpart (naming it).
     """
-    model = build_dense_encoder(name, in_chans, levels)
+    model = _build_plain(name, in_chans, levels)
     try:
         return sparsify(model, backend=backend)
     except UnsupportedModuleError as error:
@@ -52,8 +53,13 @@ def build_encoder(name: str, in_chans: int, backend: str = "auto", levels: int =
 def build_dense_encoder(name: str, in_chans: int, levels: int = 4) -> nn.Module:
     """Build the plain timm model ``name``: the encoder of `build_encoder` for whole images, with its keys.
 
-    Raises UserError for an unknown name (suggesting close ones) and for a model without these strides.
+    Its convolutions keep clear of what oneDNN gets wrong on a CPU (`patchsparse.onednn`). Raises UserError for an
+    unknown name (suggesting close ones) and for a model without these strides.
     """
+    return keep_clear(_build_plain(name, in_chans, levels))
+
+
+def _build_plain(name: str, in_chans: int, levels: int) -> nn.Module:
     if in_chans < 1:
         raise UserError(f"in_chans is the number of input frames and must be at least 1, got {in_chans}")
     indices = _indices_of_strides(name, _create_plain(name, in_chans), strides_of(levels))

@@ -72,13 +72,38 @@ class DenseMasked(nn.Module):
         return None
 
 
+def right_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Return ``F.conv2d`` without oneDNN's faults: in gradients of strided 1x1 ones, and of dilated ones in halves."""
+    if weight.shape[2:] == (1, 1) and padding in (0, (0, 0)):
+        rows, columns = (stride, stride) if isinstance(stride, int) else stride
+        return F.conv2d(x[..., ::rows, ::columns], weight, bias, groups=groups)
+    if dilation not in (1, (1, 1)) and x.dtype in (torch.bfloat16, torch.float16):
+        wide = (x.float(), weight.float(), None if bias is None else bias.float())
+        return F.conv2d(*wide, stride, padding, dilation, groups).to(x.dtype)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+
 # `MethodType(partial(f, ref), module)(x)` calls f(ref, module, x).
 
 
 def _spatial(ref: DenseMasked, original: Callable[..., Tensor], module: Any, x: Tensor) -> Tensor:
     if x.shape[2:] == (1, 1) and ref.active.shape[1:] != (1, 1):
         return original(module, x)  # one value per image, inside squeeze-and-excite
-    y = original(module, torch.where(ref.map_of(x), x, 0))
+    seen = torch.where(ref.map_of(x), x, 0)
+    if original is nn.Conv2d.forward and not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        y = right_conv2d(
+            seen, module.weight, module.bias, module.stride, module.padding, module.dilation, module.groups
+        )
+    else:
+        y = original(module, seen)
     return torch.where(ref.map_of(y), y, 0)
 
 

@@ -11,6 +11,7 @@ from patchsparse import PatchGrid, available_backends, pack, patch_conv2d, patch
 from patchsparse.backends import gather
 
 from .cases import Case, cases, packed_of, upsampled
+from .dense_masked import right_conv2d
 
 ENGINES = [name for name in available_backends() if name not in ("triton", "minkowski")]
 METHODS = ("halo", "rows")
@@ -19,7 +20,7 @@ METHODS = ("halo", "rows")
 def masked_conv(image: Tensor, active: Tensor, weight: Tensor, bias: Tensor | None, **stencil) -> Tensor:
     """Convolve the zero-filled image; return the active patches."""
     seen = upsampled(active, *image.shape[2:])
-    dense = F.conv2d(torch.where(seen, image, 0), weight, bias, **stencil)
+    dense = right_conv2d(torch.where(seen, image, 0), weight, bias, **stencil)
     return packed_of(dense, active)
 
 

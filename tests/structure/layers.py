@@ -27,6 +27,7 @@ KERNEL_LAYERS = (
     (
         "patchsparse.grid",
         "patchsparse.layout",
+        "patchsparse.onednn",
         "patchsparse.capturing",
         "patchsparse.precision",
         "patchsparse.processor",

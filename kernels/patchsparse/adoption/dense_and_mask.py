@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..geometry import pair
 from ..grid import PatchGrid
+from ..onednn import keep_clear
 from .adopt import UnsupportedModuleError
 from .binding import is_recomputed
 from .bound import Bound, entered
@@ -77,7 +78,7 @@ class DenseAndMask(nn.Module):
 
     def _mask(self, module: nn.Module, kind: type[PatchModule] | None) -> bool:
         """Replace the forward of one module where it needs that; return whether its children are done with it."""
-        target: Any = module
+        target: Any = keep_clear(module) if isinstance(module, nn.Conv2d) else module
         if kind is not None and issubclass(kind, PatchImageModule):
             last = getattr(module, "channel_dim", 1) == -1
             target.forward = partial(self._per_image, target.forward, kind.pools, last)

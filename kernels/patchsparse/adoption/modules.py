@@ -16,6 +16,7 @@ from typing_extensions import Self
 from ..functional import patch_avg_pool2d, patch_conv2d, patch_conv_transpose2d, patch_max_pool2d
 from ..geometry import POINT, Stencil, pair
 from ..grid import PatchGrid
+from ..onednn import ClearConv2d
 from ..pointwise import local_conv2d, local_linear
 from .binding import Binding
 from .reduce import group_norm, image_mean, spread
@@ -110,7 +111,7 @@ class _Stencilled(PatchModule):
         self.patch_stencil = stencil_of(self)
 
 
-class PatchConv2d(_Stencilled, nn.Conv2d):
+class PatchConv2d(_Stencilled, ClearConv2d):
     """Convolve packed patches ``(N, C, p, p)``, reading neighbours through the grid that is bound."""
 
     def forward(self, input: Tensor) -> Tensor:

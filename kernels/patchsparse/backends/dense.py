@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import onednn
 from ..geometry import Call, Stencil
 from ..layout import dense_operand, gather_patches, scatter_patches
 
@@ -43,16 +44,15 @@ def conv2d(
 ) -> Tensor:
     """Convolve the zero-filled image and keep the active patches."""
     image = dense_operand(scatter_patches(x, slot, coords))
-    out = F.conv2d(image, weight, bias, stencil.stride, stencil.padding, stencil.dilation, groups)
+    out = onednn.conv2d(image, weight, bias, stencil.stride, stencil.padding, stencil.dilation, groups)
     return gather_patches(out, slot, coords)
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, stencil: Stencil, groups: int, wanted: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stencil.stride, stencil.padding, stencil.dilation, False, [0, 0], groups, wanted
-    )
+    grad: Tensor, x: Tensor, weight: Tensor, stencil: Stencil, groups: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    options = (stencil.stride, stencil.padding, stencil.dilation, groups)
+    return onednn.conv2d_backward(grad, x, weight, *options, wanted)
 
 
 def conv2d_dgrad(
@@ -63,14 +63,14 @@ def conv2d_dgrad(
     batch, rows, columns = slot.shape
     x = image.new_empty(batch, weight.shape[1] * groups, rows * size[0], columns * size[1])
     x = x.contiguous(memory_format=torch.channels_last)
-    return gather_patches(_backward(image, x, weight, stencil, groups, [True, False, False])[0], slot, coords)
+    return gather_patches(_backward(image, x, weight, stencil, groups, (True, False))[0], slot, coords)
 
 
 def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int) -> Tensor:
     """Return the weight gradient."""
     weight = x.new_empty(grad.shape[1], x.shape[1] // groups, *stencil.kernel)
     images = (scatter_patches(grad, slot, coords), scatter_patches(x, slot, coords))
-    return _backward(*images, weight, stencil, groups, [False, True, False])[1]
+    return _backward(*images, weight, stencil, groups, (False, True))[1]
 
 
 def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import onednn
 from ...geometry import Call, Stencil
 from ...layout import dense_operand
 from ...processor import lacks
@@ -131,19 +132,8 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
         return weight
     tile = dense_operand(halo(x, slot, coords, stencil.before, stencil.after))
     weight = x.new_empty(shape)
-    return torch.ops.aten.convolution_backward(
-        grad,
-        tile,
-        weight,
-        None,
-        stencil.stride,
-        [0, 0],
-        stencil.dilation,
-        False,
-        [0, 0],
-        groups,
-        [False, True, False],
-    )[1]
+    options = (stencil.stride, (0, 0), stencil.dilation, groups)
+    return onednn.conv2d_backward(grad, tile, weight, *options, (False, True))[1]
 
 
 def conv2d_gradients(
