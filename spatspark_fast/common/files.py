@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -191,7 +192,9 @@ def load_plain(path: Path, makers: str) -> Any:
 
     try:
         _check_archive(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of tensors that no checkpoint of ours has
+            return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except zipfile.BadZipFile as error:

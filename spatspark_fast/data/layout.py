@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
+from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.hdf5 import BROKEN, check_memory, check_stored, member, why
 
-__all__ = ["Split", "find_split", "read_attributes"]
+__all__ = ["Split", "find_split", "interval_of", "read_attributes", "scale_of"]
 
+_logger = logging.getLogger(__name__)
+
+LONGEST_INTERVAL = 24 * 60  # minutes
 LONGEST_TIME = 1000  # bytes of a timestamp
 
 
@@ -116,6 +123,29 @@ def read_attributes(file: h5py.File, path: Path) -> dict[str, object]:
     except BROKEN as error:
         raise UserError(f"{path}: the attribute {name!a} {why(error)}") from error
     return found
+
+
+def scale_of(attributes: Mapping[str, object], path: Path) -> float:
+    """Return the mm per 5 min of data value 1: that of NL-50, with a warning, where the file does not say."""
+    scale = attributes.get("scale_mm_per_5min")
+    if scale is None:
+        _logger.warning("%s does not say its scale; taking that of NL-50, %s mm per 5 min", path, units.NL50_SCALE)
+        return units.NL50_SCALE
+    try:
+        return units.check_scale(scale)
+    except UserError as error:
+        raise UserError(f"{path}: attribute {error}; correct it, or prepare the file again") from None
+
+
+def interval_of(attributes: Mapping[str, object], path: Path) -> float:
+    """Return the minutes between two frames, 5 where the file does not say."""
+    minutes = attributes.get("interval_minutes", units.FRAME_MINUTES)
+    if isinstance(minutes, int | float) and 0 < minutes <= LONGEST_INTERVAL:
+        return float(minutes)
+    raise UserError(
+        f"{path}: attribute interval_minutes is {reprlib.repr(minutes)}, no number of minutes between frames; "
+        "correct it, or prepare the file again"
+    )
 
 
 def _plain(value: object) -> object:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import reprlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.augment import Augmentation
 from spatspark_fast.data.hdf5 import BROKEN, open_hdf5, read_row, why
-from spatspark_fast.data.layout import find_split, read_attributes
+from spatspark_fast.data.layout import find_split, interval_of, read_attributes, scale_of
 from spatspark_fast.data.radar.timestamps import parse_timestamp
 
 __all__ = ["NowcastDataset"]
 
-_logger = logging.getLogger(__name__)
-
 LARGEST_DEPTH = 1000.0  # mm in 5 minutes, five times what the heaviest minute ever measured (38 mm) would make
-LONGEST_INTERVAL = 24 * 60  # minutes
 
 
 class NowcastDataset(Dataset[dict[str, Any]]):
@@ -84,8 +78,8 @@ class NowcastDataset(Dataset[dict[str, Any]]):
             self.image_size = self._augmentation.check((height, width))
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
-        self.scale = self._read_scale()
-        self.interval_minutes = self._read_interval()
+        self.scale = scale_of(self.attributes, self.path)
+        self.interval_minutes = interval_of(self.attributes, self.path)
 
     def __len__(self) -> int:
         return self._length
@@ -215,26 +209,3 @@ class NowcastDataset(Dataset[dict[str, Any]]):
             )
         if self.output_length < 0:
             raise UserError(f"output_length must be 0 or more, got {self.output_length}")
-
-    def _read_scale(self) -> float:
-        scale = self.attributes.get("scale_mm_per_5min")
-        if scale is None:
-            _logger.warning(
-                "%s does not say its scale; taking that of NL-50, %s mm per 5 min",
-                self.path,
-                units.NL50_SCALE,
-            )
-            return units.NL50_SCALE
-        try:
-            return units.check_scale(scale)
-        except UserError as error:
-            raise UserError(f"{self.path}: attribute {error}; correct it, or prepare the file again") from None
-
-    def _read_interval(self) -> float:
-        minutes = self.attributes.get("interval_minutes", units.FRAME_MINUTES)
-        if isinstance(minutes, int | float) and 0 < minutes <= LONGEST_INTERVAL:
-            return float(minutes)
-        raise UserError(
-            f"{self.path}: attribute interval_minutes is {reprlib.repr(minutes)}, no number of minutes between frames; "
-            "correct it, or prepare the file again"
-        )

@@ -32,13 +32,13 @@ from spatspark_fast.training.cuda_graphs import choose_graphs
 from spatspark_fast.training.feed import open_store, open_stream, plain_place
 from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
 from spatspark_fast.training.recorder import Recorder
+from spatspark_fast.training.restoring import check_state, fit
 from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.samedata import mark_of
 from spatspark_fast.training.schedules import Plan
 from spatspark_fast.training.stream import BatchStream
 from spatspark_fast.training.trainer import (
     complete,
-    known_warnings_off,
     make_trainer,
     open_run,
     plan_of,
@@ -83,6 +83,8 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
         validation.place = plain_place(config.data, plain, store)
     plan = plan_of(options, config.optim, stream)
     data = mark_of(plain, stream.numbers, store)
+    if state is not None:
+        check_state(state, plan, trainer, checkpoint)
     at_end = take_up(state, plan, stream, data, checkpoint)
     if state is not None and (words := _complete(run, state, checkpoint, trainer, validation, at_end)) is not None:
         say(words)
@@ -98,8 +100,7 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say
     module.data = data
     started = time.perf_counter()
-    with known_warnings_off():
-        trainer.fit(module, stream, ckpt_path=checkpoint)
+    fit(trainer, module, stream, checkpoint)
     if trainer.is_global_zero:
         best = _finish(module, run, sample, validation is not None)
         say(describe_training(module, recorder, time.perf_counter() - started, " (mm/5min)^2"))

@@ -23,11 +23,11 @@ from spatspark_fast.training.cuda_graphs import choose_graphs
 from spatspark_fast.training.feed import open_store, open_stream
 from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
 from spatspark_fast.training.recorder import Recorder
+from spatspark_fast.training.restoring import check_state, fit
 from spatspark_fast.training.rundir import RunDirectory
 from spatspark_fast.training.samedata import mark_of
 from spatspark_fast.training.trainer import (
     complete,
-    known_warnings_off,
     make_trainer,
     open_run,
     plan_of,
@@ -68,6 +68,8 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     stream = open_stream(config.data, windows, store, trainer, options.seed)
     plan = plan_of(options, config.optim, stream)
     data = mark_of(windows, stream.numbers, store)
+    if state is not None:
+        check_state(state, plan, trainer, checkpoint)
     at_end = take_up(state, plan, stream, data, checkpoint)
     if state is not None and at_end and (words := complete(run, state, checkpoint, trainer)) is not None:
         say(words)
@@ -85,8 +87,7 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say
     module.data = data
     started = time.perf_counter()
-    with known_warnings_off():
-        trainer.fit(module, stream, ckpt_path=checkpoint)
+    fit(trainer, module, stream, checkpoint)
     if trainer.is_global_zero:
         pictures.draw(module)
         scaling = spark.input_scaling

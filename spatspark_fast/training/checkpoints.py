@@ -30,6 +30,7 @@ ENTRIES: dict[str, Any] = {
     **dict.fromkeys(COUNTS, int),
     **dict.fromkeys(("config", "state_dict", "loops", "callbacks", "data"), dict),
     **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+    "data": dict | None,
 }
 
 

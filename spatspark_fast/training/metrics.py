@@ -1,6 +1,7 @@
 """Write metrics.csv row by row, and cut off rows that a run does again."""
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import atomic_path, writing
 
 __all__ = ["MetricsCsv", "trim_metrics"]
@@ -58,15 +60,27 @@ class MetricsCsv(Logger):
 
 
 def trim_metrics(path: Path, step: int) -> None:
-    """Drop the rows of a ``metrics.csv`` after an optimiser step, and a last row that was cut off."""
+    """Drop the rows of a ``metrics.csv`` after an optimiser step, and a last row that was cut off.
+
+    Raises UserError for a file that is damaged anywhere else; it stays as it is.
+    """
     if not path.exists():
         return
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    if not rows or "step" not in rows[0]:
+    try:
+        text = path.read_text()
+        rows = list(csv.reader(io.StringIO(text)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}; repair it, or move it away") from error
+    if len(rows) < 2 and not text.endswith("\n"):  # killed within the first line
         path.unlink()
         return
-    header, column = rows[0], rows[0].index("step")
-    whole = [row for row in rows[1:] if len(row) == len(header) and row[column].isdigit()]
+    header = rows[0]
+    column = header.index("step") if "step" in header else None
+    for number, row in enumerate(rows[1:], 2):
+        if column is None or len(row) != len(header) or not (row[column].isascii() and row[column].isdigit()):
+            if column is not None and number == len(rows):
+                rows.pop()
+                break
+            raise UserError(f"{path} is damaged in line {number}: repair it, or move it away")
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
-        csv.writer(file).writerows([header, *(row for row in whole if int(row[column]) <= step)])
+        csv.writer(file).writerows([header, *(row for row in rows[1:] if int(row[column or 0]) <= step)])

@@ -13,7 +13,6 @@
     OUT/tensorboard/           the same metrics for TensorBoard
 """
 
-import contextlib
 import json
 import platform
 import shutil
@@ -68,7 +67,7 @@ class RunDirectory:
             return None
         try:
             content = yaml.safe_load(self.config.read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"cannot read {self.config}: {error}; repair or remove it") from error
         if not isinstance(content, dict):
             raise UserError(f"{self.config} holds no options; repair or remove it")
@@ -84,10 +83,7 @@ class RunDirectory:
 
     def save_versions(self, seed: int, device: str, resumed_from: str | None) -> None:
         """Add this session to ``versions.json``."""
-        record: dict[str, Any] = {"sessions": []}
-        if self.versions.exists():
-            with contextlib.suppress(json.JSONDecodeError):
-                record = json.loads(self.versions.read_text())
+        record: dict[str, Any] = self._record() if self.versions.exists() else {"sessions": []}
         record["seed"] = seed
         session = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -97,13 +93,24 @@ class RunDirectory:
             "device": device,
             "versions": package_versions(),
         }
-        record["sessions"] = [*record.get("sessions", []), session]
+        record["sessions"] = [*record["sessions"], session]
         with atomic_path(self.versions) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
 
+    def _record(self) -> dict[str, Any]:
+        """Return what ``versions.json`` holds; raise UserError if that is damaged."""
+        try:
+            record = json.loads(self.versions.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot read {self.versions}: {error}; repair or remove it") from error
+        sessions = record.get("sessions") if isinstance(record, dict) else None
+        if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+            raise UserError(f"{self.versions} holds no sessions; repair or remove it")
+        return record
+
     def add_to_session(self, found: dict[str, Any]) -> None:
         """Add what a session found out, plain values, to its entry in ``versions.json``."""
-        record = json.loads(self.versions.read_text())
+        record = self._record()
         record["sessions"][-1] |= found
         with atomic_path(self.versions) as temporary:
             temporary.write_text(json.dumps(record, indent=1) + "\n")
