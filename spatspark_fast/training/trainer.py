@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def make_trainer(
         purge = {} if state is None else {"purge_step": state["global_step"] + 1}
         loggers.append(TensorBoardLogger(run.root, name="", version="tensorboard", **purge))
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=options.device,
             devices=options.devices if options.devices == "auto" else int(options.devices),
             precision=PRECISIONS[options.precision],
@@ -78,6 +79,13 @@ def make_trainer(
         )
     except (MisconfigurationException, RuntimeError) as error:
         raise UserError(f"--trainer.device {options.device} with {options.devices} devices: {error}") from error
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else trainer.world_size
+    if started != trainer.world_size:
+        raise UserError(
+            f"torchrun started {started} processes for a training on {trainer.world_size} devices: give "
+            f"--trainer.devices {started}, or start it without torchrun"
+        )
+    return trainer
 
 
 def plan_of(trainer: TrainerOptions, optim: OptimOptions, stream: BatchStream) -> Plan:

@@ -2,10 +2,7 @@
 
 import errno
 import os
-import resource
-import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,8 @@ from safetensors.torch import save_file
 
 from spatspark_fast.common.errors import WriteError
 from spatspark_fast.common.files import atomic_path
+
+from .scarce import size_limit, small_disk
 
 MEBIBYTES = 2
 MUCH = np.random.default_rng(0).random((700, 1000))  # 5 MiB, which no compression makes less than half as large
@@ -45,24 +44,16 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.fixture(scope="module")
 def disk() -> Iterator[Path]:
-    """Return a disk of 2 MiB of our own; skip where this process may mount none."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={MEBIBYTES}m", "tmpfs", folder]
-        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("only root can mount a small disk")
-        yield Path(folder)
-        subprocess.run(["umount", folder], check=True)
+    """Return a disk of 2 MiB of our own."""
+    with small_disk(MEBIBYTES << 20) as folder:
+        yield folder
 
 
 @pytest.fixture
 def limit() -> Iterator[None]:
     """Let no file of this process grow over 2 MiB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MEBIBYTES << 20, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, previous)
+    with size_limit(MEBIBYTES << 20):
+        yield
 
 
 def refused(writer: Callable[[Path], Any], target: Path, words: str) -> None:
