@@ -40,27 +40,44 @@ def run_command(function: Callable[[list[str]], int | None], argv: Sequence[str]
         raise SystemExit(2)
     try:
         with signals_as(stopping()):
-            code = function(underscored(sys.argv[1:] if argv is None else argv)) or 0
+            code = function(_readable(underscored(sys.argv[1:] if argv is None else argv))) or 0
             sys.stdout.flush()
             return code
-    except (UserError, ArgumentError) as error:
-        _complain(f"error: {_sentence(error)}")
-        return 2
-    except RunStopped as stop:
-        _complain(_sentence(stop) or "stopped")
-        return 128 + stop.signum
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        _forget_output()
-        return 128 + signal.SIGPIPE
-    except Exception as error:
-        if (found := scarcity(error)) is None:
+    except BaseException as error:
+        code, said = _ending(error)
+        if code is None:
             raise
         _forget_output()
-        _complain(f"error: {found}")
-        return 2
+        if said:
+            _complain(said)
+        return code
+
+
+def _ending(error: BaseException) -> tuple[int | None, str]:
+    """Return the exit code and the sentence of what ended a command; None for a defect of ours."""
+    if isinstance(error, UserError | ArgumentError):
+        return 2, f"error: {_sentence(error)}"
+    if isinstance(error, RunStopped):
+        return 128 + error.signum, _sentence(error) or "stopped"
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT, "interrupted"
+    if isinstance(error, BrokenPipeError):  # the reader of our output has gone, as `| head` does
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, Exception) and (found := scarcity(error)) is not None:
+        return 2, f"error: {found}"
+    return None, ""
+
+
+def _readable(argv: list[str]) -> list[str]:
+    """Return the words of a command line; raise `UserError` for one that can name no file."""
+    for word in argv:
+        try:
+            bad = b"\0" in os.fsencode(word)
+        except UnicodeEncodeError:
+            bad = True
+        if bad:
+            raise UserError(f"{word[:80]!r} holds what is no text: leave out NUL and lone surrogates")
+    return argv
 
 
 AGAIN = (

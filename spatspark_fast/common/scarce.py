@@ -1,4 +1,4 @@
-"""Tell, by an exception, that the machine ran out of something, and what helps."""
+"""Tell, by an exception, that the system denied something or ran out of it, and what helps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from spatspark_fast.common.errors import remedy
 
 __all__ = ["scarcity"]
 
-SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO)
+SCARCE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP),
+)
 # Where libraries raise a RuntimeError (torch), an ImportError (the loader) or an OSError without a code.
 HANDLES = re.compile(r"Too many open files|received 0 items of ancdata")
 MEMORY = re.compile(
@@ -26,7 +29,7 @@ WORKER = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (is killed by signal|
 
 
 def scarcity(error: BaseException) -> str | None:
-    """Return a sentence for an exception that says that memory, file handles, disk or processes ran out; else None.
+    """Return a sentence for an exception that says that memory, handles, disk or rights are missing; else None.
 
     Only kinds that cannot be a defect of ours count: MemoryError, torch's out of memory, codes of the system, and
     what torch and the loader of libraries say of those.
@@ -43,7 +46,7 @@ def _of(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return _out_of_memory(text)
     if isinstance(error, OSError) and error.errno in SCARCE:
-        about = f"{error.filename}: " if error.filename is not None else ""
+        about = f"{str(error.filename)[:80]}: " if error.filename is not None else ""
         return about + (_out_of_memory("") if error.errno == errno.ENOMEM else remedy(error.errno))
     if isinstance(error, BrokenProcessPool):
         return "a process that reads ended before its work was done, killed or out of memory: lower --data.num_workers"

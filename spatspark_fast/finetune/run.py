@@ -30,7 +30,14 @@ from spatspark_fast.training.bar import Bar
 from spatspark_fast.training.checkpoints import AtomicCheckpointIO, Checkpoints, read_checkpoint
 from spatspark_fast.training.cuda_graphs import choose_graphs
 from spatspark_fast.training.feed import open_store, open_stream, plain_place
-from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
+from spatspark_fast.training.notes import (
+    TrainingConsole,
+    describe_speed,
+    describe_training,
+    resume_notes,
+    speaker,
+    start_notes,
+)
 from spatspark_fast.training.recorder import Recorder
 from spatspark_fast.training.restoring import check_state, fit
 from spatspark_fast.training.rundir import RunDirectory
@@ -58,7 +65,7 @@ FIRST = 4  # windows that set the norms before the first step
 
 def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, checkpoint: Path | None) -> None:
     """Train to the end of the plan, from ``checkpoint`` if there is one; check all input before writing."""
-    console, options = Console(), config.trainer
+    console, options = TrainingConsole(), config.trainer
     prepare_process(options.threads)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     windows, plain, split = open_split(config)

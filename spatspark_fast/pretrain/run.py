@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from spatspark_fast.common.options import to_plain
 from spatspark_fast.data.windows import WholeWindows
@@ -21,7 +20,14 @@ from spatspark_fast.training.bar import Bar
 from spatspark_fast.training.checkpoints import Checkpoints, read_checkpoint
 from spatspark_fast.training.cuda_graphs import choose_graphs
 from spatspark_fast.training.feed import open_store, open_stream
-from spatspark_fast.training.notes import describe_speed, describe_training, resume_notes, speaker, start_notes
+from spatspark_fast.training.notes import (
+    TrainingConsole,
+    describe_speed,
+    describe_training,
+    resume_notes,
+    speaker,
+    start_notes,
+)
 from spatspark_fast.training.recorder import Recorder
 from spatspark_fast.training.restoring import check_state, fit
 from spatspark_fast.training.rundir import RunDirectory
@@ -47,7 +53,7 @@ MEASURED_WINDOWS = 4  # few, to be quick on a CPU
 
 def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) -> None:
     """Train to the end of the plan, from ``checkpoint`` if there is one; check all input before writing."""
-    console, options = Console(), config.trainer
+    console, options = TrainingConsole(), config.trainer
     prepare_process(options.threads)
     state = None if checkpoint is None else read_checkpoint(checkpoint)
     windows = open_windows(config.data, output_length=0, seed=options.seed)

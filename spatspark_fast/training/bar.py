@@ -1,5 +1,6 @@
 """Show how far a training has come."""
 
+import contextlib
 from typing import Any
 
 import lightning as L
@@ -63,7 +64,8 @@ class Bar(L.Callback):
 
     def _stop(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                self._progress.stop()
             self._progress = None
 
 

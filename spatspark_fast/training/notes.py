@@ -1,5 +1,6 @@
 """What a training tells its user, beside the bar."""
 
+import errno
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,19 @@ from spatspark_fast.training.schedules import Plan
 from spatspark_fast.training.speed import Speed
 from spatspark_fast.training.stream import BatchStream
 
-__all__ = ["describe_speed", "describe_training", "resume_notes", "speaker", "start_notes"]
+__all__ = ["TrainingConsole", "describe_speed", "describe_training", "resume_notes", "speaker", "start_notes"]
+
+
+class TrainingConsole(Console):
+    """Print as rich does, and go on in silence where the terminal is gone: what is trained is saved first."""
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        """Print."""
+        try:
+            super().print(*objects, **kwargs)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
 
 
 def speaker(console: Console, trainer: L.Trainer) -> Callable[[str], None]:

@@ -1,5 +1,6 @@
 """The command line of pretrain: what wins over what, and wrong input of every kind in one sentence."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -290,5 +291,16 @@ def test_run_command_maps_ends_to_codes(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "spatspark-fast: error: two lines\n"
     assert run_command(end(KeyboardInterrupt())) == 130
     assert run_command(end(RunStopped(15, "saved"))) == 143
-    with pytest.raises(ZeroDivisionError):
-        run_command(end(ZeroDivisionError()))
+    assert run_command(end(BrokenPipeError())) == 141
+    capsys.readouterr()
+    long = FileNotFoundError(errno.ENAMETOOLONG, "", "a" * 300)
+    for error, words in ((long, "give a shorter path"), (MemoryError(), "--data.batch_size")):
+        assert run_command(end(error)) == 2
+        said = capsys.readouterr().err
+        assert words in said
+        assert said.count("\n") == 1
+    for word in ("\0", "\ud800"):
+        assert run_command(lambda argv: 0, [f"--out={word}"]) == 2
+    for defect in (ZeroDivisionError(), FileNotFoundError(errno.ENOENT, "gone"), RuntimeError("odd")):
+        with pytest.raises(type(defect)):
+            run_command(end(defect))

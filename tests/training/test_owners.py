@@ -1,6 +1,8 @@
 """One process at a time writes a run, none after the death of its owner; signals end a command in one line."""
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -115,6 +117,25 @@ def test_a_signal_in_a_start_leaves_nothing(tmp_path: Path, delay: float) -> Non
         assert not list(tmp_path.rglob(".*"))
     if (tmp_path / "new" / "run" / "checkpoints" / "last.ckpt").exists():
         assert checkpoint(tmp_path / "new" / "run")["global_step"] > 0
+
+
+@pytest.mark.rest
+def test_a_closed_terminal_saves_and_stops(tmp_path: Path) -> None:
+    """SIGHUP comes, and whatever is written to the terminal fails from then on."""
+    out = tmp_path / "run"
+    process, terminal = pty.fork()
+    if process == 0:
+        words = [sys.executable, "-m", "spatspark_fast.pretrain", *arguments(out, trainer__epochs=5000)]
+        os.execv(sys.executable, words)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 10_000)
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code == 128 + signal.SIGHUP
+    assert checkpoint(out)["global_step"] == int(rows(out)[-1]["step"]), "no step is lost"
+    assert not list(tmp_path.rglob(".*.tmp"))
 
 
 PROGRAM = """
