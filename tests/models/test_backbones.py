@@ -12,8 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from patchsparse import PatchGrid, bind, pack
+from patchsparse.onednn import ClearConv2d
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.models.backbones import (
+    build_dense_encoder,
     build_encoder,
     encoder_channels,
     encoder_state_dict,
@@ -118,3 +120,12 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
 def test_no_frames() -> None:
     with pytest.raises(UserError, match="at least 1, got 0"):
         build_encoder("resnet18", 0)
+
+
+def test_encoders_for_whole_images_keep_clear_of_onednn() -> None:
+    """The stem of RepVGG has a strided 1x1 branch on the frames, whose weight gradient oneDNN gets wrong."""
+    plain = timm.create_model("repvgg_a0", in_chans=IN_CHANS, features_only=True)
+    encoder = build_dense_encoder("repvgg_a0", IN_CHANS)
+    clear = [name for name, module in encoder.named_modules() if type(module) is ClearConv2d]
+    assert clear == ["stem.conv_1x1.conv"]
+    assert list(encoder.state_dict()) == list(plain.state_dict())
