@@ -135,6 +135,15 @@ def test_an_exception_in_backward_leaves_nothing_behind() -> None:
         assert binding.replay is None
 
 
+def test_what_backward_needs_may_not_be_changed_in_place_though_hooks_keep_it() -> None:
+    model = sparsify(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Sigmoid()).double())
+    grid = PatchGrid.from_active(UNEQUAL)
+    with bind(model, grid, checkpointing=True):
+        output = model(pack(images(UNEQUAL, 8), grid))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.mul_(2).sum().backward()
+
+
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "mobilenetv3_small_050"])
 def test_timm_models_with_grad_checkpointing(name: str) -> None:
     """timm's switch is found without being told."""

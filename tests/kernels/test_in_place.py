@@ -78,7 +78,7 @@ def test_results_of_operators_are_no_views_whether_differentiated_or_not(name: s
     assert scale.grad is not None
 
 
-@pytest.mark.parametrize("name", ["vgg11", "vgg11_bn", pytest.param("nfnet_l0", marks=pytest.mark.rest)])
+@pytest.mark.parametrize("name", rest_but(["vgg11"], ["vgg11", "vgg11_bn", "nfnet_l0"]))
 def test_timm_models_of_in_place_activations_train(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, in_chans=1, features_only=True).double().train()

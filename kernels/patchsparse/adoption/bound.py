@@ -179,10 +179,16 @@ def _remember(bounds: Sequence[Bound], grid: PatchGrid | None) -> torch.autograd
     hooks are pushed once more, and autograd drops them with all that its node has set in the thread.
     """
 
-    def pack(tensor: Tensor) -> Tensor:
-        return tensor
+    def pack(tensor: Tensor) -> tuple[Tensor, int]:
+        return tensor, tensor._version
 
-    def unpack(tensor: Tensor) -> Tensor:
+    def unpack(saved: tuple[Tensor, int]) -> Tensor:
+        tensor, version = saved
+        if tensor._version != version:  # where there are hooks, autograd does not look
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{tensor.dtype} {tuple(tensor.shape)} is at version {tensor._version}; expected version {version}"
+            )
         if _torch._current_graph_task_id() != -1:
             for bound in bounds:
                 bound.replay_with(grid)

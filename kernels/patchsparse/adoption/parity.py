@@ -1,17 +1,12 @@
-"""The parity check behind ``sparsify(model, verify=True)``: packed against dense-and-mask."""
+"""The parity check behind ``sparsify(model, verify=True)``: a training step, packed against dense-and-mask."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ..grid import PatchGrid
 from ..packing import pack
@@ -20,6 +15,7 @@ from .binding import bind
 from .dense_and_mask import DenseAndMask
 from .fused import PatchContainer
 from .modules import PatchImageModule
+from .recording import Record, recording, tensors_of
 
 __all__ = ["check_parity"]
 
@@ -38,22 +34,26 @@ def check_parity(
     seed: int = 0,
     fuse: bool | None = None,
 ) -> None:
-    """Compare the output of every module, packed and as dense-and-mask, on one random batch.
+    """Compare a training step, packed and as dense-and-mask: each module's output, each parameter's gradient.
 
-    ``model`` is not changed: both runs use float64 copies in training mode, with all parameters moved away
-    from their initial values (a zero layer scale would hide an error) and random dropping switched off.
+    The step goes forward and backward once, on one random batch and from random gradients at the model's outputs, by
+    the ``gather`` engine. ``model`` is not changed: all is done with float64 copies in training mode, with all
+    parameters moved away from their initial values (a zero layer scale would hide an error) and random dropping
+    switched off. No optimiser steps, and no other engine or dtype is looked at. Parameters that require no gradient
+    are not compared.
 
     Args:
         model: a dense model, not sparsified yet.
         in_channels: channels of the input; None takes those of the first convolution.
         patch_size: pixels along a patch; the batch is ``(2, C, 2 * patch_size, 3 * patch_size)``. None tries
             32, then 64 and 128 if the strides of the model do not divide it.
-        tolerance: largest accepted difference, relative to the largest value of an output.
+        tolerance: largest accepted difference, relative to the largest value of an output or a gradient.
         seed: of input and parameters; the global random state is left alone.
         fuse: as `sparsify` has it; unless False, blocks are also compared with norms and activations in one.
 
     Raises:
-        UnsupportedModuleError: naming the first module whose output differs.
+        UnsupportedModuleError: naming the first module whose output differs, the last whose gradient does, or the
+            one that backward fails in, also as a dense model.
         ValueError: if the dense model does not run on such an input.
     """
     parameter = next(model.parameters(), torch.zeros(()))
@@ -103,6 +103,7 @@ def _perturbed_copy(model: nn.Module, seed: int) -> nn.Module:
         noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         scale, offset = (0.4, 0.1) if parameter.dim() < 2 else (0.02, -0.01)
         parameter.add_((noise * scale + offset).to(parameter.device))
+        parameter.grad = None
     for module in clone.modules():
         if isinstance(module, (nn.modules.dropout._DropoutNd, nn.RReLU)) or hasattr(module, "drop_prob"):
             module.eval()
@@ -113,19 +114,21 @@ def _compare(source: nn.Module, x: Tensor, tolerance: float, fuse: bool) -> None
     grid = PatchGrid.from_active(torch.tensor(_ACTIVE, dtype=torch.bool, device=x.device))
     apart, in_one = (_adopted(source, way) for way in (False, True))
     shown = set(dict(source.named_modules())) - _opaque(apart)
-    reference = DenseAndMask(source, grid)
-    with _recording(reference.model, shown) as dense:
+    reference, image = DenseAndMask(source, grid), x.clone().requires_grad_()
+    with recording(reference.model, shown) as dense, torch.enable_grad():
         try:
-            reference(x * grid.pixels(x.shape[2:]).unsqueeze(1))
+            outputs = reference(image * grid.pixels(x.shape[2:]).unsqueeze(1), checkpointing=True)
         except Exception as error:
             raise ValueError(
                 f"the dense model does not run on an input of {tuple(x.shape)} ({error}); call "
                 f"patchsparse.testing.check_parity with the in_channels and patch_size that it takes"
             ) from error
-    expected = _Expected(dict(source.named_modules()), dense, grid, tolerance)
-    _check(apart, shown, pack(x, grid), expected, _LOOKS_BEYOND)
+    modules = dict(source.named_modules())
+    step = _Step(reference.model, image, tensors_of(outputs), dense, modules, ", not even as a dense model")
+    expected = _Expected(modules, dense, grid, tolerance, step)
+    _check(apart, shown, x, expected, _LOOKS_BEYOND)
     if fuse:  # a hook on a norm or an activation would part them
-        _check(in_one, _containers(in_one), pack(x, grid), expected, _DIFFERS_IN_ONE)
+        _check(in_one, _containers(in_one), x, expected, _DIFFERS_IN_ONE)
 
 
 def _adopted(source: nn.Module, fuse: bool) -> nn.Module:
@@ -134,19 +137,24 @@ def _adopted(source: nn.Module, fuse: bool) -> nn.Module:
 
 
 def _check(candidate: nn.Module, shown: set[str], x: Tensor, expected: _Expected, remedy: str) -> None:
-    """Run ``candidate`` on packed ``x``; raise for the first of the modules ``shown`` that differs, or cannot run."""
+    """Take a step on packed ``x``; raise for the first of the modules ``shown`` that differs, or cannot run."""
     failure: Exception | None = None
-    with _recording(candidate, shown) as packed, bind(candidate, expected.grid, checkpointing=False):
+    image, outputs, modules = x.clone().requires_grad_(), None, expected.modules
+    with recording(candidate, shown) as packed, bind(candidate, expected.grid, checkpointing=True):
         try:
-            candidate(x)
+            with torch.enable_grad():
+                outputs = candidate(pack(image, expected.grid))
         except Exception as error:  # the first difference below explains it better, if there is one
             failure = error
     _report_difference(packed, expected, remedy)
     if failure is not None:
         path = packed.running[-1][0] if packed.running else ""
         if "does not divide the patch" in str(failure):
-            raise _PatchTooSmallError(path, expected.modules[path], str(failure)) from failure
-        raise UnsupportedModuleError(path, expected.modules[path], f"fails on packed patches: {failure}") from failure
+            raise _PatchTooSmallError(path, modules[path], str(failure)) from failure
+        reason = f"fails on packed patches: {_told(failure)}"
+        raise UnsupportedModuleError(path, modules[path], reason) from failure
+    ours = _Step(candidate, image, tensors_of(outputs), packed, modules, " on packed patches")
+    _report_gradients(*expected.gradients(ours), expected)
 
 
 def _containers(model: nn.Module) -> set[str]:
@@ -160,7 +168,7 @@ def _opaque(model: nn.Module) -> set[str]:
     return {p for p, _ in model.named_modules() for root in roots if p.startswith(f"{root}.")}
 
 
-def _report_difference(packed: _Record, expected: _Expected, remedy: str) -> None:
+def _report_difference(packed: Record, expected: _Expected, remedy: str) -> None:
     """Raise for the first call whose output differs; blame the caller where its input differs already."""
     dense, grid, tolerance = expected.dense, expected.grid, expected.tolerance
     for key, outputs in packed.outputs.items():
@@ -186,6 +194,11 @@ def _largest(ours: list[Tensor], theirs: list[Tensor] | None, grid: PatchGrid) -
 
 def _difference(packed: Tensor, dense: Tensor, grid: PatchGrid) -> float:
     """Return the largest relative difference on active pixels, inf where the shapes do not fit."""
+    return min((_relative(packed, other) for other in _counterparts(packed, dense, grid)), default=float("inf"))
+
+
+def _counterparts(packed: Tensor, dense: Tensor, grid: PatchGrid) -> list[Tensor]:
+    """Return what ``dense`` may be in the shape of ``packed``: as it is, or packed with channels first or last."""
     candidates = [dense] if packed.shape == dense.shape else []
     if dense.dim() == 4 and dense.shape[0] == grid.batch_size:
         for order in ((0, 1, 2, 3), (0, 3, 1, 2)):  # channels first, channels last
@@ -193,8 +206,12 @@ def _difference(packed: Tensor, dense: Tensor, grid: PatchGrid) -> float:
             if image.shape[2] % grid.shape[0] == 0 and image.shape[3] % grid.shape[1] == 0:
                 inverse = [order.index(axis) for axis in range(4)]
                 candidates.append(pack(image, grid).permute(inverse))
-    errors = [_relative(packed, other) for other in candidates if other.shape == packed.shape]
-    return min(errors, default=float("inf"))
+    return [other for other in candidates if other.shape == packed.shape]
+
+
+def _counterpart(packed: Tensor, dense: Tensor, grid: PatchGrid) -> Tensor:
+    """Return what ``dense`` is in the shape of ``packed``, to which it is equal in one way."""
+    return min(_counterparts(packed, dense, grid), key=lambda other: _relative(packed.detach(), other.detach()))
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:
@@ -207,53 +224,87 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
     return error if error == error else 1e300  # NaN is a difference
 
 
-@dataclass
-class _Record:
-    """Inputs and outputs of every call, in order of completion, and the calls that are still running."""
-
-    outputs: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    inputs: dict[tuple[str, int], list[Tensor]] = field(default_factory=dict)
-    callers: dict[tuple[str, int], str] = field(default_factory=dict)
-    running: list[tuple[str, int]] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
-
-    def start(self, path: str, module: nn.Module, args: Any) -> None:
-        """Note that a module begins, and on what."""
-        call = self.calls[path] = self.calls.get(path, -1) + 1
-        self.callers[path, call] = self.running[-1][0] if self.running else path
-        self.inputs[path, call] = _tensors(args)
-        self.running.append((path, call))
-
-    def end(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep its output."""
-        self.outputs[self.running.pop()] = _tensors(output)
+Gradients = dict[str, Tensor | None]
 
 
 @dataclass(frozen=True)
+class _Step:
+    """The first half of a training step of a model: what it made of ``image``; ``how`` is of the words of an error."""
+
+    model: nn.Module
+    image: Tensor
+    outputs: list[Tensor]
+    record: Record
+    modules: dict[str, nn.Module]
+    how: str
+
+    def gradients(self, outputs: list[Tensor], directions: list[Tensor]) -> Gradients:
+        """Return the gradients at the image ("") and all parameters, from ``directions`` at ``outputs``."""
+        taken = [(o, d) for o, d in zip(outputs, directions, strict=True) if o.requires_grad]
+        try:
+            if taken:
+                torch.autograd.backward([o for o, _ in taken], [d for _, d in taken])
+        except Exception as error:
+            path = self.record.reached
+            reason = f"it cannot be trained{self.how}: {_told(error)}"
+            raise UnsupportedModuleError(path, self.modules[path], reason) from error
+        parameters = self.model.named_parameters()
+        return {"": self.image.grad, **{name: p.grad for name, p in parameters if p.requires_grad}}
+
+
+@dataclass
 class _Expected:
     """What dense-and-mask returned, and the modules of the dense model by path."""
 
     modules: dict[str, nn.Module]
-    dense: _Record
+    dense: Record
     grid: PatchGrid
     tolerance: float
+    step: _Step
+    known: Gradients = field(default_factory=dict)
+    directions: list[Tensor] = field(default_factory=list)
+
+    def gradients(self, ours: _Step) -> tuple[Gradients, Gradients]:
+        """Return the gradients of a step on packed patches, and those of the same step as dense-and-mask."""
+        if not self.known:
+            generator = torch.Generator().manual_seed(0)
+            shapes = [output.shape for output in ours.outputs]
+            draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+            self.directions = [draw.to(self.step.image.device) for draw in draws]
+            with torch.enable_grad():
+                pairs = zip(ours.outputs, self.step.outputs, strict=True)
+                theirs = [
+                    min(_counterparts(a, b, self.grid), key=lambda c, a=a: _relative(a.detach(), c.detach()))
+                    for a, b in pairs
+                ]
+            self.known = self.step.gradients(theirs, self.directions)
+        return ours.gradients(ours.outputs, self.directions), self.known
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """Return copies of the tensors in ``tree``: a later in-place operation must not change them."""
-    return [leaf.clone() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _report_gradients(ours: Gradients, theirs: Gradients, expected: _Expected) -> None:
+    """Raise for the last of the parameters whose gradient differs: what comes before it may suffer from it."""
+    largest = max((float(g.abs().max()) for g in theirs.values() if g is not None and g.numel()), default=0.0)
+    for name in reversed(theirs):
+        own, other = ours[name], theirs[name]
+        present = other if own is None else own
+        if present is None or not present.numel():
+            continue
+        own, other = (torch.zeros_like(present) if g is None else g for g in (own, other))
+        error = float((own - other).abs().max()) / max(float(other.abs().max()), 1e-4 * largest, 1e-30)
+        if error <= expected.tolerance:
+            continue
+        path, _, last = name.rpartition(".")
+        what = f"the gradient of its {last}" if name else "the gradient at its input"
+        raise UnsupportedModuleError(
+            path,
+            expected.modules[path],
+            f"{what} on packed patches differs by {error:.1e} from dense-and-mask though the outputs agree: a backward "
+            "of its own, here or behind it, looks beyond a patch; write that with PyTorch's own operations",
+        )
 
 
-@contextmanager
-def _recording(model: nn.Module, shown: set[str]) -> Iterator[_Record]:
-    record = _Record()
-    handles = []
-    for path, module in model.named_modules():
-        if path in shown:
-            handles.append(module.register_forward_pre_hook(partial(record.start, path)))
-            handles.append(module.register_forward_hook(partial(record.end, path)))
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
+def _told(error: Exception) -> str:
+    """Return what an error says, without hints that do not help here, and the remedy if it names a known cause."""
+    text = str(error).partition(" Hint:")[0].strip().rstrip(".")
+    in_place = "in-place" in text or "inplace" in text
+    return f"{text}; let it compute out of place (inplace=False, x + y for x += y)" if in_place else text

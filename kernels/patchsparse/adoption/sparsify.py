@@ -26,8 +26,10 @@ def sparsify(model: Model, *, backend: str = "auto", fuse: bool | None = None, v
         fuse: whether a batch norm, the shortcut that a block adds to it and the activation after it run as one
             operator (`patch_batch_norm_act`) while a grid is bound. It has first derivatives only. None does it where
             an engine is faster that way. Modules that a hook listens to are called one by one all the same.
-        verify: run a small random input through copies of the model in float64, packed and as dense-and-mask, and
-            compare the output of every module. :func:`patchsparse.testing.check_parity` does it for other sizes.
+        verify: take one training step, forward and backward, of a small random input through copies of the model in
+            float64, packed by the ``gather`` engine and as dense-and-mask; compare the output of every module and the
+            gradient of every parameter and of the input. :func:`patchsparse.testing.check_parity` does it for other
+            sizes. Your model, its gradients and statistics, and the random state stay as they are.
 
     Returns:
         ``model`` itself.
@@ -35,6 +37,7 @@ def sparsify(model: Model, *, backend: str = "auto", fuse: bool | None = None, v
     Raises:
         UnsupportedModuleError: naming the module, the reason and a remedy.
         ValueError: if ``backend`` is unknown, part of the model is sparsified, or ``verify`` could not run it.
+            A model that ``verify`` cannot train is an UnsupportedModuleError, also if the dense model cannot be.
     """
     if backend != "auto":
         check_name(backend)
