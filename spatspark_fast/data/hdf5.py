@@ -24,6 +24,7 @@ __all__ = [
     "check_memory",
     "check_stored",
     "member",
+    "memory",
     "open_hdf5",
     "read_row",
     "why",

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from spatspark_fast.common import units
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.data.hdf5 import memory
 from spatspark_fast.data.radar.timestamps import format_timestamp
 
 __all__ = ["SyntheticRadar"]
@@ -20,6 +21,8 @@ __all__ = ["SyntheticRadar"]
 _MARGIN = 96  # pixels by which the periodic field is larger than the image, so that rain does not return at once
 _SYSTEM_SIZE = 300.0  # pixels
 _STEP = 0.01  # mm per 5 min, KNMI's smallest
+_MOST_WINDOWS = 1_000_000  # a thousand years of days
+_COPIES = 4  # of a window in memory while it is made
 _LARGEST_DEPTH = 12.0  # mm per 5 min; 144 mm/h
 
 
@@ -70,6 +73,13 @@ class SyntheticRadar(Dataset[dict[str, Any]]):
             raise UserError(
                 f"synthetic radar needs at least one window, one input frame and one pixel, got "
                 f"{num_windows} windows, {input_length} + {output_length} frames, {self.image_size} pixels"
+            )
+        if num_windows > _MOST_WINDOWS:
+            raise UserError(f"synthetic radar has at most {_MOST_WINDOWS} windows, one a day, got {num_windows}")
+        if _COPIES * 4 * (input_length + output_length) * height * width > memory():
+            raise UserError(
+                f"windows of {input_length} + {output_length} frames of {height} x {width} pixels do not fit into the "
+                "memory of this machine; give smaller ones"
             )
         if not 0 < wet_fraction[0] <= wet_fraction[1] < 1:
             raise UserError(f"wet_fraction {wet_fraction} is not two shares between 0 and 1, the smaller first")

@@ -64,9 +64,15 @@ def _build_plain(name: str, in_chans: int, levels: int) -> nn.Module:
         raise UserError(f"in_chans is the number of input frames and must be at least 1, got {in_chans}")
     indices = _indices_of_strides(name, _create_plain(name, in_chans), strides_of(levels))
     try:
-        return timm.create_model(name, in_chans=in_chans, features_only=True, out_indices=indices)
+        encoder = timm.create_model(name, in_chans=in_chans, features_only=True, out_indices=indices)
     except (RuntimeError, AttributeError, AssertionError) as error:
         raise UserError(f"timm cannot give feature maps of encoder {name!r}: {error}") from error
+    if str(getattr(encoder, "output_fmt", "NCHW")).endswith("NHWC"):
+        raise UserError(
+            f"encoder {name!r} cannot run on visible patches: its feature maps have their channels last; choose a "
+            "convolutional one such as resnet18 or convnext_tiny"
+        )
+    return encoder
 
 
 def encoder_channels(encoder: nn.Module) -> tuple[int, ...]:

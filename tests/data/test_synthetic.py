@@ -119,8 +119,11 @@ def test_making_a_window_takes_a_tenth_of_a_second() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_windows": 0}, {"input_length": 0}, {"output_length": -1}, {"image_size": 0}, {"wet_fraction": (0.5, 1.0)}],
+    [
+        *({"num_windows": 0}, {"input_length": 0}, {"output_length": -1}, {"image_size": 0}),
+        *({"wet_fraction": (0.5, 1.0)}, {"num_windows": 2**63}, {"output_length": 2**31 - 1}, {"image_size": 2**63}),
+    ],
 )
 def test_wrong_options_are_named(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"synthetic radar needs|wet_fraction"):
+    with pytest.raises(UserError, match=r"synthetic radar (needs|has at most)|wet_fraction|do not fit into the memory"):
         SyntheticRadar(**{"num_windows": 1, **options})

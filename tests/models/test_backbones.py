@@ -95,6 +95,7 @@ def test_keys_without_flattening_are_timm_keys() -> None:
         ("zzzz", r"timm\.list_models\(\)"),
         ("vit_tiny_patch16_224", "no feature map at stride 4 .it has 16."),
         ("swin_tiny_patch4_window7_224", "'swin_tiny_patch4_window7_224' cannot run on visible patches"),
+        ("test_mambaout", "'test_mambaout' cannot run on visible patches: its feature maps have their channels last"),
     ],
 )
 def test_encoders_that_cannot_serve(name: str, message: str) -> None:

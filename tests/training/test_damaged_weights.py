@@ -1,6 +1,7 @@
 """A changed byte in a file of weights is found, or changes nothing; what is no weight is named."""
 
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from safetensors.torch import save_file
 
 from spatspark_fast.common.errors import UserError
 from spatspark_fast.common.files import load_plain
-from spatspark_fast.models.backbones import build_dense_encoder, save_encoder
+from spatspark_fast.finetune.initial import read_initial
+from spatspark_fast.models.backbones import build_dense_encoder, load_encoder, save_encoder
+from spatspark_fast.models.registry import load_forecaster
 from spatspark_fast.models.weights import read_weights, write_weights
+from spatspark_fast.training.checkpoints import read_checkpoint
 
 from ..pretrain.runs import same
 
@@ -79,3 +83,37 @@ def test_no_changed_byte_of_a_checkpoint_changes_a_number(checkpoint: Path, tmp_
     torch.save({"state_dict": {"weight": torch.randn(3)}, "position": 7, "config": {"model": {"levels": 2}}}, small)
     counts = flipped(small, somewhere(small, 500))
     assert counts["refused"] > counts["harmless"] > 0
+
+
+def test_files_without_checksums_and_bombs_are_no_checkpoints(checkpoint: Path, tmp_path: Path) -> None:
+    old, packed, bomb = (tmp_path / name for name in ("old.ckpt", "packed.ckpt", "bomb.ckpt"))
+    torch.save(torch.load(checkpoint, weights_only=True), old, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(checkpoint) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    content = bytearray(checkpoint.read_bytes())
+    size = content.rindex(b"PK\x01\x02") + 24  # of the last member, as the directory has it
+    content[size : size + 4] = b"\xf0\xff\xff\xff"
+    bomb.write_bytes(content)
+    for path, words in ((old, "before 1.6"), (packed, "are compressed"), (bomb, "are larger than the file")):
+        for read in (read_checkpoint, read_initial, load_forecaster):
+            with pytest.raises(UserError, match=f"{path.name} is damaged or no checkpoint of .*{words}"):
+                read(path)
+
+
+def test_an_encoder_file_that_was_edited_is_named(encoder: Path, tmp_path: Path) -> None:
+    about, state = read_weights(encoder)
+    model = build_dense_encoder("test_resnet", 3)
+    name = next(iter(state))
+    path = tmp_path / "edited.safetensors"
+    for change, words in (
+        (state[name] * torch.nan, f"the weight {name} holds values that are not finite"),
+        (state[name].to(torch.complex64), f"its weight '{name}' is no ordinary tensor"),
+        (state[name][:1], f"does not fit encoder 'test_resnet': {name} is"),
+    ):
+        write_weights(path, state | {name: change}, about)
+        with pytest.raises(UserError, match=words):
+            load_encoder(model, path)
+    save_file(state, path, metadata=about | {"sha257": "0" * 64})
+    with pytest.raises(UserError, match="its content is not what was written"):
+        read_initial(path)
