@@ -144,7 +144,7 @@ def _exact(arguments: dict[str, Any]) -> dict[str, Any]:
             return value
         if value.is_meta or value.is_sparse or value.numel() > 10**6:
             raise TypeError("no tensor of numbers that fits a right call")
-        if value.dtype not in TOLERANCES and "packed" in arguments and "weight" in arguments:
+        if value.dtype not in TOLERANCES and "weight" in arguments and value is not arguments.get("residual"):
             raise TypeError("no numbers that can be convolved")
         return value if value.is_complex() else value.double()
 
