@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -112,6 +113,20 @@ def test_what_is_captured_is_a_function_of_its_tensors(name: str) -> None:
         theirs = torch.autograd.grad(loss_of(expected), [*other.parameters()])
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("gpu")
+def test_features_that_were_changed_in_place_and_calls_from_other_threads_are_refused() -> None:
+    model, grid = small(), grids(1)[0]
+    run = graphed(model, frames(), grid)
+    features = as_list(run(frames(), grid))
+    features[0].mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss_of(features).backward()
+    assert all(p.grad is None for p in model.parameters())
+    loss_of([feature.clone().mul_(2) for feature in as_list(run(frames(), grid))]).backward()
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="in each thread"):
+        pool.submit(run, frames(), grid).result()
 
 
 # An operator that is recorded may sum in another order than one that autograd calls.

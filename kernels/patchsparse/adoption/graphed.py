@@ -9,6 +9,7 @@ and what a replay could not do is refused.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -69,6 +70,8 @@ def graphed(model: nn.Module, images: Tensor, grid: PatchGrid) -> Run:
     What differs from an ordinary call:
 
     - The next call writes over the features of this one: ``clone()`` what must last. Call backward once, before it.
+    - Features may not be changed in place before backward: it reads them, and then raises.
+    - All calls share one memory, and so come from the thread that captured.
     - A feature map that the loss leaves out gives its parameters gradients of 0, not None.
     - Parameters and buffers must stay where they are: ``load_state_dict`` keeps them there, ``model.to`` may not.
     - In another mode than the captured one (``model.eval()``) the model is called as usual, kernel by kernel.
@@ -89,7 +92,8 @@ def graphed(model: nn.Module, images: Tensor, grid: PatchGrid) -> Run:
     Raises:
         ValueError: if no part of ``model`` is sparsified, or it has what a replay would leave out (hooks of modules,
             an exchange with other processes); in a call, for other shapes, dtypes or states than the captured ones.
-        RuntimeError: if the capture fails, with the reason; in backward, if another call came before it.
+        RuntimeError: if the capture fails, with the reason; in a call, from another thread; in backward, if another
+            call came before it or a feature was changed.
     """
     with bind(model, grid):
         pass  # says what is wrong with either
@@ -130,12 +134,19 @@ class _Replayed(Run):
         self._autocast = _autocast()
         self._moves = [images.requires_grad, *self._trained]
         self.turn, self._calls = 0, 0
+        self._thread = threading.get_ident()
+        self._features: list[tuple[Tensor, int]] = []  # of the last call, and their versions
         self._replay = self._captured(images, grid)
 
     def __call__(self, images: Tensor, grid: PatchGrid) -> Any:
         """Return what ``with bind(model, grid): model(pack(images, grid))`` returns, by a replay."""
         if self._modes_now() != self._modes:
             return super().__call__(images, grid)
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "a replay writes where the thread that captured it may be reading; "
+                "call graphed(model, images, grid) in each thread that runs the model"
+            )
         self._check(images, grid)
         self._calls += 1
         self.turn = self._calls
@@ -143,7 +154,14 @@ class _Replayed(Run):
         moving = [tensor for tensor, moves in zip(tensors, self._moves, strict=True) if moves]
         apart = iter(cast(Any, _Apart).apply(self, self.turn, *moving) if moving else ())
         images, *parameters = (next(apart) if moves else t for t, moves in zip(tensors, self._moves, strict=True))
-        return self._replay(images, grid.active, grid.coords, grid.slot, *parameters)
+        output = self._replay(images, grid.active, grid.coords, grid.slot, *parameters)
+        if torch.is_grad_enabled():
+            self._features = [(f.detach(), f._version) for f in tree_leaves(output) if isinstance(f, Tensor)]
+        return output
+
+    def changed(self) -> bool:
+        """Return whether a feature of the last call was changed in place since."""
+        return any(feature._version != version for feature, version in self._features)
 
     def _captured(self, images: Tensor, grid: PatchGrid) -> Any:
         """Return the callable of PyTorch's, whose inputs are those of `computation`.
@@ -221,6 +239,11 @@ class _Apart(torch.autograd.Function):
             raise RuntimeError(
                 "backward of a replayed call came twice, or after a later call that wrote over its activations; call "
                 "backward once after each call, or capture one graphed(model, images, grid) for each call of a step"
+            )
+        if ctx.run.changed():
+            raise RuntimeError(
+                "a feature of a replayed call was changed in place, and the graph of backward may read it; change a "
+                "clone() of it, or compute out of place"
             )
         ctx.run.turn = 0
         places = [gradient for gradient in gradients if gradient is not None]
