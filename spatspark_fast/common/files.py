@@ -210,6 +210,9 @@ def _check_archive(path: Path) -> None:
             raise zipfile.BadZipFile("it is in the format of PyTorch before 1.6, which has no checksums; save it anew")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        # Storage of a member whose attributes say that it is a folder is never filled by torch.
+        if len({(m.create_system, m.flag_bits, m.volume, m.internal_attr, m.external_attr) for m in members}) > 1:
+            raise zipfile.BadZipFile("its directory is damaged; copy it again, or take another")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise zipfile.BadZipFile("its members are compressed, and those of torch never are")
         if sum(member.file_size for member in members) > path.stat().st_size:

@@ -44,7 +44,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint of a training: it lacks the options or the position")
     try:
         check_types({name: checkpoint[name] for name in ENTRIES if name in checkpoint}, ENTRIES)
-        config = check_types(checkpoint["config"], dict.fromkeys(checkpoint["config"], dict | str | None))
+        groups = dict.fromkeys(checkpoint["config"], dict | None) | {"init": str | None}
+        config = check_types(checkpoint["config"], groups)
     except UserError as error:
         raise UserError(f"{path} is damaged or was edited ({error}); go on from another checkpoint") from None
     if min(checkpoint.get(name, 0) for name in COUNTS) < 0:

@@ -76,6 +76,7 @@ RESUMED: dict[str, tuple[Edit, str]] = {
     "another shape": (weight(lambda w: w[:1]), "does not fit this run"),
     "no options": (at("config", to=None), "option config is None"),
     "options that are a list": (at("config", "model", to=[1]), "option model is [1]"),
+    "options that are text": (at("config", "trainer", to="x"), "option trainer is 'x'"),
     "an option of a later version": (at("config", "model", "colour", to="red"), "unknown option model.colour"),
     "a group of a later version": (at("config", "colours", to={}), "unknown option colours"),
     "an option of another type": (at("config", "trainer", "epochs", to="many"), "option trainer.epochs is 'many'"),
