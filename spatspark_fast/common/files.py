@@ -161,6 +161,8 @@ def check_folder(out: Path, overwrite: bool) -> None:
 def usable(option: str, path: Path) -> Iterator[None]:
     """Turn what the system says against the name of a file or folder into a sentence."""
     try:
+        if b"\0" in os.fsencode(path):  # pathlib takes what is no text for missing
+            raise ValueError("it holds a null byte")
         yield
     except (OSError, UnicodeError) as error:
         reason = _reason(error) if isinstance(error, OSError) else "it is no text that the system can write"

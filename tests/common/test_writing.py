@@ -17,8 +17,8 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
 
-from spatspark_fast.common.errors import WriteError
-from spatspark_fast.common.files import atomic_path
+from spatspark_fast.common.errors import UserError, WriteError
+from spatspark_fast.common.files import atomic_path, check_file, check_folder
 
 from .scarce import size_limit, small_disk
 
@@ -97,6 +97,14 @@ def test_folders_that_cannot_be_written_are_named(tmp_path: Path, disk: Path) ->
     with atomic_path(long) as temporary:
         temporary.write_text("new")
     assert long.read_text() == "new"
+
+
+def test_names_that_no_system_can_write_are_refused() -> None:
+    for name, words in (("a" * 300, "give a shorter path"), ("\ud800", "it is no text"), ("a\0b", "a null byte")):
+        with pytest.raises(UserError, match=f"--out .* cannot be used: .*{words}"):
+            check_folder(Path(name), overwrite=True)
+        with pytest.raises(UserError, match=f"--export .* cannot be used: .*{words}"):
+            check_file("export", Path(name), overwrite=True)
 
 
 def test_a_defect_in_the_block_stays_what_it_is(tmp_path: Path) -> None:
