@@ -1,7 +1,8 @@
-// Every function that the library exports. Where memory runs out, they return what engine.h says.
+// Every function that the library exports. What goes wrong they return as a status of engine.h.
 #include "engine.h"
 
 #include <new>
+#include <stdexcept>
 
 #include "ops/ops.h"
 #include "plan/build.h"
@@ -11,19 +12,30 @@
 
 namespace {
 
-// Run an operation; return 0, or -1 when out of memory or where it is not offered.
+// Call a function that returns whether it could; no exception leaves the library.
+template <class F>
+int32_t status_of(F function) {
+    try {
+        return function() ? PS_OK : PS_REFUSED;
+    } catch (const std::bad_alloc&) {
+        return PS_NO_MEMORY;
+    } catch (const std::length_error&) {  // a vector longer than any memory
+        return PS_NO_MEMORY;
+    } catch (const std::invalid_argument&) {
+        return PS_INVALID;
+    } catch (...) {
+        return PS_FAILED;
+    }
+}
+
 template <class Args>
 int32_t run(bool (*operation)(const Args&), const Args* args) {
-    try {
-        return operation(*args) ? 0 : -1;
-    } catch (const std::bad_alloc&) {
-        return -1;
-    }
+    return status_of([&] { return operation(*args); });
 }
 
 }  // namespace
 
-int32_t ps_abi() { return 4; }
+int32_t ps_abi() { return 5; }
 
 int32_t ps_isa_supported(int32_t isa) { return patchsparse::isa_supported(isa); }
 
@@ -31,12 +43,13 @@ void ps_set_runtime(void* parallel, void* thread_num, void* num_threads) {
     patchsparse::set_runtime(parallel, thread_num, num_threads);
 }
 
-ps_plan* ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords, int32_t threads) {
-    try {
-        return patchsparse::build_plan(*geometry, slot, coords, threads).release();
-    } catch (const std::bad_alloc&) {
-        return nullptr;
-    }
+int32_t ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords, int32_t threads,
+                       ps_plan** plan) {
+    *plan = nullptr;
+    return status_of([&] {
+        *plan = patchsparse::build_plan(*geometry, slot, coords, threads).release();
+        return true;
+    });
 }
 
 void ps_plan_destroy(ps_plan* plan) { delete plan; }

@@ -22,13 +22,16 @@ typedef struct ps_plan ps_plan;
 // Instruction sets, each including those before it.
 enum { PS_PORTABLE = 0, PS_AVX2 = 1, PS_AVX512 = 2, PS_AVX512_BF16 = 3, PS_AMX = 4 };
 enum { PS_F32 = 0, PS_F64 = 1, PS_BF16 = 2 };  // PS_BF16: by Winograd's method; direct, from PS_AVX512_BF16 on
+// What functions return: done; no memory; numbers or maps out of range; a dtype, geometry or instruction set that is
+// not offered; anything else.
+enum { PS_OK = 0, PS_NO_MEMORY = 1, PS_INVALID = 2, PS_REFUSED = 3, PS_FAILED = 4 };
 enum { PS_NO_LISTS = 0, PS_GROUPS = 1, PS_SQUARES = 2 };  // what a plan holds besides the halo
 
 // What is read by what. `adjoint` = 0: targets are the outputs of a stencil operation and sources its inputs;
 // `adjoint` = 1: the other way round (strided input gradients). Pairs are (vertical, horizontal).
 // `lists` are those that an operation reads: PS_GROUPS for ps_conv and ps_wgrad, PS_SQUARES for depthwise ones.
 typedef struct {
-    int32_t patches, grid_rows, grid_columns, adjoint, lists;
+    int32_t images, patches, grid_rows, grid_columns, adjoint, lists;
     int32_t source[2], kernel[2], stride[2], padding[2], dilation[2];
 } ps_geometry;
 
@@ -89,15 +92,16 @@ PS_API int32_t ps_isa_supported(int32_t isa);
 // The engine links none, so it can never bring a second one. Null pointers: run on the calling thread.
 PS_API void ps_set_runtime(void* parallel, void* thread_num, void* num_threads);
 
-// Derive a plan from the slot map (B, Gh, Gw) and the coordinates (N, 3) of the packed patches. Null if out of memory.
-PS_API ps_plan* ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords,
-                               int32_t threads);
+// Derive a plan from the slot map (images, Gh, Gw) and the coordinates (patches, 3) of the packed patches, and return a
+// status. A map may hold anything: where it would lead out of the images or the packed rows the status is PS_INVALID.
+PS_API int32_t ps_plan_create(const ps_geometry* geometry, const int32_t* slot, const int32_t* coords, int32_t threads,
+                              ps_plan** plan);
 PS_API void ps_plan_destroy(ps_plan* plan);
 
 // Write five numbers: {target rows, source rows, active pairs, groups, groups whose rows are stored once}.
 PS_API void ps_plan_statistics(const ps_plan* plan, int64_t* out);
 
-// Each returns 0, or -1 when out of memory or the dtype or instruction set is not offered.
+// Each returns a status.
 PS_API int32_t ps_conv(const ps_conv_args* args);
 PS_API int32_t ps_wgrad(const ps_wgrad_args* args);
 // 3x3, stride 1, padding 1, patches of even sides. With PS_BF16 sources and targets are bfloat16 and the bias float32;

@@ -28,4 +28,5 @@ export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=99:detect_odr_viola
 export PATCHSPARSE_ENGINE=$build/_engine.so OMP_NUM_THREADS=2
 LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
   python -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_cpp.py tests/kernels/test_cpp_loading.py \
-  tests/kernels/test_bfloat16.py tests/kernels/test_depthwise.py tests/kernels/test_winograd.py "$@"
+  tests/kernels/test_bfloat16.py tests/kernels/test_depthwise.py tests/kernels/test_winograd.py \
+  tests/kernels/test_maps.py tests/kernels/test_refusals.py "$@"

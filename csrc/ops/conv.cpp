@@ -3,7 +3,6 @@
 // A band is as many panels as stay in the second-level cache together; each block of target rows meets all panels of
 // the band before the next block, so that its source rows are read from memory once.
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "ops/ops.h"
@@ -26,7 +25,7 @@ class Conv {
   public:
     Conv(const ps_conv_args& args, const Kernels<T>& kernels);
 
-    bool run();
+    void run();
 
   private:
     struct Band {
@@ -36,7 +35,7 @@ class Conv {
     };
 
     // Compute the tiles whose cost begins in [first, last) of the bands laid end to end.
-    bool compute(int64_t first, int64_t last, int64_t panels, int64_t bands);
+    void compute(int64_t first, int64_t last, int64_t panels, int64_t bands);
     // Add up the shared units tap by tap, so that each tap's weights meet all rows while they are in the cache.
     void compute_shared(const std::vector<const Unit*>& units, const Band& band, WeightPrefetch& next) const;
 
@@ -81,27 +80,24 @@ Conv<T>::Conv(const ps_conv_args& args, const Kernels<T>& kernels)
 }
 
 template <class T>
-bool Conv<T>::run() {
+void Conv<T>::run() {
     const int64_t panel_bytes = plan_.taps() * args_.source_channels * kernels_.columns * int64_t(sizeof(T));
     const int64_t panels = (args_.target_channels + kernels_.columns - 1) / kernels_.columns;
     const int64_t fair = (2 * panels + args_.threads - 1) / std::max(1, args_.threads);  // packing is per thread
     const int64_t most = std::clamp<int64_t>(BAND_BYTES / std::max<int64_t>(1, panel_bytes), 1, fair);
     const int64_t bands = (panels + most - 1) / most;
-    std::atomic<bool> failed{false};
     auto share = [&](int thread, int team) {
         const int64_t total = panels * start_.back();
-        if (!compute(total * thread / team, total * (thread + 1) / team, panels, bands)) failed = true;
+        compute(total * thread / team, total * (thread + 1) / team, panels, bands);
     };
     parallel(args_.threads, share);
-    return !failed;
 }
 
 template <class T>
-bool Conv<T>::compute(int64_t first, int64_t last, int64_t panels, int64_t bands) {
+void Conv<T>::compute(int64_t first, int64_t last, int64_t panels, int64_t bands) {
     static thread_local Scratch scratch;
     const int64_t panel_size = plan_.taps() * args_.source_channels * kernels_.columns;
     T* packed = scratch.get<T>(panel_size * ((panels + bands - 1) / bands));
-    if (packed == nullptr) return false;
     WeightPrefetch next(args_, weights_.bytes);
     auto band_at = [&](int64_t b) {
         const int64_t p = panels * b / bands;
@@ -125,7 +121,6 @@ bool Conv<T>::compute(int64_t first, int64_t last, int64_t panels, int64_t bands
         }
         if (!shared.empty()) compute_shared(shared, band, next);
     }
-    return true;
 }
 
 template <class T>
@@ -237,7 +232,8 @@ void Conv<T>::prefetch(const TileArgs<T>& a, bool has_next) const {
 template <class T>
 bool conv_as(const ps_conv_args& args) {
     const Kernels<T>* table = Storage<T>::offers(args.weight_dtype) ? kernels<T>(args.isa) : nullptr;
-    return table != nullptr && Conv<T>(args, *table).run();
+    if (table != nullptr) Conv<T>(args, *table).run();
+    return table != nullptr;
 }
 
 }  // namespace

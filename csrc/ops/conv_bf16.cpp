@@ -3,7 +3,6 @@
 // Matrix tiles load rows at equal distances, so the source rows of 32 targets are gathered once for all their taps and
 // then meet every panel of the band. Vectors read them where they lie. Threads share the work as in conv.cpp.
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "kernels/bf16.h"
@@ -24,7 +23,7 @@ class ConvBf16 {
   public:
     ConvBf16(const ps_conv_args& args, const Bf16Kernels& kernels);
 
-    bool run();
+    void run();
 
   private:
     struct Band {
@@ -33,7 +32,7 @@ class ConvBf16 {
     };
 
     // Compute the tiles whose cost begins in [first, last) of the bands laid end to end.
-    bool compute(int64_t first, int64_t last, int64_t panels, int64_t bands) const;
+    void compute(int64_t first, int64_t last, int64_t panels, int64_t bands) const;
     // Shared rows are summed in float32 memory, tap by tap, and narrowed at the end.
     void compute_shared(const std::vector<const Unit*>& units, const Band& band) const;
     // Pack the weights of a tap into all panels of a band, at `place` of the taps that they have room for.
@@ -73,29 +72,25 @@ ConvBf16::ConvBf16(const ps_conv_args& args, const Bf16Kernels& kernels)
     packed_taps_ = by_tap_ ? 1 : plan_.taps();
 }
 
-bool ConvBf16::run() {
+void ConvBf16::run() {
     static thread_local Scratch kept;
-    if (shares_ && (sums_ = kept.get<float>(plan_.target_rows() * args_.target_channels)) == nullptr) return false;
+    if (shares_) sums_ = kept.get<float>(plan_.target_rows() * args_.target_channels);
     const int64_t panels = (args_.target_channels + BF16_TILE - 1) / BF16_TILE;
     const int64_t fit = BAND_BYTES / std::max<int64_t>(1, panel_size() * int64_t(sizeof(Bf16)));
     const int64_t fair = by_tap_ ? (panels + args_.threads - 1) / std::max(1, args_.threads) : panels;
     const int64_t most = std::clamp<int64_t>(fit, 1, std::max<int64_t>(1, fair)), bands = (panels + most - 1) / most;
-    std::atomic<bool> failed{false};
     auto share = [&](int thread, int team) {
         const int64_t total = panels * start_.back();
-        kernels_.begin();
-        if (!compute(total * thread / team, total * (thread + 1) / team, panels, bands)) failed = true;
-        kernels_.end();
+        const Within<Bf16Kernels> within(kernels_);
+        compute(total * thread / team, total * (thread + 1) / team, panels, bands);
     };
     parallel(args_.threads, share);
-    return !failed;
 }
 
-bool ConvBf16::compute(int64_t first, int64_t last, int64_t panels, int64_t bands) const {
+void ConvBf16::compute(int64_t first, int64_t last, int64_t panels, int64_t bands) const {
     static thread_local Scratch scratch;
     const int64_t packed_size = panel_size() * ((panels + bands - 1) / bands);
     Bf16* packed = scratch.get<Bf16>(packed_size + packed_taps_ * steps_ * BLOCK);
-    if (packed == nullptr) return false;
     for (int64_t b = 0; b < bands; ++b) {
         const int64_t p = panels * b / bands, count = panels * (b + 1) / bands - p;
         const int64_t begin = p * start_.back(), end = begin + count * start_.back();
@@ -111,7 +106,6 @@ bool ConvBf16::compute(int64_t first, int64_t last, int64_t panels, int64_t band
         }
         if (!shared.empty()) compute_shared(shared, band);
     }
-    return true;
 }
 
 inline void ConvBf16::pack(const Band& band, int32_t tap, int32_t place) const {
@@ -183,7 +177,8 @@ void ConvBf16::group_tiles(const Group& group, const Band& band, int64_t first, 
 
 bool conv_bf16(const ps_conv_args& args) {
     const Bf16Kernels* table = args.weight_dtype == PS_BF16 ? kernels_bf16(args.isa) : nullptr;
-    return table != nullptr && ConvBf16(args, *table).run();
+    if (table != nullptr) ConvBf16(args, *table).run();
+    return table != nullptr;
 }
 
 }  // namespace patchsparse

@@ -2,7 +2,6 @@
 // enough (stencil.inl), else pairs of squares (squares.inl). Elsewhere: by pixel with its active taps. Each way takes
 // a slice of channels at a time, narrow enough for the first-level cache.
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "ops/ops.h"
@@ -30,18 +29,17 @@ class Depthwise {
     Depthwise(const ps_depthwise_args& args, const Kernels<T>& kernels);
 
     // A target is summed by one thread, in an order that does not depend on the number of threads.
-    bool forward() const;
+    void forward() const;
 
     // A thread owns a range of channels and adds over all patches in order, whatever the number of threads.
-    bool wgrad() const;
+    void wgrad() const;
 
   private:
     // Add the products of each run of pixels up before the sums of runs: one sum of all would round too often.
-    bool pixels_wgrad(int64_t first, int64_t last, T* gradient) const;
+    void pixels_wgrad(int64_t first, int64_t last, T* gradient) const;
 
     // Compute a slice of channels of a chunk, below `last`: its targets, or what it adds to the gradient.
-    // Return false if there is no memory.
-    bool squares(const SquareChunk& chunk, int64_t first, int64_t last, T* gradient = nullptr) const;
+    void squares(const SquareChunk& chunk, int64_t first, int64_t last, T* gradient = nullptr) const;
 
     DepthwiseArgs<T> patch_args(int64_t patch, int64_t first, int64_t last) const;
 
@@ -71,14 +69,13 @@ Depthwise<T>::Depthwise(const ps_depthwise_args& args, const Kernels<T>& kernels
 }
 
 template <class T>
-bool Depthwise<T>::forward() const {
-    std::atomic<bool> failed{false};
+void Depthwise<T>::forward() const {
     const int64_t slices = (args_.channels + slice_ - 1) / slice_;
     auto share = [&](int thread, int team) {
         if (plan_.squares.side != 0) {
             const int64_t units = int64_t(plan_.squares.chunks.size()) * slices;
-            for (int64_t i = units * thread / team; i < units * (thread + 1) / team && !failed; ++i)
-                if (!squares(plan_.squares.chunks[i / slices], i % slices * slice_, args_.channels)) failed = true;
+            for (int64_t i = units * thread / team; i < units * (thread + 1) / team; ++i)
+                squares(plan_.squares.chunks[i / slices], i % slices * slice_, args_.channels);
             return;
         }
         const int64_t patches = plan_.geometry.patches;
@@ -92,12 +89,10 @@ bool Depthwise<T>::forward() const {
         for_pixels(first, last, 0, args_.channels, pixel, [](int64_t, int64_t) {});
     };
     parallel(args_.threads, share);
-    return !failed;
 }
 
 template <class T>
-bool Depthwise<T>::wgrad() const {
-    std::atomic<bool> failed{false};
+void Depthwise<T>::wgrad() const {
     T* gradient = static_cast<T*>(const_cast<void*>(args_.weight));
     const int64_t vectors = (args_.channels + vector_ - 1) / vector_;
     auto share = [&](int thread, int team) {
@@ -108,8 +103,7 @@ bool Depthwise<T>::wgrad() const {
             std::fill(gradient + tap * args_.channels + first, gradient + tap * args_.channels + last, T(0));
         if (plan_.squares.side != 0) {
             for (const SquareChunk& chunk : plan_.squares.chunks)
-                for (int64_t c = first; c < last && !failed; c += slice_)
-                    if (!squares(chunk, c, last, gradient)) failed = true;
+                for (int64_t c = first; c < last; c += slice_) squares(chunk, c, last, gradient);
             return;
         }
         if (by_patch_) {
@@ -117,17 +111,15 @@ bool Depthwise<T>::wgrad() const {
                 kernels_.depthwise_patch_wgrad(patch_args(patch, first, last), gradient);
             return;
         }
-        if (!pixels_wgrad(first, last, gradient)) failed = true;
+        pixels_wgrad(first, last, gradient);
     };
     parallel(args_.threads, share);
-    return !failed;
 }
 
 template <class T>
-bool Depthwise<T>::pixels_wgrad(int64_t first, int64_t last, T* gradient) const {
+void Depthwise<T>::pixels_wgrad(int64_t first, int64_t last, T* gradient) const {
     static thread_local Scratch scratch;
     T* run = scratch.get<T>(plan_.taps() * args_.channels);
-    if (run == nullptr) return false;
     std::fill(run, run + plan_.taps() * args_.channels, T(0));
     auto add_run = [&](int64_t low, int64_t high) {
         for (int64_t tap = 0; tap < plan_.taps(); ++tap)
@@ -138,16 +130,14 @@ bool Depthwise<T>::pixels_wgrad(int64_t first, int64_t last, T* gradient) const 
     };
     auto pixel = [&](const PixelArgs<T>& a) { kernels_.depthwise_pixel_wgrad(a, run); };
     for_pixels(0, plan_.geometry.patches, first, last, pixel, add_run);
-    return true;
 }
 
 template <class T>
-inline bool Depthwise<T>::squares(const SquareChunk& chunk, int64_t first, int64_t last, T* gradient) const {
+inline void Depthwise<T>::squares(const SquareChunk& chunk, int64_t first, int64_t last, T* gradient) const {
     static thread_local Scratch scratch;
     const Squares& squares = plan_.squares;
     const int64_t vectors = 4 * int64_t(chunk.sources.size() + chunk.targets.size());
     T* memory = scratch.get<T>(vectors * vector_);
-    if (memory == nullptr) return false;
     const SquaresArgs<T> a{args_.source,
                            args_.target,
                            args_.channels,
@@ -170,7 +160,6 @@ inline bool Depthwise<T>::squares(const SquareChunk& chunk, int64_t first, int64
                            memory};
     if (gradient == nullptr) kernels_.depthwise_squares(a);
     else kernels_.depthwise_squares_wgrad(a, gradient);
-    return true;
 }
 
 template <class T>
@@ -243,7 +232,9 @@ bool run(const ps_depthwise_args& args, bool wgrad) {
     const Kernels<T>* table = kernels<T>(args.isa);
     if (table == nullptr) return false;
     const Depthwise<T> depthwise(args, *table);
-    return wgrad ? depthwise.wgrad() : depthwise.forward();
+    if (wgrad) depthwise.wgrad();
+    else depthwise.forward();
+    return true;
 }
 
 bool run(const ps_depthwise_args& args, bool wgrad) {

@@ -5,8 +5,8 @@
 
 namespace patchsparse {
 
-// Each returns false when out of memory or where the dtype, the geometry or the instruction set is not offered; what it
-// computes stands in engine.h. It may throw std::bad_alloc.
+// Each returns false where the dtype, the geometry or the instruction set is not offered; what it computes stands in
+// engine.h. It throws std::bad_alloc when out of memory.
 bool conv(const ps_conv_args& args);       // where images are not bfloat16
 bool conv_bf16(const ps_conv_args& args);  // where they are
 bool wgrad(const ps_wgrad_args& args);

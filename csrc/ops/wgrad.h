@@ -11,7 +11,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 #include <vector>
 
@@ -44,6 +43,7 @@ class Wgrad {
   public:
     Wgrad(const ps_wgrad_args& args, const Policy& policy);
 
+    // Return false for a layout of the weights that is not offered.
     bool run();
 
   private:
@@ -106,22 +106,15 @@ bool Wgrad<Policy>::run() {
     static thread_local Scratch kept;
     const bool whole = NARROWS && chunks_.count() > 1;
     Sum* sums = whole ? kept.get<Sum>(plan_.taps() * rows_ * columns_) : nullptr;
-    if (whole && sums == nullptr) return false;
-    std::atomic<bool> failed{false};
     auto share = [&](int thread, int team) {
         static thread_local Scratch scratch, block;
         const Buffers buffers{scratch.get<Source>(PANELS * panel_size() + policy_.left_size()), sums,
                               NARROWS && !whole ? block.get<Sum>(rows_ * PANELS * policy_.tile_columns()) : nullptr};
-        if (buffers.panels == nullptr || (NARROWS && !whole && buffers.block == nullptr)) {
-            failed = true;
-            return;
-        }
-        policy_.begin();
+        const Within<Policy> within(policy_);
         add_share(start, start.back() * thread / team, start.back() * (thread + 1) / team, buffers);
-        policy_.end();
     };
     parallel(args_.threads, share);
-    return !failed;
+    return true;
 }
 
 template <class Policy>

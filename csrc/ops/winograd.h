@@ -48,7 +48,8 @@ class WinogradTiles {
 template <template <class> class Method, class T, class Args>
 bool run_method(const Args& args) {
     const Kernels<T>* table = Storage<T>::offers(args.weight_dtype) ? kernels<T>(args.isa) : nullptr;
-    return table != nullptr && Method<T>(args, *table).run();
+    if (table != nullptr) Method<T>(args, *table).run();
+    return table != nullptr;
 }
 
 // Run Method<T>, T being what the sums of `args` are made in.

@@ -9,7 +9,6 @@
 // A block's components and a band's weights stay in the second-level cache. Where there are several bands, the
 // components of all blocks are kept for the next one.
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 
 #include "ops/ops.h"
@@ -30,13 +29,13 @@ class WinogradConv {
   public:
     WinogradConv(const ps_conv_args& args, const Kernels<T>& kernels);
 
-    bool run();
+    void run();
 
   private:
-    // Step 1; false if there is no memory, as in step 2.
-    bool pack(T* weights) const;
+    // Step 1.
+    void pack(T* weights) const;
     // Step 2, for the blocks of tiles [first, last).
-    bool compute(const T* weights, int64_t first, int64_t last) const;
+    void compute(const T* weights, int64_t first, int64_t last) const;
     void transform(int64_t block, const T* zeros, T* out) const;
     void multiply(int64_t block, const T* components, const T* panel, int64_t p, T* sums) const;
 
@@ -69,29 +68,20 @@ WinogradConv<T>::WinogradConv(const ps_conv_args& args, const Kernels<T>& kernel
 }
 
 template <class T>
-bool WinogradConv<T>::run() {
+void WinogradConv<T>::run() {
     static thread_local Scratch scratch;
     T* weights = scratch.get<T>(panels_ * panel_size_);
-    if (weights == nullptr || !pack(weights)) return false;
-    std::atomic<bool> failed{false};
+    pack(weights);
     const int64_t blocks = (tiles_.count() + block_ - 1) / block_;
-    auto share = [&](int thread, int team) {
-        if (!compute(weights, blocks * thread / team, blocks * (thread + 1) / team)) failed = true;
-    };
+    auto share = [&](int thread, int team) { compute(weights, blocks * thread / team, blocks * (thread + 1) / team); };
     parallel(int(std::min<int64_t>(args_.threads, blocks)), share);
-    return !failed;
 }
 
 template <class T>
-bool WinogradConv<T>::pack(T* weights) const {
-    std::atomic<bool> failed{false};
+void WinogradConv<T>::pack(T* weights) const {
     auto share = [&](int thread, int team) {
         static thread_local Scratch scratch;
         T* taps = scratch.get<T>(9 * depth_ * kernels_.columns);
-        if (taps == nullptr) {
-            failed = true;
-            return;
-        }
         for (int64_t p = panels_ * thread / team; p < panels_ * (thread + 1) / team; ++p) {
             const void* from = weights_.at(args_.weight, p * kernels_.columns * args_.weight_stride[0]);
             weights_.kernels.pack({from, args_.weight_stride, {3, 3}, depth_, columns_at(p), taps});
@@ -99,17 +89,15 @@ bool WinogradConv<T>::pack(T* weights) const {
         }
     };
     parallel(int(std::min<int64_t>(args_.threads, panels_)), share);
-    return !failed;
 }
 
 template <class T>
-bool WinogradConv<T>::compute(const T* weights, int64_t first, int64_t last) const {
+void WinogradConv<T>::compute(const T* weights, int64_t first, int64_t last) const {
     static thread_local Scratch components_kept, sums_kept;
     const int64_t size = COMPONENTS * block_ * wide_;
     const bool keep = bands_ > 1 && (last - first) * size * int64_t(sizeof(T)) <= KEPT_BYTES;
     T* components = components_kept.get<T>(size * (keep ? std::max<int64_t>(1, last - first) : 1) + wide_);
     T* sums = sums_kept.get<T>(COMPONENTS * block_ * kernels_.columns);
-    if (components == nullptr || sums == nullptr) return false;
     T* zeros = components;
     components += wide_;
     std::fill(zeros, components, T(0));
@@ -120,7 +108,6 @@ bool WinogradConv<T>::compute(const T* weights, int64_t first, int64_t last) con
             for (int64_t p = panels_ * band / bands_; p < panels_ * (band + 1) / bands_; ++p)
                 multiply(b, at, weights + p * panel_size_, p, sums);
         }
-    return true;
 }
 
 template <class T>

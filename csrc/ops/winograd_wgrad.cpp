@@ -4,7 +4,6 @@
 // some row tiles of one row of four components. It adds over all tiles in a fixed order, so that the result does not
 // depend on the number of threads, and in chunks whose components stay in the second-level cache.
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 
 #include "ops/ops.h"
@@ -22,7 +21,7 @@ class WinogradWgrad {
   public:
     WinogradWgrad(const ps_wgrad_args& args, const Kernels<T>& kernels);
 
-    bool run();
+    void run();
 
   private:
     struct Buffers {
@@ -30,7 +29,7 @@ class WinogradWgrad {
     };
 
     // Add up the units [first, last) of all (row of components, row tile).
-    bool add_units(T* sums, int64_t first, int64_t last) const;
+    void add_units(T* sums, int64_t first, int64_t last) const;
 
     // Add the tiles from `chunk` on to the components 4 * row .. 4 * row + 3 of the row tiles [low, high).
     void add_chunk(T* sums, int64_t chunk, int32_t row, int64_t low, int64_t high, const Buffers& buffers) const;
@@ -55,40 +54,34 @@ WinogradWgrad<T>::WinogradWgrad(const ps_wgrad_args& args, const Kernels<T>& ker
 }
 
 template <class T>
-bool WinogradWgrad<T>::run() {
+void WinogradWgrad<T>::run() {
     static thread_local Scratch kept;
     T* sums = kept.get<T>(COMPONENTS * args_.target_channels * depth_);
-    if (sums == nullptr) return false;
-    std::atomic<bool> failed{false};
     auto share = [&](int thread, int team) {
         const int64_t units = 4 * row_tiles_;
-        if (!add_units(sums, units * thread / team, units * (thread + 1) / team)) failed = true;
+        add_units(sums, units * thread / team, units * (thread + 1) / team);
     };
     parallel(int(std::min<int64_t>(args_.threads, 4 * row_tiles_)), share);
-    if (!failed)
-        parallel_for(args_.threads, args_.target_channels, [&](int64_t n) {
-            weights_.kernels.winograd_wgrad({sums + n * depth_,
-                                             args_.target_channels * depth_,
-                                             depth_,
-                                             weights_.at(args_.weight, n * args_.weight_stride[0]),
-                                             {args_.weight_stride[2], args_.weight_stride[3]}});
-        });
-    return !failed;
+    parallel_for(args_.threads, args_.target_channels, [&](int64_t n) {
+        weights_.kernels.winograd_wgrad({sums + n * depth_,
+                                         args_.target_channels * depth_,
+                                         depth_,
+                                         weights_.at(args_.weight, n * args_.weight_stride[0]),
+                                         {args_.weight_stride[2], args_.weight_stride[3]}});
+    });
 }
 
 template <class T>
-bool WinogradWgrad<T>::add_units(T* sums, int64_t first, int64_t last) const {
+void WinogradWgrad<T>::add_units(T* sums, int64_t first, int64_t last) const {
     static thread_local Scratch kept;
     const int64_t wide = panels_ * kernels_.columns, mine = std::min(row_tiles_, last - first);
     T* memory = kept.get<T>(wide + 4 * CHUNK * (wide + mine * lane_));
-    if (memory == nullptr) return false;
     const Buffers buffers{memory, memory + wide, memory + wide + 4 * CHUNK * wide};
     std::fill(buffers.zeros, buffers.source, T(0));
     for (int64_t chunk = 0; chunk < std::max<int64_t>(1, tiles_.count()); chunk += CHUNK)
         for (int64_t row = first / row_tiles_; row * row_tiles_ < last; ++row)
             add_chunk(sums, chunk, int32_t(row), std::max<int64_t>(0, first - row * row_tiles_),
                       std::min(row_tiles_, last - row * row_tiles_), buffers);
-    return true;
 }
 
 template <class T>

@@ -8,7 +8,8 @@
 
 namespace patchsparse {
 
-// Build a plan from the slot map (B, Gh, Gw) and the coordinates (N, 3) of the packed patches; may throw bad_alloc.
+// Build a plan from the slot map (images, Gh, Gw) and the coordinates (N, 3) of the packed patches. Throw bad_alloc
+// without memory, and invalid_argument for numbers or maps that lead out of them.
 std::unique_ptr<ps_plan> build_plan(const ps_geometry& geometry, const int32_t* slot, const int32_t* coords,
                                     int threads);
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <map>
+#include <stdexcept>
 #include <vector>
 
 #include "runtime/threads.h"
@@ -46,6 +47,8 @@ void build_halo(ps_plan& plan, const int32_t* slot, const int32_t* coords, int t
     plan.halo.resize(size_t(g.patches) * v.halo * h.halo);
     parallel_for(threads, g.patches, [&](int64_t n) {
         const int32_t image = coords[3 * n], row = coords[3 * n + 1], column = coords[3 * n + 2];
+        if (image < 0 || image >= g.images || row < 0 || row >= g.grid_rows || column < 0 || column >= g.grid_columns)
+            throw std::invalid_argument("coords");
         int32_t* out = plan.halo.data() + n * v.halo * h.halo;
         for (int32_t y = 0; y < v.halo; ++y) {
             const int32_t above = floor_div(y - v.before, v.source), r = row + above;
@@ -56,6 +59,7 @@ void build_halo(ps_plan& plan, const int32_t* slot, const int32_t* coords, int t
                 int32_t value = OUTSIDE;
                 if (r >= 0 && r < g.grid_rows && c >= 0 && c < g.grid_columns) {
                     const int32_t at = slot[(int64_t(image) * g.grid_rows + r) * g.grid_columns + c];
+                    if (at >= g.patches) throw std::invalid_argument("slot");
                     value = at < 0 ? INACTIVE : (at * v.source + py) * h.source + px;
                 }
                 *out++ = value;

@@ -15,7 +15,7 @@ class Scratch {
     Scratch& operator=(const Scratch&) = delete;
     ~Scratch() { std::free(memory_); }
 
-    // Return at least `count` elements, 64-byte aligned, or null; what was there before is lost.
+    // Return at least `count` elements, 64-byte aligned; what was there before is lost. Throw bad_alloc without memory.
     template <class T>
     T* get(int64_t count) {
         const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
@@ -23,6 +23,7 @@ class Scratch {
             std::free(memory_);
             memory_ = std::aligned_alloc(64, bytes);
             size_ = memory_ == nullptr ? 0 : bytes;
+            if (memory_ == nullptr) throw std::bad_alloc();
         }
         return static_cast<T*>(memory_);
     }

@@ -1,7 +1,9 @@
 // Threads: borrowed from the OpenMP runtime that the host process already runs.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace patchsparse {
 
@@ -13,11 +15,39 @@ void set_runtime(void* parallel, void* thread_num, void* num_threads);
 // Call body(context, thread, threads) once per thread of a team of at most `threads`.
 void run_parallel(int threads, Body body, void* context);
 
+// Call function(thread, threads) likewise. What one of them throws, as where memory runs out, is thrown to the caller
+// when all have ended: leaving a thread of the runtime, it would end the process.
 template <class F>
 void parallel(int threads, F& function) {
-    auto body = [](void* f, int thread, int count) { (*static_cast<F*>(f))(thread, count); };
-    run_parallel(threads, body, &function);
+    struct Call {
+        F& function;
+        std::atomic<bool> failed{false};
+        std::exception_ptr error;  // of the first thread that failed
+    } call{function};
+    auto body = [](void* context, int thread, int count) {
+        Call& call = *static_cast<Call*>(context);
+        try {
+            call.function(thread, count);
+        } catch (...) {
+            if (!call.failed.exchange(true)) call.error = std::current_exception();
+        }
+    };
+    run_parallel(threads, body, &call);
+    if (call.failed) std::rethrow_exception(call.error);
 }
+
+// Calls begin() of what multiplies in a thread, and end() however that is left.
+template <class T>
+class Within {
+  public:
+    explicit Within(const T& what) : what_(what) { what_.begin(); }
+    Within(const Within&) = delete;
+    Within& operator=(const Within&) = delete;
+    ~Within() { what_.end(); }
+
+  private:
+    const T& what_;
+};
 
 // Call function(i) for i in [0, count), each thread a contiguous range.
 template <class F>

@@ -113,7 +113,8 @@ def test_numbers_mirror_those_of_the_header():
     isas = {name.upper(): number for number, name in enumerate(native.ISAS)}
     lists = {"NO_LISTS": native.NO_LISTS, "GROUPS": native.GROUPS, "SQUARES": native.SQUARES}
     dtypes = {"F32": torch.float32, "F64": torch.float64, "BF16": torch.bfloat16}
-    assert numbers == isas | lists | {name: DTYPES[dtype] for name, dtype in dtypes.items()}
+    statuses = {name.upper(): number for number, name in enumerate(native.STATUSES)}
+    assert numbers == isas | lists | statuses | {name: DTYPES[dtype] for name, dtype in dtypes.items()}
 
 
 @built

@@ -45,8 +45,8 @@ Size = tuple[int, int]
 
 
 def _run(name: str, args: Any) -> None:
-    if getattr(library.engine(), name)(byref(args)) != 0:
-        raise MemoryError(f"the C++ engine ran out of memory in {name}")
+    if status := getattr(library.engine(), name)(byref(args)):
+        native.check_status(status, name)
 
 
 def _how(x: Tensor) -> tuple[int, int, int]:
@@ -76,6 +76,10 @@ def _widened(x: Tensor) -> Tensor:
     return packed_like(x.float() if x.dtype == torch.bfloat16 else x)
 
 
+def _narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _size(x: Tensor) -> Size:
     return x.shape[2], x.shape[3]
 
@@ -94,7 +98,7 @@ def conv2d(
         _multiply(plan, x, weight, weight.stride(), bias, out, fast)
     else:
         _depthwise(plan, x, weight, bias, out, False)
-    return out.to(dtype)
+    return _narrowed(out, dtype)
 
 
 def conv2d_dgrad(
@@ -112,7 +116,7 @@ def conv2d_dgrad(
         _multiply(plan, grad, weight, (k, n, y, x), None, out, fast, flip)
     else:
         _depthwise(plan, grad, weight, None, out, flip)
-    return out.to(dtype)
+    return _narrowed(out, dtype)
 
 
 def _multiply(
@@ -187,7 +191,7 @@ def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tup
     tap = torch.empty_like(out, dtype=torch.uint8)
     plan = plan_for(slot, coords, _size(x), stencil, False)
     _pool("ps_max_pool", plan, x, tap, out)
-    return out.to(dtype), tap
+    return _narrowed(out, dtype), tap
 
 
 def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, size: Size, stencil: Stencil) -> Tensor:
@@ -197,7 +201,7 @@ def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, siz
     out = packed_empty(grad, grad.shape[0], grad.shape[1], *size)
     plan = plan_for(slot, coords, _size(grad), stencil, True)
     _pool("ps_max_pool_grad", plan, grad, tap, out)
-    return out.to(dtype)
+    return _narrowed(out, dtype)
 
 
 def _pool(name: str, plan: Plan, source: Tensor, tap: Tensor, out: Tensor) -> None:

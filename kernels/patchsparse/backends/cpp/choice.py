@@ -37,6 +37,9 @@ def why_not(call: Call) -> str | None:
         return f"it takes groups=1 or depthwise, not groups={call.groups} with {call.in_channels} channels"
     if call.num_active * call.size[0] * call.size[1] * max(call.stencil.stride) ** 2 > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} pixels in all patches"
+    around = [p + d * (k - 1) for p, k, d in zip(call.size, call.stencil.kernel, call.stencil.dilation, strict=True)]
+    if call.num_active * around[0] * around[1] > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} pixels in all patches and around them"
     return None
 
 

@@ -12,19 +12,28 @@ __all__ = [
     "ISAS",
     "NO_LISTS",
     "SQUARES",
+    "STATUSES",
     "Conv",
     "Depthwise",
     "Geometry",
     "Pool",
     "Wgrad",
+    "check_status",
     "declare",
 ]
 
-ABI = 4  # what ``ps_abi`` returns
+ABI = 5  # what ``ps_abi`` returns
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 BF16 = ISAS.index("avx512_bf16")  # the first that multiplies bfloat16 itself
 NO_LISTS, GROUPS, SQUARES = range(3)  # what a plan holds besides the halo
 
+STATUSES = ("ok", "no_memory", "invalid", "refused", "failed")
+_ERRORS: dict[str, tuple[type[Exception], str]] = {
+    "no_memory": (MemoryError, "ran out of memory for {}; use a smaller batch or smaller patches"),
+    "invalid": (ValueError, "found maps or numbers out of range for {}; see patchsparse.PatchGrid"),
+    "refused": (RuntimeError, "does not offer {} for this dtype, geometry or instruction set"),
+    "failed": (RuntimeError, "failed at {}, for a reason that it does not know"),
+}
 _Pair = c_int32 * 2
 _Strides = c_int64 * 4
 
@@ -33,7 +42,7 @@ class Geometry(ctypes.Structure):
     """``ps_geometry`` of ``csrc/engine.h``."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("patches", "grid_rows", "grid_columns", "adjoint", "lists")),
+        *((name, c_int32) for name in ("images", "patches", "grid_rows", "grid_columns", "adjoint", "lists")),
         *((name, _Pair) for name in ("source", "kernel", "stride", "padding", "dilation")),
     )
 
@@ -79,12 +88,25 @@ class Pool(ctypes.Structure):
     )
 
 
+def check_status(status: int, what: str) -> None:
+    """Raise what a status of the library says of ``what`` it was asked for.
+
+    Raises:
+        MemoryError: if there was no memory, in whichever thread.
+        ValueError: for numbers or maps that lead out of images and packed rows.
+        RuntimeError: for what is not offered, and anything else.
+    """
+    if status:
+        error, words = _ERRORS[STATUSES[status]]
+        raise error(f"the C++ engine {words.format(what)}")
+
+
 def declare(handle: ctypes.CDLL) -> None:
     """Tell ctypes the arguments and results of the library's functions."""
     handle.ps_set_runtime.argtypes = [c_void_p, c_void_p, c_void_p]
     handle.ps_set_runtime.restype = None
-    handle.ps_plan_create.argtypes = [POINTER(Geometry), c_void_p, c_void_p, c_int32]
-    handle.ps_plan_create.restype = c_void_p
+    handle.ps_plan_create.argtypes = [POINTER(Geometry), c_void_p, c_void_p, c_int32, POINTER(c_void_p)]
+    handle.ps_plan_create.restype = c_int32
     handle.ps_plan_destroy.argtypes = [c_void_p]
     handle.ps_plan_destroy.restype = None
     handle.ps_plan_statistics.argtypes = [c_void_p, POINTER(c_int64)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Stencil
+from ...maps import check_maps
 from ..tables import remember
 from . import library, native
 
@@ -22,16 +23,16 @@ class Plan:
 
     Raises:
         MemoryError: if there is no memory for its lists.
+        ValueError: if int32 maps lead out of the images or the packed rows, or numbers are out of range.
         RuntimeError: if the library is missing.
     """
 
     def __init__(self, slot: Tensor, coords: Tensor, geometry: native.Geometry):
-        self.handle = library.engine()
-        slot, coords = slot.contiguous(), coords.contiguous()
+        self.handle, pointer = library.engine(), ctypes.c_void_p()
         maps = (slot.data_ptr(), coords.data_ptr())
-        self.pointer = self.handle.ps_plan_create(byref(geometry), *maps, torch.get_num_threads())
-        if not self.pointer:
-            raise MemoryError("the C++ engine ran out of memory for the row lists of a mask")
+        status = self.handle.ps_plan_create(byref(geometry), *maps, torch.get_num_threads(), byref(pointer))
+        native.check_status(status, "the row lists of a mask")
+        self.pointer = pointer.value
 
     def __del__(self) -> None:
         if getattr(self, "pointer", None):
@@ -51,8 +52,9 @@ def plan_for(
     """Return the plan of a stencil operation on patches of ``source`` pixels, built once per mask and geometry."""
 
     def build() -> Plan:
+        check_maps(slot, coords)
         pairs = (source, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation)
-        numbers = (coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), lists)
+        numbers = (slot.shape[0], coords.shape[0], slot.shape[1], slot.shape[2], int(adjoint), lists)
         return Plan(slot, coords, native.Geometry(*numbers, *pairs))
 
     return remember(slot, ("cpp", source, stencil, adjoint, lists), build)
