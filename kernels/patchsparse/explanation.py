@@ -198,10 +198,11 @@ def _batch_norm_act(
     running_var: Tensor | None,
     training: bool,
     activation: str,
+    slope: float,
     residual: Tensor | None,
     **_: Any,
 ) -> Asked:
-    norm.check_norm_act(packed, activation, residual)
+    norm.check_norm_act(packed, activation, slope, residual)
     norm.given_statistics(packed, running_mean, running_var, training)
     return Asked(packed, norm_call("batch_norm_act", packed, packed.shape[0]), ("batch_norm_act_grad",))
 

@@ -17,9 +17,9 @@ Pair = int | tuple[int, int]
 
 
 def whole(value: Any, name: str) -> int:
-    """Return an int, numpy's too, as an int; raise TypeError naming the argument for anything else, a bool as well."""
+    """Return an int, numpy's too, as an int; raise TypeError naming the argument for all else, also bool and tensor."""
     try:
-        if not isinstance(value, bool):
+        if not isinstance(value, (bool, torch.Tensor)):
             return index(value)
     except TypeError:
         pass

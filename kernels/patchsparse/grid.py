@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import isnan
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -109,7 +110,7 @@ class PatchGrid:
         if scores.dtype == torch.bool or scores.is_complex():
             raise TypeError(f"scores must be numbers that can be ordered, got {scores.dtype}; use scores.float()")
         count = _visible_count(keep, scores.shape[1] * scores.shape[2])
-        if scores.is_cpu and ask_values(scores) and bool(scores.isnan().any()):
+        if scores.is_cpu and ask_values(scores) and scores.numel() and isnan(scores.max()):  # it keeps NaN
             raise ValueError("scores holds NaN, which has no place in an order; replace it, as by scores.nan_to_num()")
         return _of_scores(scores, count)
 
@@ -296,7 +297,7 @@ def _check_map(x: Tensor, name: str) -> None:
 def _check_number(batch: int, rows: int, columns: int) -> None:
     if batch < 0 or min(rows, columns) < 1:
         raise ValueError(f"a grid needs a positive shape and no negative batch, got {batch} maps of {rows}x{columns}")
-    if batch * rows * columns > MOST_PATCHES:
+    if max(1, batch) * rows * columns > MOST_PATCHES:
         raise ValueError(f"a grid has at most {MOST_PATCHES} patches, got {batch} maps of {rows}x{columns}")
 
 

@@ -8,13 +8,12 @@ long as both tensors live and neither is changed in place, so that later calls c
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .eager import is_traced
 
@@ -25,7 +24,7 @@ MOST_PATCHES = 2**31 - 1  # the maps are int32
 P = ParamSpec("P")
 T = TypeVar("T")
 _Pair = tuple[Callable[[], Any], Callable[[], Any], int, int]  # slot, coords, and their versions
-_known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the pair of a slot map
+_known: dict[int, _Pair] = {}  # by the id of its slot map, for as long as that lives
 _last: _Pair = (lambda: None, lambda: None, 0, 0)  # the pair that was met last, of one layer after the other
 
 
@@ -57,7 +56,12 @@ def check_maps(slot: Tensor, coords: Tensor) -> None:
 def trust_maps(slot: Tensor, coords: Tensor) -> None:
     """Remember a pair of maps that is right by construction."""
     if not torch.compiler.is_compiling():
-        _known[slot] = (ref(slot), ref(coords), slot._version, coords._version)
+        key = id(slot)
+        _known[key] = (ref(slot, partial(_forget, key)), ref(coords), slot._version, coords._version)
+
+
+def _forget(key: int, dead: Any) -> None:
+    _known.pop(key, None)
 
 
 def ask_values(x: Tensor) -> bool:
@@ -83,15 +87,17 @@ def ordinary(function: Callable[P, T]) -> Callable[P, T]:
 def _check(slot: Tensor, coords: Tensor) -> None:
     """Look the pair up, or look at it; remember it if its values were seen."""
     global _last
+    if not isinstance(slot, Tensor) or not isinstance(coords, Tensor):
+        raise TypeError(f"slot and coords must be tensors, got {type(slot).__name__} and {type(coords).__name__}")
     if slot.is_inference() or coords.is_inference():  # no version tells of their changes
         _check_pair(slot, coords)
         return
-    pair = _known.get(slot)
-    if pair is None or pair[1]() is not coords or pair[2:] != (slot._version, coords._version):
+    pair = _known.get(id(slot))
+    if pair is None or pair[0]() is not slot or pair[1]() is not coords or pair[2:] != (slot._version, coords._version):
         if not _check_pair(slot, coords):
             return
         trust_maps(slot, coords)
-        pair = _known[slot]
+        pair = _known[id(slot)]
     _last = pair
 
 
@@ -105,6 +111,8 @@ def _check_pair(slot: Tensor, coords: Tensor) -> bool:
             f"slot must be (B, Gh, Gw) and coords (N, 3), got {tuple(slot.shape)} and {tuple(coords.shape)}; "
             "take grid.slot and grid.coords of a PatchGrid"
         )
+    if max(slot.shape) > MOST_PATCHES or slot.numel() > MOST_PATCHES:
+        raise ValueError(f"a grid has at most {MOST_PATCHES} patches, slot is {tuple(slot.shape)}")
     if slot.device != coords.device:
         raise ValueError(f"slot is on {slot.device} and coords on {coords.device}; use grid.to(device)")
     if not (slot.is_contiguous() and coords.is_contiguous()):

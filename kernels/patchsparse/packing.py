@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Number
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +78,7 @@ def fill_values(fill: float | Tensor, packed: Tensor) -> Tensor | None:
     if isinstance(fill, Tensor):
         if fill.device != packed.device:
             raise ValueError(f"packed is on {packed.device} and fill on {fill.device}; bring them to one device")
-        if whole_numbers and (fill.is_floating_point() or fill.is_complex()):
+        if (whole_numbers and fill.is_floating_point()) or (fill.is_complex() and not packed.is_complex()):
             raise TypeError(f"packed is {packed.dtype} and fill {fill.dtype}; cast one")
         if fill.numel() == channels:
             return fill.reshape(-1)
@@ -87,19 +89,27 @@ def fill_values(fill: float | Tensor, packed: Tensor) -> Tensor | None:
         raise TypeError(f"fill must be a number or a tensor (C,), got {fill!r}")
     if fill == 0:
         return None
-    if whole_numbers and packed.dtype != torch.bool:
-        limits = torch.iinfo(packed.dtype)
-        if isinstance(fill, complex) or fill % 1 != 0 or not limits.min <= fill <= limits.max:
-            raise ValueError(f"fill={fill} is no {packed.dtype}; give a number that it can hold")
+    if not _holds(packed.dtype, fill):
+        raise ValueError(f"fill={fill} is no {packed.dtype}; give a number that it can hold")
     return torch.full((channels,), fill, dtype=packed.dtype, device=packed.device)
+
+
+def _holds(dtype: torch.dtype, number: Any) -> bool:
+    """Return whether a dtype has a number, rounded where it is a float one."""
+    if dtype == torch.bool or dtype.is_complex:
+        return True
+    if isinstance(number, complex):
+        return False
+    if dtype.is_floating_point:
+        return not math.isfinite(number) or abs(number) <= torch.finfo(dtype).max
+    limits = torch.iinfo(dtype)
+    return limits.min <= number <= limits.max and number % 1 == 0
 
 
 def check_packed(packed: Tensor, grid: PatchGrid) -> None:
     """Raise unless ``packed`` is ``(N, C, ph, pw)`` of this grid and on its device."""
     if not isinstance(grid, PatchGrid) or not isinstance(packed, Tensor):
-        raise TypeError(
-            f"packed must be a tensor and grid a PatchGrid, got {type(packed).__name__} and {type(grid).__name__}"
-        )
+        raise TypeError(f"packed and grid must be a tensor and a PatchGrid, got {type(packed)} and {type(grid)}")
     shape, count = packed.shape, grid.coords.shape[0]
     if len(shape) != 4 or shape[0] != count:
         raise ValueError(
@@ -112,3 +122,5 @@ def check_packed(packed: Tensor, grid: PatchGrid) -> None:
 def _check_device(x: Tensor, grid: PatchGrid) -> None:
     if x.device != grid.slot.device:
         raise ValueError(f"the tensor is on {x.device} and the grid on {grid.device}; use grid.to({str(x.device)!r})")
+    if x.layout is not torch.strided:
+        raise ValueError(f"packed tensors and images must be strided, got {x.layout}; use x.to_dense()")

@@ -122,16 +122,18 @@ def _check_operands(image: Tensor, weight: Tensor, bias: Tensor | None, axis: in
     if bias is not None and bias.shape != (weight.shape[1 - axis],):
         raise ValueError(f"bias must be ({weight.shape[1 - axis]},), got {tuple(bias.shape)}")
     for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.device != image.device:
-            raise ValueError(f"images are on {image.device} and {name} on {x.device}; bring them to one device")
+        if x is not None and (x.device != image.device or x.layout is not torch.strided):
+            raise ValueError(
+                f"images are on {image.device} and {name} on {x.device}, {x.layout}; bring both to one device, strided"
+            )
         if x is not None and x.dtype != image.dtype and not torch.is_autocast_enabled(image.device.type):
             raise TypeError(f"images are {image.dtype} and {name} {x.dtype}; cast one, or use torch.autocast")
 
 
 def _check_image(image: Tensor) -> None:
-    if not isinstance(image, Tensor) or image.dim() != 4:
-        found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"image must be (B, C, H, W), got {found}")
+    if not isinstance(image, Tensor) or image.dim() != 4 or image.layout is not torch.strided:
+        found = f"{tuple(image.shape)} {image.layout}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"image must be (B, C, H, W) and strided, got {found}")
 
 
 def conv2d_call(image: Tensor, out_channels: int, kernel: Sequence[int]) -> Call:

@@ -215,7 +215,8 @@ def choose(call: Call, backend: str) -> str:
         TypeError: for a dtype that none computes with.
         RuntimeError: if the named engine cannot run here, or not this call, with its reason.
     """
-    return _choice(call, requested(backend), os.environ.get(ISA) if call.device == "cpu" else None)
+    by_isa = call.device == "cpu" and call.operation in BODIES["cpp"]
+    return _choice(call, requested(backend), os.environ.get(ISA) if by_isa else None)
 
 
 @once

@@ -75,11 +75,11 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
 
 def max_pool2d(x: Tensor, slot: Tensor, coords: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
     """Pool the zero-filled image; return the maxima and the winning taps (uint8) of the active patches."""
-    image = _pad_after(scatter_patches(x, slot, coords), stencil, -torch.inf)
-    pooled, at = F.max_pool2d(
-        image, stencil.kernel, stencil.stride, stencil.padding, stencil.dilation, return_indices=True
-    )
-    top, left = _stencil_origins(pooled, stencil)
+    # PyTorch pads half a kernel at most, without its dilation.
+    (up, aside), (down, beside) = stencil.padding, (max(0, after) for after in stencil.after)
+    image = F.pad(scatter_patches(x, slot, coords), (aside, beside, up, down), value=-torch.inf)
+    pooled, at = F.max_pool2d(image, stencil.kernel, stencil.stride, 0, stencil.dilation, return_indices=True)
+    top, left = (origin + p for origin, p in zip(_stencil_origins(pooled, stencil), stencil.padding, strict=True))
     row, column = at // image.shape[3] - top, at % image.shape[3] - left
     tap = row // stencil.dilation[0] * stencil.kernel[1] + column // stencil.dilation[1]
     return gather_patches(pooled, slot, coords), gather_patches(tap.to(torch.uint8), slot, coords)
@@ -90,7 +90,7 @@ def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, siz
     image, taps = scatter_patches(grad, slot, coords), scatter_patches(tap, slot, coords).long()
     batch, rows, columns = slot.shape
     x = image.new_zeros(batch, image.shape[1], rows * size[0], columns * size[1])
-    x = _pad_after(x, stencil, 0.0)
+    x = _pad_after(x, stencil)
     top, left = _stencil_origins(image, stencil)
     row = top + taps // stencil.kernel[1] * stencil.dilation[0]
     column = left + taps % stencil.kernel[1] * stencil.dilation[1]
@@ -106,7 +106,7 @@ def _stencil_origins(pooled: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
     return top, left
 
 
-def _pad_after(image: Tensor, stencil: Stencil, value: float) -> Tensor:
+def _pad_after(image: Tensor, stencil: Stencil) -> Tensor:
     """Extend the image where stencils of ``ceil_mode`` reach beyond the padding."""
     extra = [max(0, a - p) for a, p in zip(stencil.after, stencil.padding, strict=True)]
-    return F.pad(image, (0, extra[1], 0, extra[0]), value=value) if max(extra) else image
+    return F.pad(image, (0, extra[1], 0, extra[0])) if max(extra) else image

@@ -225,5 +225,7 @@ def _check_weight(packed: Tensor, weight: Tensor, bias: Tensor | None, groups: i
             continue
         if x.dtype != packed.dtype:
             raise TypeError(f"packed is {packed.dtype} and {name} {x.dtype}; cast one, or use torch.autocast")
-        if x.device != packed.device:
-            raise ValueError(f"packed is on {packed.device} and {name} on {x.device}; bring them to one device")
+        if x.device != packed.device or x.layout is not torch.strided:
+            raise ValueError(
+                f"packed is on {packed.device} and {name} on {x.device}, {x.layout}; bring both to one device, strided"
+            )

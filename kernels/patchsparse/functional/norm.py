@@ -72,7 +72,7 @@ def patch_batch_norm_act(
         z = F.batch_norm(packed, running_mean, running_var, weight, bias, training, momentum, eps)
         y = activation(z if residual is None else z + residual)
     """
-    check_norm_act(packed, activation, residual)
+    check_norm_act(packed, activation, slope, residual)
     _check_norm(packed, (weight, bias, running_mean, running_var), eps, momentum, training or all_gather is not None)
     given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
     operands, options = (packed, residual, weight, bias), (eps, activation, slope, backend)
@@ -147,10 +147,12 @@ def patch_batch_norm_unpack(
     return image
 
 
-def check_norm_act(packed: Tensor, activation: str, residual: Tensor | None) -> None:
-    """Raise ValueError for an unknown activation or a residual of another shape than ``packed``."""
+def check_norm_act(packed: Tensor, activation: str, slope: float, residual: Tensor | None) -> None:
+    """Raise ValueError for an unknown activation, no slope, or a residual of another shape than ``packed``."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    if not abs(slope) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"slope must be a finite float32 number, got {slope}")
     if residual is not None and residual.shape != packed.shape:
         raise ValueError(f"residual {tuple(residual.shape)} must have the shape of packed {tuple(packed.shape)}")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends import choose, engine
 from ..eager import once
-from ..geometry import POINT, Call, Stencil
+from ..geometry import POINT, Call, Stencil, pair
 
 __all__ = ["Ints", "body", "call_on", "conv_call", "is_plain", "norm_call", "pool_call", "stencil_of"]
 
@@ -19,8 +19,9 @@ Ints = Sequence[int]
 
 @once
 def stencil_of(kernel: Ints, stride: Ints, padding: Ints, dilation: Ints) -> Stencil:
-    """Return the stencil of an operator's lists of two ints."""
-    return Stencil(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))  # pyright: ignore[reportArgumentType]
+    """Return the stencil of an operator's lists of two ints; raise ValueError naming one of another length."""
+    named = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return Stencil(*(pair(value, name) for name, value in named.items()))
 
 
 def body(call: Call, backend: str) -> ModuleType:

@@ -38,6 +38,8 @@ def check_packed(x: Tensor, slot: Tensor, coords: Tensor) -> None:
         )
     if x.device != slot.device:
         raise ValueError(f"the packed tensor is on {x.device} and the maps on {slot.device}; use grid.to(device)")
+    if x.layout is not torch.strided:
+        raise ValueError(f"packed tensors must be strided, got {x.layout}; use x.to_dense()")
 
 
 def check_image(x: Tensor, slot: Tensor, coords: Tensor) -> None:
@@ -50,6 +52,8 @@ def check_image(x: Tensor, slot: Tensor, coords: Tensor) -> None:
         )
     if x.device != slot.device:
         raise ValueError(f"the images are on {x.device} and the maps on {slot.device}; use grid.to(device)")
+    if x.layout is not torch.strided:
+        raise ValueError(f"images must be strided, got {x.layout}; use x.to_dense()")
 
 
 def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, transposed: bool = False) -> None:
@@ -79,9 +83,10 @@ def check_like(x: Tensor, other: Tensor, name: str, size: Ints, channels: int) -
 def check_same(x: Tensor, **others: Tensor | None) -> None:
     """Raise unless each of the others has the shape and device of packed ``x``, or is None."""
     for name, other in others.items():
-        if other is not None and (other.shape != x.shape or other.device != x.device):
+        if other is not None and (other.shape != x.shape or other.device != x.device or other.layout != x.layout):
             raise ValueError(
-                f"{name} must be as packed {tuple(x.shape)} on {x.device}, got {tuple(other.shape)} on {other.device}"
+                f"{name} must be as packed {tuple(x.shape)} {x.layout} on {x.device}, "
+                f"got {tuple(other.shape)} {other.layout} on {other.device}"
             )
 
 
@@ -115,9 +120,10 @@ def check_fill(x: Tensor, fill: Tensor | None) -> None:
 
 def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
     """Raise unless each vector is ``(C,)`` of a float dtype on the device of ``x`` ``(N, C, ph, pw)``, or None."""
-    if x.dim() != 4:
-        raise ValueError(f"packed must be (N, C, ph, pw), got {tuple(x.shape)}")
-    wanted, device = x.shape[1:2], x.device
+    shape = x.shape
+    if len(shape) != 4 or x.layout is not torch.strided:
+        raise ValueError(f"packed must be (N, C, ph, pw) and strided, got {tuple(shape)} {x.layout}")
+    wanted, device = shape[1:2], x.device
     for name, vector in vectors.items():
         if vector is None:
             continue
@@ -126,8 +132,8 @@ def check_vectors(x: Tensor, **vectors: Tensor | None) -> None:
                 f"{name} must be ({x.shape[1]},) on {device}, one value per channel of packed {tuple(x.shape)}, "
                 f"got {tuple(vector.shape)} on {vector.device}"
             )
-        if not vector.is_floating_point():
-            raise TypeError(f"{name} must be of a float dtype, got {vector.dtype}")
+        if not vector.is_floating_point() or vector.layout is not torch.strided:
+            raise TypeError(f"{name} must be of a float dtype and strided, got {vector.dtype} {vector.layout}")
 
 
 def _check_kind(x: Tensor, other: Tensor, name: str) -> None:
@@ -135,3 +141,5 @@ def _check_kind(x: Tensor, other: Tensor, name: str) -> None:
         raise TypeError(f"packed is {x.dtype} and {name} {other.dtype}; cast one, or use torch.autocast")
     if other.device != x.device:
         raise ValueError(f"packed is on {x.device} and {name} on {other.device}; bring them to one device")
+    if other.layout is not torch.strided:
+        raise ValueError(f"{name} must be strided, got {other.layout}; use to_dense()")

@@ -151,7 +151,7 @@ def _derived(z: Tensor, activation: str, slope: float) -> Tensor | float:
         s = z.sigmoid()
         return s * (1 + z * (1 - s))
     below = {"relu": 0.0, "leaky_relu": slope}.get(activation)
-    return 1.0 if below is None else torch.where(z <= 0, below, 1.0).to(z.dtype)
+    return 1.0 if below is None else torch.ones_like(z).masked_fill_(z <= 0, below)  # the slope in the dtype of z
 
 
 def _gradients(
