@@ -34,13 +34,16 @@ void forward(const ps_pool_args& args, const Kernels<T>& kernels) {
     T* target = static_cast<T*>(args.target);
     parallel_for(args.threads, args.plan->geometry.patches, [&](int64_t patch) {
         bool opened = false;
-        auto begin = [&](int64_t) { opened = false; };
+        auto begin = [&](int64_t row) {  // a stencil of gaps may lie around the image as a whole
+            opened = false;
+            std::fill(target + row * channels, target + (row + 1) * channels, -std::numeric_limits<T>::infinity());
+            std::fill(args.tap + row * channels, args.tap + (row + 1) * channels, uint8_t(0));
+        };
         for_taps(*args.plan, patch, begin, [&](int64_t row, int32_t tap, int32_t from) {
             if (from == OUTSIDE) return;
             T* best = target + row * channels;
             uint8_t* at = args.tap + row * channels;
             if (!opened) {
-                std::fill(best, best + channels, -std::numeric_limits<T>::infinity());
                 std::fill(at, at + channels, static_cast<uint8_t>(tap));
                 opened = true;
             }

@@ -42,6 +42,16 @@ def test_max_pool_equals_pooling_the_zero_filled_image(backend, rectified, case)
 
 
 @pytest.mark.parametrize("backend", ENGINES)
+def test_a_stencil_that_lies_around_the_image_gives_the_border(backend):
+    """Taps to the left and right of an image one pixel wide: nothing but the border is read."""
+    grid = PatchGrid.from_active(torch.tensor([[[True], [False], [True]]]))
+    packed = torch.randn(2, 33, 1, 1, requires_grad=True)
+    pooled = patch_max_pool2d(packed, grid, (3, 2), 1, (1, 1), (1, 2), backend=backend)
+    assert torch.equal(pooled, torch.full((2, 33, 1, 1), -torch.inf))
+    assert not gradients(pooled, (packed,), 0)[0].any()
+
+
+@pytest.mark.parametrize("backend", ENGINES)
 def test_ties_send_the_gradient_to_the_first_tap(backend):
     grid = PatchGrid.from_active(torch.tensor([[[True, False], [True, True]]]))
     image = torch.randint(-1, 2, (1, 4, 8, 8), generator=torch.Generator().manual_seed(0)).double()

@@ -94,7 +94,8 @@ def max_pool2d_grad(grad: Tensor, tap: Tensor, slot: Tensor, coords: Tensor, siz
     top, left = _stencil_origins(image, stencil)
     row = top + taps // stencil.kernel[1] * stencil.dilation[0]
     column = left + taps % stencil.kernel[1] * stencil.dilation[1]
-    at = (row * x.shape[3] + column).clamp_(0, x.shape[2] * x.shape[3] - 1)  # inactive outputs carry no gradient
+    inside = (row >= 0) & (row < x.shape[2]) & (column >= 0) & (column < x.shape[3])  # else the border won
+    image, at = torch.where(inside, image, 0), torch.where(inside, row * x.shape[3] + column, 0)
     x_grad = x.new_zeros(x.shape).flatten(2).scatter_add_(2, at.flatten(2), image.flatten(2)).view(x.shape)
     return gather_patches(x_grad[:, :, : rows * size[0], : columns * size[1]], slot, coords)
 
