@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from spatspark_fast.common.errors import RunStopped, UserError
 from spatspark_fast.common.scarce import scarcity
 from spatspark_fast.common.signals import is_worker, signals_as, stopping
+from spatspark_fast.common.values import MOST_BYTES, check_value, legible, load_options
 
 __all__ = [
     "asked",
@@ -127,16 +128,37 @@ class _HelpFormatter(DefaultHelpFormatter):
         return words
 
 
+class _Parser(ArgumentParser):
+    """Refuse values that no option can be, in one sentence."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the options; raise `ArgumentError` or `UserError`."""
+        try:
+            parsed = super().parse_args(*args, **kwargs)
+        except (UserError, ArgumentError):
+            raise
+        except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"the options cannot be read: {error}") from error
+        for option, value in parsed.items():
+            if option != "config":
+                check_value(option, value)
+        return parsed
+
+
 def command_parser(name: str, description: str) -> ArgumentParser:
     """Return the parser of a command, still without options."""
-    return ArgumentParser(
-        prog=program(name), description=description, exit_on_error=False, formatter_class=_HelpFormatter
+    return _Parser(
+        prog=program(name),
+        description=description,
+        exit_on_error=False,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
     )
 
 
 def _complain(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
-        sys.stderr.write(f"spatspark-fast: {text}\n")
+        sys.stderr.write(f"spatspark-fast: {legible(text)}\n")
         sys.stderr.flush()
 
 
@@ -183,15 +205,15 @@ def config_first(argv: Sequence[str]) -> list[str]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the options of a YAML file; raise `UserError` if it cannot be read or holds none."""
+    check_value("config", path)
     try:
-        content = yaml.safe_load(path.read_text())
+        with path.open("rb") as file:
+            text = file.read(MOST_BYTES + 1).decode()
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no options; expected groups such as 'data:' with values below them")
-    return content
+    return load_options(text, str(path))
 
 
 def asked(argv: Sequence[str], option: str) -> str | None:

@@ -9,7 +9,17 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from spatspark_fast.common.errors import UserError
 
-__all__ = ["check_choice", "check_least", "check_types", "differences", "from_plain", "groups_of", "need", "to_plain"]
+__all__ = [
+    "check_choice",
+    "check_least",
+    "check_most",
+    "check_types",
+    "differences",
+    "from_plain",
+    "groups_of",
+    "need",
+    "to_plain",
+]
 
 Config = TypeVar("Config")
 
@@ -27,6 +37,14 @@ def check_least(config: object, options: Iterable[str], least: int) -> None:
         value = getattr(getattr(config, group), name)
         fits = value is None or (math.isfinite(value) and value >= least)
         need(fits, option, value, f"give a number of at least {least}")
+
+
+def check_most(config: object, most: Mapping[str, float]) -> None:
+    """Raise `UserError` for the first of the ``group.name`` options that is above what it can be at ``most``."""
+    for option, limit in most.items():
+        group, name = option.split(".")
+        value = getattr(getattr(config, group), name)
+        need(value is None or value <= limit, option, value, f"give a number of at most {limit}")
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

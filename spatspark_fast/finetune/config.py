@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spatspark_fast.common.options import check_least, need
+from spatspark_fast.common.options import check_least, check_most, need
 from spatspark_fast.models.choices import Freeze, OutputNorm, TranslationKind
 from spatspark_fast.training.options import (
+    MANY,
     DataOptions,
     ModelOptions,
     Optimiser,
@@ -134,10 +135,17 @@ class FinetuneConfig:
         self.init = None if self.init == "none" else self.init
 
 
+AT_MOST = {
+    **{"data.output_length": 4096, "model.base_width": 4096, "trainer.validate_every": MANY, "trainer.patience": MANY},
+    **{"loss.ssim_weight": 1e6, "loss.spectral_weight": 1e6},
+}
+
+
 def validate(config: FinetuneConfig) -> None:
     """Check the values that need no file; raise `UserError` naming the option and the remedy."""
     check_training(config)
     check_least(config, ("data.output_length", "model.base_width", "trainer.validate_every"), 1)
+    check_most(config, AT_MOST)
     check_least(config, ("loss.ssim_weight", "loss.spectral_weight", "trainer.patience"), 0)
     model, trainer, fraction = config.model, config.trainer, config.data.validation_fraction
     need(0 <= fraction < 1, "data.validation_fraction", fraction, "give a share of at least 0 and below 1")

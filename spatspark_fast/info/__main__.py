@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from spatspark_fast.common.cli import command_parser, run_command
 from spatspark_fast.common.errors import UserError
@@ -19,7 +19,7 @@ from spatspark_fast.common.options import need
 from spatspark_fast.models.choices import DecoderKind
 from spatspark_fast.training.options import DataOptions, ModelOptions, Precision, TrainerOptions
 
-__all__ = ["main"]
+__all__ = ["check", "main"]
 
 # Stages of a ResNet-18 on 288 x 288 pixels in patches of 32: channels, and pixels along a patch.
 STAGES = ((64, 8), (128, 4), (256, 2), (512, 1))
@@ -40,11 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def info(argv: Sequence[str]) -> None:
     """Write the report to standard output; raise `UserError` for options that mean nothing."""
     options = _parser().parse_args(list(argv))
-    for name in AT_LEAST_ONE:
-        need(options[name] >= 1, name, options[name], "give a number of at least 1")
-    ratio, decoded = options.mask.ratio, options.model.decode_ratio
-    need(0 < ratio < 1, "mask.ratio", ratio, "give the hidden share, strictly between 0 and 1")
-    need(0 < decoded <= 1, "model.decode_ratio", decoded, "give a share above 0, at most 1")
+    check(options)
     sections = [
         ("Versions", list(_versions())),
         ("Devices", list(_devices())),
@@ -57,6 +53,15 @@ def info(argv: Sequence[str]) -> None:
         sections.append((title.format(options), list(model_costs(options))))
     for title, lines in sections:
         sys.stdout.write("\n".join([title, *(f"  {line}".rstrip() for line in lines), "", ""]))
+
+
+def check(options: Namespace) -> None:
+    """Raise `UserError` for options that mean nothing."""
+    for name in AT_LEAST_ONE:
+        need(options[name] >= 1, name, options[name], "give a number of at least 1")
+    ratio, decoded = options.mask.ratio, options.model.decode_ratio
+    need(0 < ratio < 1, "mask.ratio", ratio, "give the hidden share, strictly between 0 and 1")
+    need(0 < decoded <= 1, "model.decode_ratio", decoded, "give a share above 0, at most 1")
 
 
 def _parser() -> ArgumentParser:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from spatspark_fast.common.options import check_least, need
+from spatspark_fast.common.options import check_least, check_most, need
 from spatspark_fast.models.choices import LossOn, MaskSchedule, MaskStrategy, check_mask_ratios
 from spatspark_fast.training.options import (
+    MANY,
     DataOptions,
     ModelOptions,
     OptimOptions,
@@ -82,6 +83,7 @@ def validate(config: PretrainConfig) -> None:
     """Check the values that need no file; raise `UserError` naming the option and the remedy."""
     check_training(config)
     check_least(config, ("mask.strength", "trainer.picture_every"), 0)
+    check_most(config, {"mask.strength": 1000, "trainer.picture_every": MANY})
     mask, model = config.mask, config.model
     check_mask_ratios(mask.ratio, mask.ratio_end, mask.schedule)
     for option, ratio in (("mask.ratio", mask.ratio), ("mask.ratio_end", mask.ratio_end)):

@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import (
     ActionConfigFile,  # pyright: ignore[reportPrivateImportUsage]
     ArgumentParser,
+    Namespace,
 )
 
 from spatspark_fast.common.cli import asked, command_parser, config_first, read_yaml
@@ -104,19 +105,29 @@ def parse_training(
     start = to_plain(from_plain(command.config, under_new_names(base)))
     parser = training_parser(command)
     parser.set_defaults({**_flat(start, groups), **(demands or {})})
-    parsed = parser.parse_args([_under_new_names(word) for word in argv])
-    values = {name: dict(vars(parsed[name])) if name in groups else parsed[name] for name in start}
+    parsed = parser.parse_args([_under_new_names(word, groups) for word in argv])
+    values = {name: _group(name, parsed[name]) if name in groups else parsed[name] for name in start}
     config = from_plain(command.config, values)
     command.validate(config)
     return Request(config, preset, parsed.out, parsed.resume)
 
 
-def _under_new_names(word: str) -> str:
-    """Return ``--config=FILE`` with what it holds in place of the file, if names in it are old."""
+def _under_new_names(word: str, groups: Mapping[str, type]) -> str:
+    """Return ``--config=FILE`` with what it holds in place of the file, by today's names."""
     option, _, file = word.partition("=")
-    old = read_yaml(Path(file)) if option == "--config" else {}
-    new = under_new_names(old)
-    return word if new == old else f"--config={yaml.safe_dump(new)}"
+    if option != "--config":
+        return word
+    found = under_new_names(read_yaml(Path(file)))
+    for name in groups:
+        _group(name, found.get(name, {}))
+    return f"--config={yaml.safe_dump(found)}"
+
+
+def _group(name: str, values: Any) -> dict[str, Any]:
+    """Return the options of a group; raise `UserError` if something else stands there."""
+    if not isinstance(values, Mapping | Namespace):
+        raise UserError(f"--{name} is {values}: it is a group, whose options have names such as --{name}.NAME")
+    return dict(vars(values)) if isinstance(values, Namespace) else dict(values)
 
 
 def _over(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:

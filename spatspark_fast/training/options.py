@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from spatspark_fast.common.options import check_least, need
+from spatspark_fast.common.options import check_least, check_most, need
 from spatspark_fast.models.choices import DecoderKind, DecoderNorm, InputScaling
 from spatspark_fast.models.geometry import check_patch
 
 __all__ = [
+    "MANY",
     "Compile",
     "DataOptions",
     "Device",
@@ -191,12 +192,24 @@ AT_LEAST_ZERO = (
     *("data.num_workers", "optim.clip", "optim.weight_decay", "optim.weight_decay_end", "optim.warmup_epochs"),
     *("trainer.seed", "trainer.threads", "trainer.keep_every"),
 )
+# What no machine and no training needs more of: beyond, a slip of the keyboard would take all memory, or a year.
+MANY = 1_000_000_000
+AT_MOST = {
+    **dict.fromkeys(("data.input_length",), 4096),
+    **dict.fromkeys(("data.synthetic_size", "data.crop", "model.patch"), 16384),
+    **dict.fromkeys(("data.synthetic_windows", "data.batch_size", "trainer.epochs", "trainer.max_steps"), MANY),
+    **dict.fromkeys(("trainer.accumulate", "trainer.log_every", "trainer.keep_every", "optim.warmup_epochs"), MANY),
+    **dict.fromkeys(("optim.base_lr", "optim.weight_decay", "optim.weight_decay_end"), 1e6),
+    **{"data.num_workers": 512, "trainer.threads": 1024, "model.decoder_width": 16384, "trainer.seed": 2**63 - 1},
+}
+MOST_PIXELS = 1 << 30  # of a made-up window: 4 GiB
 
 
 def check_training(config: TrainingConfig) -> None:
     """Check the shared options that need no file; raise `UserError` naming the option and the remedy."""
     check_least(config, AT_LEAST_ONE, 1)
     check_least(config, AT_LEAST_ZERO, 0)
+    check_most(config, AT_MOST)
     optim, devices = config.optim, config.trainer.devices
     positive = 0 < optim.base_lr < math.inf
     need(positive, "optim.base_lr", optim.base_lr, "give a positive number, for example 2e-4")
@@ -205,9 +218,13 @@ def check_training(config: TrainingConfig) -> None:
     need(0 <= optim.ema < 1, "optim.ema", optim.ema, decay)
     betas = optim.betas
     need(len(betas) == 2 and all(0 <= b < 1 for b in betas), "optim.betas", betas, "give two numbers in [0, 1)")
-    need(devices == "auto" or devices.isdigit(), "trainer.devices", devices, 'give a number or "auto"')
-    need(devices != "0", "trainer.devices", devices, 'give at least 1, or "auto"')
+    number = devices.isdecimal() and devices.isascii() and len(devices) < 5 and int(devices) >= 1
+    need(devices == "auto" or number, "trainer.devices", devices, 'give a number of at least 1, or "auto"')
     check_patch(config.model.patch, config.model.levels)
+    data = config.data
+    frames = data.input_length + (getattr(data, "output_length", None) or 0)
+    fits = data.path is not None or frames * data.synthetic_size**2 <= MOST_PIXELS
+    need(fits, "data.synthetic_size", data.synthetic_size, f"a window of {frames} such frames fits no memory")
 
 
 def check_crop(config: TrainingConfig) -> None:
