@@ -12,12 +12,12 @@ import pytest
 
 from spatspark_fast.common.cli import run_command
 from spatspark_fast.evaluate.__main__ import _parser as evaluate_parser
-from spatspark_fast.evaluate.__main__ import main as evaluate
+from spatspark_fast.evaluate.__main__ import evaluate
 from spatspark_fast.experiments.__main__ import _parser as experiments_parser
-from spatspark_fast.experiments.__main__ import main as experiments
+from spatspark_fast.experiments.__main__ import experiments
 from spatspark_fast.finetune.cli import COMMAND as FINETUNE
 from spatspark_fast.forecast.__main__ import _parser as forecast_parser
-from spatspark_fast.forecast.__main__ import main as forecast
+from spatspark_fast.forecast.__main__ import forecast
 from spatspark_fast.info.__main__ import _parser as info_parser
 from spatspark_fast.info.__main__ import check as check_info
 from spatspark_fast.prepare.__main__ import _parser as prepare_parser

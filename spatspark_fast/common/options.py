@@ -18,6 +18,7 @@ __all__ = [
     "from_plain",
     "groups_of",
     "need",
+    "notes_on_idle",
     "to_plain",
 ]
 
@@ -45,6 +46,17 @@ def check_most(config: object, most: Mapping[str, float]) -> None:
         group, name = option.split(".")
         value = getattr(getattr(config, group), name)
         need(value is None or value <= limit, option, value, f"give a number of at most {limit}")
+
+
+def notes_on_idle(config: Any, idle: Mapping[str, str]) -> list[str]:
+    """Say which ``group.name`` options, ``idle`` for a reason, are other than by default and change nothing."""
+    usual, notes = type(config)(), []
+    for option, reason in idle.items():
+        group, name = option.split(".")
+        value = getattr(getattr(config, group), name)
+        if value != getattr(getattr(usual, group), name):
+            notes.append(f"Note: --{option} {value} changes nothing here: {reason}")
+    return notes
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

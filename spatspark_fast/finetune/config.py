@@ -14,6 +14,7 @@ from spatspark_fast.training.options import (
     TrainerOptions,
     check_crop,
     check_training,
+    idle_decoder,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Weighting",
     "forecaster_name",
     "forecaster_options",
+    "idle_options",
     "validate",
 ]
 
@@ -185,3 +187,18 @@ def forecaster_name(config: FinetuneConfig) -> str:
     if model.kind == "spark" or model.translation == "identity":
         return f"SparK {model.encoder} ({start})"
     return f"SpaT-SparK {model.encoder} ({model.translation}, {start})"
+
+
+def idle_options(config: FinetuneConfig) -> dict[str, str]:
+    """Return the options that play no part in a configuration, and why."""
+    model = config.model
+    idle = idle_decoder(config)
+    if model.kind == "smaat":
+        names = ("encoder", "patch", "levels", "decoder", "decoder_width", "decoder_norm", "input_scaling")
+        return {f"model.{name}": "SmaAt-UNet has none" for name in (*names, "translation", "output_norm")}
+    idle["model.base_width"] = "only SmaAt-UNet has it"
+    if model.kind == "spark":
+        idle["model.translation"] = "SparK has none: take --model.kind spatspark"
+    if config.data.validation_fraction == 0:
+        idle |= dict.fromkeys(("trainer.validate_every", "trainer.score"), "no window validates")
+    return idle

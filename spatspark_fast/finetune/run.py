@@ -11,13 +11,13 @@ from rich.console import Console
 from torch import Tensor
 
 from spatspark_fast.common.errors import UserError
-from spatspark_fast.common.options import to_plain
+from spatspark_fast.common.options import notes_on_idle, to_plain
 from spatspark_fast.common.plots import save_figure
 from spatspark_fast.common.units import mm_per_hour
 from spatspark_fast.data.windows import WholeWindows
 from spatspark_fast.evaluate.pictures import panel_figure
 from spatspark_fast.evaluate.scoring import Kept
-from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options
+from spatspark_fast.finetune.config import FinetuneConfig, forecaster_name, forecaster_options, idle_options
 from spatspark_fast.finetune.initial import Initial
 from spatspark_fast.finetune.module import ForecastTraining, begin_norms
 from spatspark_fast.finetune.validation import THRESHOLDS, Validation
@@ -101,7 +101,8 @@ def train(config: FinetuneConfig, run: RunDirectory, initial: Initial | None, ch
         begin_norms(model.train(), first[:, : model.in_length])
     if trainer.is_global_zero:
         open_run(run, to_plain(config), device, state, checkpoint)
-        for note in (*_announce(config, stream, plan, split), *notes, *resume_notes(to_plain(config), state)):
+        idle = notes_on_idle(config, idle_options(config))
+        for note in (*_announce(config, stream, plan, split), *idle, *notes, *resume_notes(to_plain(config), state)):
             say(note)
     module = ForecastTraining(config, model, plain.scale, plan)
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say

@@ -12,9 +12,10 @@ from spatspark_fast.training.options import (
     TrainerOptions,
     check_crop,
     check_training,
+    idle_decoder,
 )
 
-__all__ = ["MaskConfig", "ModelConfig", "PretrainConfig", "TrainerConfig", "validate"]
+__all__ = ["MaskConfig", "ModelConfig", "PretrainConfig", "TrainerConfig", "idle_options", "validate"]
 
 
 @dataclass
@@ -92,3 +93,13 @@ def validate(config: PretrainConfig) -> None:
     finish = config.trainer.exact_finish
     need(0 <= finish <= 1, "trainer.exact_finish", finish, "give a share of the steps, 0 to 1")
     check_crop(config)
+
+
+def idle_options(config: PretrainConfig) -> dict[str, str]:
+    """Return the options that play no part in a configuration, and why."""
+    idle = idle_decoder(config)
+    if config.mask.strategy == "random":
+        idle["mask.strength"] = "random masks do not look at the rain"
+    if config.model.decode_ratio >= 1:
+        idle["trainer.exact_finish"] = "all steps reconstruct whole images"
+    return idle

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 
-from spatspark_fast.common.options import to_plain
+from spatspark_fast.common.options import notes_on_idle, to_plain
 from spatspark_fast.data.windows import WholeWindows
 from spatspark_fast.models.backbones import save_encoder
 from spatspark_fast.models.spark import SparK
 from spatspark_fast.pretrain.build import build_masks, build_model, check_masks
 from spatspark_fast.pretrain.clock import PARTS, WHOLE, StepClock
-from spatspark_fast.pretrain.config import PretrainConfig
+from spatspark_fast.pretrain.config import PretrainConfig, idle_options
 from spatspark_fast.pretrain.decoding import describe_decoding
 from spatspark_fast.pretrain.module import SparkPretraining
 from spatspark_fast.pretrain.pictures import Pictures
@@ -87,7 +87,8 @@ def train(config: PretrainConfig, run: RunDirectory, checkpoint: Path | None) ->
         what = f"Pretraining {config.model.encoder} on {source}"
         notes = start_notes(what, plan, stream, config.data.batch_size, config.optim)
         decoding = describe_decoding(config, spark, windows.image_size, plan)
-        for note in (*notes, *decoding, *resume_notes(to_plain(config), state)):
+        idle = notes_on_idle(config, idle_options(config))
+        for note in (*notes, *idle, *decoding, *resume_notes(to_plain(config), state)):
             say(note)
     module = SparkPretraining(config, spark, masks, plan)
     module.graphs, module.say = choose_graphs(options.graph, device, trainer.world_size, say), say

@@ -28,6 +28,7 @@ __all__ = [
     "TrainingConfig",
     "check_crop",
     "check_training",
+    "idle_decoder",
     "notes_on_old",
     "under_new_names",
 ]
@@ -231,6 +232,12 @@ def check_crop(config: TrainingConfig) -> None:
     """Raise `UserError` unless a crop is whole patches."""
     crop, patch = config.data.crop, config.model.patch
     need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")
+
+
+def idle_decoder(config: TrainingConfig) -> dict[str, str]:
+    """Return the options of the model that its decoder does not read, and why."""
+    light = config.model.decoder == "light"
+    return {"model.decoder_norm": "the light decoder has a norm of its own"} if light else {}
 
 
 GRAPHS_NOW = {"compile": "default", "graph": "auto"}
