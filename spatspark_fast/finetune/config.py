@@ -194,8 +194,8 @@ def idle_options(config: FinetuneConfig) -> dict[str, str]:
     model = config.model
     idle = idle_decoder(config)
     if model.kind == "smaat":
-        names = ("encoder", "patch", "levels", "decoder", "decoder_width", "decoder_norm", "input_scaling")
-        return {f"model.{name}": "SmaAt-UNet has none" for name in (*names, "translation", "output_norm")}
+        names = ("encoder", "patch", "levels", "decoder", "decoder_norm", "input_scaling")  # presets set the others
+        return {f"model.{name}": "SmaAt-UNet has none" for name in (*names, "output_norm")}
     idle["model.base_width"] = "only SmaAt-UNet has it"
     if model.kind == "spark":
         idle["model.translation"] = "SparK has none: take --model.kind spatspark"
