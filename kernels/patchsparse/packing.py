@@ -96,8 +96,10 @@ def fill_values(fill: float | Tensor, packed: Tensor) -> Tensor | None:
 
 def _holds(dtype: torch.dtype, number: Any) -> bool:
     """Return whether a dtype has a number, rounded where it is a float one."""
-    if dtype == torch.bool or dtype.is_complex:
+    if dtype.is_complex:
         return True
+    if dtype == torch.bool:
+        return number in (0, 1)
     if isinstance(number, complex):
         return False
     if dtype.is_floating_point:

@@ -180,6 +180,7 @@ REFUSED: dict[str, list[tuple[Callable[..., Any], dict[str, Any], type[Exception
         (norm_unpack, {"fill": torch.ones(3)}, ValueError, "one value per channel"),
         (lambda **a: unpack(X.long(), grid(), **a), {"fill": 0.5}, ValueError, "fill=0.5 is no torch.int64"),
         (lambda **a: unpack(X.byte(), grid(), **a), {"fill": -1}, ValueError, "fill=-1 is no torch.uint8"),
+        (lambda **a: unpack(X.bool(), grid(), **a), {"fill": -2.0}, ValueError, "fill=-2.0 is no torch.bool"),
         (lambda **a: unpack(X.half(), grid(), **a), {"fill": 1e6}, ValueError, "fill=1000000.0 is no torch.float16"),
         (lambda **a: unpack(X.long(), grid(), **a), {"fill": VECTOR}, TypeError, "cast one"),
         (lambda **a: unpack(X, grid(), **a), {"fill": None}, TypeError, "fill must be a number"),
