@@ -21,10 +21,11 @@ void check(const ps_geometry& g) {
         const int64_t p = g.source[side], k = g.kernel[side], s = g.stride[side], d = g.dilation[side];
         right = p >= 1 && k >= 1 && s >= 1 && d >= 1 && g.padding[side] >= 0;
         right = right && p * s + d * (k - 1) + g.padding[side] <= INT32_MAX;
+        if (!right) break;
         taps *= k;
         sources *= p;
         targets *= g.adjoint ? p * s : p / s;
-        right = right && std::max({taps, sources, targets}) <= INT32_MAX;
+        right = std::max({taps, sources, targets}) <= INT32_MAX;
     }
     if (!right) throw std::invalid_argument("geometry");
 }
