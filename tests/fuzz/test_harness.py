@@ -11,9 +11,10 @@ from random import Random
 
 import torch
 
-from patchsparse import PatchGrid, patch_conv2d
+from patchsparse import PatchGrid
 from spatspark_fast.common.cli import run_command
 from spatspark_fast.common.errors import UserError
+from spatspark_fast.common.files import load_plain
 from tests.fuzz.outcomes import Suite, Verdict, judge_call, judge_command, wrong
 from tests.fuzz.running import Limits, prepared, tried
 
@@ -25,7 +26,7 @@ def _refuse() -> None:
 
 
 def _stumble() -> None:
-    patch_conv2d(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 1, 1), None, None)  # pyright: ignore[reportArgumentType]
+    load_plain(None, "finetune")  # pyright: ignore[reportArgumentType]
 
 
 def _kill() -> None:
@@ -85,6 +86,6 @@ def test_a_command_is_judged_by_its_code_and_its_words() -> None:
     assert judge_command(main, ["refuse"]).outcome == "refused"
     verdict = judge_command(main, ["stumble"])
     assert verdict.outcome == "traceback"
-    assert re.search(r"AttributeError at patchsparse/\S+:\d+", verdict.what)
+    assert re.search(r"AttributeError at spatspark_fast/common/files\.py:\d+", verdict.what)
     assert judge_command(lambda argv: 2, []).outcome == "traceback", "it said nothing"
     assert judge_command(lambda argv: 0, [], lambda: wrong("written")).outcome == "wrong"
