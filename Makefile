@@ -19,9 +19,11 @@ test: ## the tests that run by default (all kernels, commands and engines, pairs
 test-rest: ## the rest of the exhaustive tests
 	$(PYTHON) -m pytest -m rest $(PYTEST_ARGS)
 
-fuzz: ## damaged and hostile inputs, counted by outcome: COUNT=10000 of them, or MINUTES=20; SEED=N begins elsewhere
+fuzz: ## all attacks of docs/reliability.md: COUNT=10000 inputs or MINUTES=20 of them, KILLS=100; SEED=N draws others
 	$(PYTHON) -m tests.fuzz --seed $(or $(SEED),0) \
 		$(if $(MINUTES),--minutes $(MINUTES),--count $(or $(COUNT),10000))
+	$(PYTHON) -m tests.fuzz.differential --seed $(or $(SEED),0) --minutes $(or $(MINUTES),10)
+	$(PYTHON) -m tests.fuzz.kills --seed $(or $(SEED),0) --kills $(or $(KILLS),100)
 
 lint: ## ruff: rules and format
 	$(PYTHON) -m ruff check .

@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from spatspark_fast.common.errors import UserError
 from spatspark_fast.data.hdf5 import write_attributes
 from spatspark_fast.data.radar.timestamps import format_timestamp
 from spatspark_fast.prepare.cutter import Window
@@ -25,6 +26,8 @@ __all__ = ["SPLITS", "NL50Writer"]
 SPLITS = ("train", "test")
 _GZIP_LEVEL = 4
 _TIMESTAMP_LENGTH = 24
+_STAMPED = 256  # windows whose times are one chunk
+_LARGEST_CHUNK = 2**32 - 1
 
 
 class _Chunks(NamedTuple):
@@ -42,9 +45,17 @@ class NL50Writer:
     Layout: ``SPLIT/images`` float32 = rain in mm per 5 min / ``scale``, ``SPLIT/valid`` bool,
     ``SPLIT/timestamps`` strings ``(N, T, 1)``. One window is one gzip chunk, so a random read decompresses
     nothing else. Threads compress the chunks, few at a time; they are written in order.
+
+    Raises UserError if a window is larger than HDF5 lets a chunk be.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], scale: float, threads: int = 1) -> None:
+        frames, height, width = shape
+        if max(4 * height * width, _STAMPED * _TIMESTAMP_LENGTH) * frames > _LARGEST_CHUNK:
+            raise UserError(
+                f"windows of {frames} frames of {height} x {width} pixels are larger than the 4 GiB that HDF5 can read "
+                "at once; give a smaller --data.input_length, --data.output_length or --crop"
+            )
         self._scale = scale
         self._count: dict[str, int] = dict.fromkeys(SPLITS, 0)
         self._data: dict[tuple[str, str], h5py.Dataset] = {}
@@ -102,7 +113,7 @@ class NL50Writer:
             shape=(0, shape[0], 1),
             maxshape=(None, shape[0], 1),
             dtype=h5py.string_dtype("ascii", _TIMESTAMP_LENGTH),
-            chunks=(256, shape[0], 1),
+            chunks=(_STAMPED, shape[0], 1),
             compression="gzip",
         )
         self._data[split, "images"].attrs["units"] = "mm per 5 min, divided by scale_mm_per_5min"

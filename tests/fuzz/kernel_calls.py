@@ -48,7 +48,8 @@ def laid_out(packed: Tensor, active: Tensor, fill: Any = 0.0) -> Tensor:
     tiles = torch.zeros(batch, rows, columns, height, width, channels, dtype=packed.dtype)
     tiles = tiles + (fill if isinstance(fill, Tensor) else float(fill))
     tiles = tiles.masked_scatter(active[..., None, None, None].expand_as(tiles), packed.permute(0, 2, 3, 1))
-    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * height, columns * width)
+    # Contiguous: of an image alone with odd strides PyTorch gets the weight gradient of grouped convolutions wrong.
+    return tiles.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * height, columns * width).contiguous()
 
 
 def cut_out(image: Tensor, active: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .damage import damaged
 from .outcomes import Suite, Verdict, judge_call, wrong
 
 FILES = [(KNMI, "knmi_201008/*.h5"), (MCH, "mch_20160711/*.gif"), (FMI, "fmi_pgm_20160928/*.pgm.gz")]
-MOST = 1000.0  # mm in 5 minutes: no radar measures as much
+MOST = 10_000.0  # mm in 5 minutes: above the scale of every provider, whose last step is 6,560 mm
 
 
 def prepare(folder: Path) -> None:

@@ -64,6 +64,7 @@ def test_help_has_defaults_and_units(capsys: pytest.CaptureFixture[str]) -> None
         (["--scale", "0"], "--scale"),
         (["--data.num_workers", "-1"], "--data.num_workers"),
         (["--data.output_length", "20"], "--data.output_length"),
+        (["--data.output_length", "3000000000"], "4 GiB"),
         (["--wet_fraction", "0.99"], "lower --wet_fraction"),
         (["--pattern", "*.gif"], "no file matching '*.gif'"),
         (["--source", "mch"], "no file ending in .gif"),
