@@ -80,6 +80,7 @@ REFUSALS_OF_PYTORCH = (
     "not enough memory",
     "Storage size calculation overflow",
     "without overflow",
+    "a leaf Variable that requires grad",
 )
 FREE = ("eps", "momentum", "slope", "fill", "training", "count_include_pad", "ceil_mode", "divisor_override")
 
