@@ -14,7 +14,7 @@ from spatspark_fast.training.options import (
     TrainerOptions,
     check_crop,
     check_training,
-    idle_decoder,
+    idle_shared,
 )
 
 __all__ = [
@@ -192,11 +192,12 @@ def forecaster_name(config: FinetuneConfig) -> str:
 def idle_options(config: FinetuneConfig) -> dict[str, str]:
     """Return the options that play no part in a configuration, and why."""
     model = config.model
-    idle = idle_decoder(config)
+    idle = idle_shared(config)
     if model.kind == "smaat":
         names = ("encoder", "patch", "levels", "decoder", "decoder_norm", "input_scaling")  # presets set the others
-        return {f"model.{name}": "SmaAt-UNet has none" for name in (*names, "output_norm")}
-    idle["model.base_width"] = "only SmaAt-UNet has it"
+        idle |= {f"model.{name}": "SmaAt-UNet has none" for name in (*names, "output_norm")}
+    else:
+        idle["model.base_width"] = "only SmaAt-UNet has it"
     if model.kind == "spark":
         idle["model.translation"] = "SparK has none: take --model.kind spatspark"
     if config.data.validation_fraction == 0:

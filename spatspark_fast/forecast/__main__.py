@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+# Options that play a part only where --data.path is a file of windows, is a folder of raw files, or is given.
+_OF_FILES = ("data.split",)
+_OF_FOLDERS = ("source", "crop", "stride", "pattern", "time_format", "importer_options")
+_OF_FORECASTS = ("out", "start", "steps", "pictures", "tile", *_OF_FILES, *_OF_FOLDERS)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
@@ -35,19 +40,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def forecast(argv: Sequence[str]) -> None:
     """Read the command line, then forecast or export; raise `UserError` for what is wrong with the input."""
-    options = _parser().parse_args(list(argv))
+    parser = _parser()
+    options = parser.parse_args(list(argv))
     for name in ("steps", "stride", "tile"):
         need(options[name] is None or options[name] >= 1, name, options[name], "give a number of at least 1")
     if options.data.path is None and options.export is None:
         raise UserError("nothing to do: give --data.path and --out to forecast, or --export FILE.onnx")
     if options.data.path is not None and options.out is None:
         raise UserError("--out is missing: name the folder for the forecasts")
+    _check_idle(options, parser.get_defaults())
     if options.export is not None:
         check_file("export", Path(options.export), options.overwrite)
     with contextlib.ExitStack() as stack:
         if options.data.path is not None:
             stack.enter_context(results_folder(Path(options.out), options.overwrite))
         _work(options)
+
+
+def _check_idle(options: Namespace, defaults: Namespace) -> None:
+    """Raise `UserError` for an option that is given and would change nothing."""
+    path = options.data.path
+    if path is None:
+        idle, where = _OF_FORECASTS, "without --data.path"
+    elif not Path(path).is_dir():
+        idle, where = _OF_FOLDERS, "for a file of windows"
+    else:
+        idle, where = _OF_FILES, "for a folder of raw files"
+    for name in idle:
+        need(options[name] == defaults[name], name, options[name], f"it means nothing {where}, leave it out")
+    every = options.start == "every" or options.stride == defaults.stride
+    need(every, "stride", options.stride, "it means nothing without --start every, leave it out")
 
 
 def _work(options: Namespace) -> None:

@@ -12,7 +12,7 @@ from spatspark_fast.training.options import (
     TrainerOptions,
     check_crop,
     check_training,
-    idle_decoder,
+    idle_shared,
 )
 
 __all__ = ["MaskConfig", "ModelConfig", "PretrainConfig", "TrainerConfig", "idle_options", "validate"]
@@ -97,7 +97,7 @@ def validate(config: PretrainConfig) -> None:
 
 def idle_options(config: PretrainConfig) -> dict[str, str]:
     """Return the options that play no part in a configuration, and why."""
-    idle = idle_decoder(config)
+    idle = idle_shared(config)
     if config.mask.strategy == "random":
         idle["mask.strength"] = "random masks do not look at the rain"
     if config.model.decode_ratio >= 1:

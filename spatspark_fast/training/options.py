@@ -28,7 +28,7 @@ __all__ = [
     "TrainingConfig",
     "check_crop",
     "check_training",
-    "idle_decoder",
+    "idle_shared",
     "notes_on_old",
     "under_new_names",
 ]
@@ -234,10 +234,14 @@ def check_crop(config: TrainingConfig) -> None:
     need(crop is None or crop % patch == 0, "data.crop", crop, f"give a multiple of --model.patch {patch}")
 
 
-def idle_decoder(config: TrainingConfig) -> dict[str, str]:
-    """Return the options of the model that its decoder does not read, and why."""
-    light = config.model.decoder == "light"
-    return {"model.decoder_norm": "the light decoder has a norm of its own"} if light else {}
+def idle_shared(config: TrainingConfig) -> dict[str, str]:
+    """Return the options that both trainings have and that play no part in a configuration, and why."""
+    idle = {}
+    if config.model.decoder == "light":
+        idle["model.decoder_norm"] = "the light decoder has a norm of its own"
+    if config.data.path is not None:
+        idle |= dict.fromkeys(("data.synthetic_windows", "data.synthetic_size"), "windows come from --data.path")
+    return idle
 
 
 GRAPHS_NOW = {"compile": "default", "graph": "auto"}

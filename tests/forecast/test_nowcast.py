@@ -162,7 +162,7 @@ NO_STEPS = [
         [[1, 2]],
         [[1], [1, 2]],
         {"a": 1},
-        object(),
+        Ellipsis,
         np.zeros((0, 2)),
     ),
     *(np.float32(3), np.bool_(True), np.array([[1.0]]), np.datetime64("2020-01-01"), b"3"),

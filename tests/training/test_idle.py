@@ -23,6 +23,7 @@ IDLE: list[tuple[str, list[str], list[str]]] = [
     ("pretrain", ["--model.decoder=light", "--model.decoder_norm=layer"], ["model.decoder_norm layer"]),
     ("finetune", ["--model.decoder=light", "--model.decoder_norm=group"], ["model.decoder_norm group"]),
     ("pretrain", ["--model.decoder_norm=layer"], []),
+    ("finetune", ["--data.path=x.h5", "--data.synthetic_size=64"], ["data.synthetic_size 64"]),
     ("pretrain", ["--mask.strength=1"], ["mask.strength 1"]),
     ("pretrain", ["--mask.strength=1", "--mask.strategy=rain"], []),
     ("pretrain", ["--trainer.exact_finish=0.5"], ["trainer.exact_finish 0.5"]),
@@ -36,7 +37,7 @@ IDLE: list[tuple[str, list[str], list[str]]] = [
     ("finetune", ["--model.kind=spark", "--model.translation=attention"], ["model.translation attention"]),
     (
         "finetune",
-        ["--data.validation_fraction=0", "--trainer.patience=0", "--trainer.score=csi"],
+        ["--model.kind=smaat", "--data.validation_fraction=0", "--trainer.patience=0", "--trainer.score=csi"],
         ["trainer.score csi"],
     ),
 ]
