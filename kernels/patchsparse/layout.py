@@ -33,13 +33,16 @@ def packed_output(x: Tensor) -> Tensor:
     return x.data if x._is_view() else x  # the same memory, as a tensor in its own right
 
 
-def dense_operand(x: Tensor) -> Tensor:
-    """Return ``x`` with plain strides if it has one channel, for PyTorch's own convolution.
+def dense_operand(x: Tensor, stride: tuple[int, int], groups: int) -> Tensor:
+    """Return ``x`` with plain strides if it has one channel or one in each group, for PyTorch's own convolution.
 
-    With one channel in and out, channels_last strides and unequal strides such as (1, 2), float32 ``F.conv2d`` on the
-    CPU returns wrong numbers (seen in PyTorch 2.15); the same tensor with plain strides is right.
+    With channels_last strides and unequal strides such as (1, 2), ``F.conv2d`` on the CPU returns wrong numbers then:
+    in float32 with one channel in and out, in bfloat16 also with groups (seen in PyTorch 2.14 and 2.15). The same
+    tensor with plain strides is right.
     """
-    return x.squeeze(1).unsqueeze(1) if x.shape[1] == 1 else x
+    if x.shape[1] == 1:
+        return x.squeeze(1).unsqueeze(1)
+    return x.contiguous() if groups == x.shape[1] and stride[0] != stride[1] and x.is_cpu else x
 
 
 def gather_patches(image: Tensor, slot: Tensor, coords: Tensor) -> Tensor:

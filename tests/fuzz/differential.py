@@ -30,6 +30,7 @@ from patchsparse.processor import ISA
 from .kernel_calls import KINDS, Call, _Draw
 
 PRODUCTS = ("patch_conv2d", "patch_conv_transpose2d", "image_conv2d", "image_conv_transpose2d", "patch_avg_pool2d")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)  # PyTorch's error in float32 is another in each
 LEFT = ("cannot run", "batch statistics need more than one value")  # by an engine; by anyone
 Results = list[Tensor]
 
@@ -98,16 +99,18 @@ def compare(seed: int, found: Found) -> None:
     found.calls += 1
     operation, dtype = call.function.__name__, _dtype(call)
     exact = _reference(call, torch.float64)
-    theirs = _reference(call, _wide(dtype) if operation.startswith("patch_batch_norm") else dtype)
+    narrow = _wide(dtype) if operation.startswith("patch_batch_norm") else dtype
+    by_layout = [_reference(call, narrow, layout) for layout in LAYOUTS]
+    own_errors = [
+        max(_off(x.to(dtype), right) for x in theirs) for right, *theirs in zip(exact, *by_layout, strict=True)
+    ]
     scales = _scales(call, exact) if operation in PRODUCTS else exact
     unit = 1e-10 if dtype == torch.float64 else 4 * torch.finfo(dtype).eps
     ways = list(_by_every_engine(call, dtype))
     if not ways:
         found.refused += 1
     for way, results in ways:
-        for what, ours, right, their, scale in zip(_names(call), results, exact, theirs, scales, strict=True):
-            their = their.to(dtype).double()
-            own = float((their - right).nan_to_num().norm())
+        for what, ours, right, own, scale in zip(_names(call), results, exact, own_errors, scales, strict=True):
             allowed = 2 * own + unit * float(scale.nan_to_num().norm()) + 1e-300
             ours = ours.double()
             same = (ours == right) | (ours.isnan() & right.isnan())
@@ -155,13 +158,23 @@ def _results(call: Call, function: Any, more: dict[str, Any]) -> Results:
     return [result.detach(), *_gradients(result, list(given.values()))]
 
 
-def _reference(call: Call, dtype: torch.dtype, squared: bool = False) -> Results:
-    """Return what dense-and-mask in plain PyTorch gives when computed in a dtype; ``squared``: of squared numbers."""
+def _off(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).nan_to_num().norm())
+
+
+def _reference(
+    call: Call, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format, squared: bool = False
+) -> Results:
+    """Return what dense-and-mask in plain PyTorch gives when computed in a dtype; ``squared``: of squared numbers.
+
+    Operands are in a memory ``layout``: PyTorch's own weight gradients are wrong in float64 for some others.
+    """
 
     def cast(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(dtype).square() if squared else value.to(dtype)
+        value = value.to(dtype).contiguous(memory_format=layout if value.dim() == 4 else torch.contiguous_format)
+        return value.square() if squared else value
 
     arguments = {name: cast(value) for name, value in call.arguments.items()}
     given = {name: arguments[name].detach().requires_grad_() for name in call.differentiable}

@@ -229,3 +229,22 @@ def test_one_channel_with_unequal_strides_in_float32(backend):
     expected = F.conv2d(image.double(), weight.double(), None, (1, 2), 1)
     actual = patch_conv2d(pack(image, grid), weight, None, grid, (1, 2), 1, backend=backend)
     torch.testing.assert_close(unpack(actual, grid).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize(
+    ("channels", "kernel", "stencil"),
+    [
+        (4, (5, 2), {"stride": (1, 2), "padding": (6, 0), "dilation": (3, 1)}),
+        (2, (2, 2), {"stride": (1, 2), "padding": (1, 0), "dilation": (2, 1)}),
+    ],
+)
+def test_one_channel_in_each_group_with_unequal_strides_in_bfloat16(backend, channels, kernel, stencil):
+    """The same fault of PyTorch's, with groups: tiles as wide as the kernel gave numbers of 1e27."""
+    grid = PatchGrid.random(1, (4, 2), keep=6, generator=torch.Generator().manual_seed(0))
+    packed, weight = torch.randn(6, channels, 3, 2).bfloat16(), torch.randn(2 * channels, 1, *kernel).bfloat16()
+    weight = weight[:channels] if backend == "cpp" else weight  # which takes plain depthwise ones
+    options = {"groups": channels, **stencil}
+    actual = patch_conv2d(packed, weight, None, grid, backend=backend, **options)
+    exact = patch_conv2d(packed.double(), weight.double(), None, grid, backend="gather", **options)
+    assert relative_error(actual, exact) < 1e-2

@@ -43,7 +43,7 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, slot: Tensor, coords: Tensor, stencil: Stencil, groups: int
 ) -> Tensor:
     """Convolve the zero-filled image and keep the active patches."""
-    image = dense_operand(scatter_patches(x, slot, coords))
+    image = dense_operand(scatter_patches(x, slot, coords), stencil.stride, groups)
     out = onednn.conv2d(image, weight, bias, stencil.stride, stencil.padding, stencil.dilation, groups)
     return gather_patches(out, slot, coords)
 

@@ -71,7 +71,7 @@ def conv2d(
         return conv2d(x.to(wide), weight.to(wide), bias, slot, coords, stencil, groups).to(x.dtype)
     size = patch_size(x)
     if method(x.dtype, size, x.shape[1], weight.shape[0], stencil, groups) == "halo":
-        tile = dense_operand(halo(x, slot, coords, stencil.before, stencil.after))
+        tile = dense_operand(halo(x, slot, coords, stencil.before, stencil.after), stencil.stride, groups)
         return F.conv2d(tile, weight, bias, stencil.stride, 0, stencil.dilation, groups)
     pairs = tables.tap_pairs(slot, coords, size, stencil)
     matrices = _tap_matrices(weight).transpose(1, 2)
@@ -94,7 +94,7 @@ def conv2d_dgrad(
         rows = as_rows(grad).index_select(0, pairs.outputs)
         products = _multiply_taps(rows, pairs.counts, _tap_matrices(weight))
         return from_rows(sum_bags(products, *pairs.by_input), grad.shape[0], size)
-    tile = dense_operand(halo(grad, slot, coords, stencil.before_grad, stencil.after_grad))
+    tile = dense_operand(halo(grad, slot, coords, stencil.before_grad, stencil.after_grad), stencil.stride, groups)
     if stencil.stride == (1, 1):
         flipped = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
         return F.conv2d(tile, flipped, None, 1, 0, stencil.dilation, groups)
@@ -130,7 +130,7 @@ def conv2d_wgrad(x: Tensor, grad: Tensor, slot: Tensor, coords: Tensor, stencil:
         for g, i, out in zip(grads, inputs, _tap_matrices(weight), strict=True):
             torch.mm(g.t(), i, out=out)
         return weight
-    tile = dense_operand(halo(x, slot, coords, stencil.before, stencil.after))
+    tile = dense_operand(halo(x, slot, coords, stencil.before, stencil.after), stencil.stride, groups)
     weight = x.new_empty(shape)
     options = (stencil.stride, (0, 0), stencil.dilation, groups)
     return onednn.conv2d_backward(grad, tile, weight, *options, (False, True))[1]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...geometry import Stencil
+from ...layout import dense_operand
 
 __all__ = [
     "image_conv2d",
@@ -41,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def local_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stencil: Stencil, groups: int) -> Tensor:
     """Convolve ``(N, C_in, ph, pw)`` without a halo."""
-    return F.conv2d(x, weight, bias, stencil.stride, 0, stencil.dilation, groups)
+    return F.conv2d(dense_operand(x, stencil.stride, groups), weight, bias, stencil.stride, 0, stencil.dilation, groups)
 
 
 def local_max_pool2d(x: Tensor, stencil: Stencil) -> Tensor:
