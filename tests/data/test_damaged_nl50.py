@@ -180,7 +180,7 @@ KINDS: dict[str, tuple[Damage, str]] = {
     "a device": (linked("test", h5py.ExternalLink("/dev/zero", "/")), "test is a link into another file"),
     "virtual": (virtual, "test/images takes its values from other files"),
     "raw file": (replaced(IMAGES, FRAMES, "f4", external="raw.bin"), "test/images takes its values from other files"),
-    "unknown filter": (filtered(32001), "is packed with the filter blosc, which is not there: pip install hdf5plugin"),
+    "unknown filter": (filtered(32008), "is packed with the filter bitshuffle, which is not there: pip install"),
     "a trillion windows": (endless, "test/images has 0 of its 1099511627776 chunks"),
     "chunks never written": (half_written, "test/images has 4 of its 5 chunks"),
     "nothing written": (replaced(IMAGES, FRAMES, "f4"), "test/images has 0 of its 73728 bytes"),

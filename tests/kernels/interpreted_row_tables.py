@@ -123,7 +123,7 @@ def test_tables_are_remembered_with_their_slot_map():
     grid, stencil = grid_of(6), Stencil((3, 3), padding=(1, 1))
     first, again = (tables.row_table(grid.slot, grid.coords, (2, 2), stencil) for _ in range(2))
     assert first.sources is again.sources
-    grid.slot += 0  # changed in place
+    grid.slot.add_(0)  # changed in place
     assert tables.row_table(grid.slot, grid.coords, (2, 2), stencil).sources is not first.sources
 
 

@@ -216,9 +216,9 @@ def test_batch_norm_act_in_bfloat16_without_affine_or_residual():
 def test_norm_and_unpack(dtype, patches):
     """Unequal counts, one image without any; the interpreter's poison shows pixels that are never written."""
     channels, size, training = patches
-    grid = PatchGrid.from_active(torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5)
-    grid.active[1] = False
-    grid = PatchGrid.from_active(grid.active)
+    active = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    active[1] = False
+    grid = PatchGrid.from_active(active)
     x, *rest = normal(channels, (grid.num_active, channels, *size), (channels,), (channels,), (channels,))
     state: dict[str, list[Tensor]] = {}
 

@@ -128,7 +128,7 @@ def test_runs_that_reconstructed_single_patches_go_on_with_regions_and_say_so() 
     assert old == before
     (note,) = notes_on_old(old)
     assert "a region instead of single patches" in note
-    state = {"config": under_new_names(old), "global_step": 7, "notes": [note]}
+    state = {"config": under_new_names(old), "global_step": 7, "notes": [note], "data": {"windows": 4}}
     assert resume_notes(under_new_names(old), state) == ["Going on after step 7", f"Note: {note}"]
     for unchanged in ({"decode_ratio": 1.0}, {"decoder": "light", "decode_ratio": 0.25}):
         assert notes_on_old({"model": {"dense_decoder_blocks": 1, **unchanged}}) == []
