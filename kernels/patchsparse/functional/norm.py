@@ -73,7 +73,7 @@ def patch_batch_norm_act(
         y = activation(z if residual is None else z + residual)
     """
     check_norm_act(packed, activation, slope, residual)
-    _check_norm(packed, (weight, bias, running_mean, running_var), eps, momentum, training or all_gather is not None)
+    _check_norm(packed, (weight, bias, running_mean, running_var), (eps, momentum), training, bool(all_gather))
     given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
     operands, options = (packed, residual, weight, bias), (eps, activation, slope, backend)
     if all_gather is None or given[0] is not None:
@@ -134,7 +134,7 @@ def patch_batch_norm_unpack(
         x = unpack(z, grid, fill)
     """
     check_packed(packed, grid)
-    _check_norm(packed, (weight, bias, running_mean, running_var), eps, momentum, training or all_gather is not None)
+    _check_norm(packed, (weight, bias, running_mean, running_var), (eps, momentum), training, bool(all_gather))
     given = given_statistics(packed, running_mean, running_var, training, all_gather is not None)
     operands = (packed, fill_values(fill, packed), weight, bias)
     maps = (grid.slot, grid.coords)
@@ -157,15 +157,22 @@ def check_norm_act(packed: Tensor, activation: str, slope: float, residual: Tens
         raise ValueError(f"residual {tuple(residual.shape)} must have the shape of packed {tuple(packed.shape)}")
 
 
-def _check_norm(packed: Tensor, vectors: Sequence[Tensor | None], eps: float, momentum: float, unseen: bool) -> None:
-    """Raise for numbers out of range, and for wrong ``vectors`` where some stay ``unseen`` by the operator's checks."""
+def _check_norm(
+    packed: Tensor, vectors: Sequence[Tensor | None], numbers: tuple[float, float], training: bool, joined: bool
+) -> None:
+    """Raise for ``numbers``, eps and momentum, out of range, and for wrong ``vectors`` that no operator looks at.
+
+    In training an operator does not see the running statistics; ``joined`` ones are taken by none.
+    """
+    eps, momentum = numbers
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps must be 0 or more, got {eps}")
-    if unseen:
-        if isinstance(momentum, bool) or not isinstance(momentum, Real):
+    if training or joined:
+        if type(momentum) is not float and (isinstance(momentum, bool) or not isinstance(momentum, Real)):
             raise TypeError(f"momentum must be a number, got {momentum!r}; 1 / batches gives a cumulative average")
-        names = ("weight", "bias", "running_mean", "running_var")
-        check_vectors(packed, **dict(zip(names, vectors, strict=True)))
+        check_vectors(packed, running_mean=vectors[2], running_var=vectors[3])
+    if joined:
+        check_vectors(packed, weight=vectors[0], bias=vectors[1])
 
 
 def given_statistics(

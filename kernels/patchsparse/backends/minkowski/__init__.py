@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...geometry import Call, Stencil
+from ...maps import ordinary
 from ..tables import remember
 from . import loading
 
@@ -104,7 +105,7 @@ class _Stages:
     def at(self, slot: Tensor, coords: Tensor, size: Size) -> _Sites:
         if size not in self.sites:
             spacing = (self.pitch[0] // size[0], self.pitch[1] // size[1])
-            self.sites[size] = _Sites(self.manager, slot, coords, size, spacing)
+            self.sites[size] = ordinary(_Sites)(self.manager, slot, coords, size, spacing)
         return self.sites[size]
 
 
