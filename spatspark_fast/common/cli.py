@@ -97,12 +97,17 @@ def _forget_output() -> None:
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """Return the words of a command line with underscores for the hyphens in the names of options."""
+    """Return the words of a command line with underscores for the hyphens in the names of options.
+
+    Raises `UserError` for an option whose value is ``--``.
+    """
     return [_underscored(word) if word.startswith("--") else word for word in argv]
 
 
 def _underscored(word: str) -> str:
     name, equals, value = word[2:].partition("=")
+    if value == "--":  # argparse would take it for the end of the options, and hand out an empty list
+        raise UserError(f"--{name} is '--', which is no value: leave it out")
     return f"--{name.replace('-', '_')}{equals}{value}"
 
 
