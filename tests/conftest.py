@@ -1,12 +1,18 @@
-"""What all tests share: the place of the real radar files and a hypothesis profile without time limits."""
+"""What all tests share: the place of the radar files, signals, and a hypothesis profile without time limits."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker per core; set before anything imports torch
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A shell starts what runs in the background with signals ignored, which commands rightly leave so; tests send them.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 settings.register_profile(
     "project",
