@@ -196,12 +196,12 @@ AT_LEAST_ZERO = (
 # What no machine and no training needs more of: beyond, a slip of the keyboard would take all memory, or a year.
 MANY = 1_000_000_000
 AT_MOST = {
-    **dict.fromkeys(("data.input_length",), 4096),
     **dict.fromkeys(("data.synthetic_size", "data.crop", "model.patch"), 16384),
     **dict.fromkeys(("data.synthetic_windows", "data.batch_size", "trainer.epochs", "trainer.max_steps"), MANY),
     **dict.fromkeys(("trainer.accumulate", "trainer.log_every", "trainer.keep_every", "optim.warmup_epochs"), MANY),
     **dict.fromkeys(("optim.base_lr", "optim.weight_decay", "optim.weight_decay_end"), 1e6),
-    **{"data.num_workers": 512, "trainer.threads": 1024, "model.decoder_width": 16384, "trainer.seed": 2**63 - 1},
+    **{"data.input_length": 4096, "data.num_workers": 512, "trainer.threads": 1024, "model.decoder_width": 16384},
+    "trainer.seed": 2**63 - 1,
 }
 MOST_PIXELS = 1 << 30  # of a made-up window: 4 GiB
 
